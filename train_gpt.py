@@ -9,6 +9,7 @@ Writes runs/<run>/: log.txt, metrics.jsonl, checkpoint.pt (averaged weights and 
 Then `python pack.py` makes the one file that counts and `python eval_bpb.py` scores it.
 """
 import hashlib
+import io
 import json
 import math
 import os
@@ -938,10 +939,12 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
 
 
 def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: dict, run: dict) -> None:
+    buffer = io.BytesIO()                                                  # a full disk must fail in write(), not in torch.save
+    torch.save({"config": asdict(cfg), "weights": {k: v.detach().cpu() for k, v in model.state_dict().items()},
+                "stats": {k: v.cpu() for k, v in stats.items()}, "run": run,
+                "tokenizer": data.tokenizer.blob.decode() if data.tokenizer else ""}, buffer)
     with atomic_write(path) as f:
-        torch.save({"config": asdict(cfg), "weights": {k: v.detach().cpu() for k, v in model.state_dict().items()},
-                    "stats": {k: v.cpu() for k, v in stats.items()}, "run": run,
-                    "tokenizer": data.tokenizer.blob.decode() if data.tokenizer else ""}, f)
+        f.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -1065,7 +1068,7 @@ def environment(device: torch.device, world_size: int) -> dict:
     """What the numbers were made on."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {"device": f"{world_size} x {gpu or device.type}", "cpu": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-            "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or "",
+            "python": platform.python_version(), "torch": str(torch.__version__), "cuda": torch.version.cuda or "",
             "numpy": np.__version__, "os": platform.system(), "threads": torch.get_num_threads()}
 
 
@@ -1189,16 +1192,16 @@ def train(cfg, preset, data, curve, folder, log, device, rank, world_size, contr
             loss = losses(*batch, looped).sum() / cfg.batch_tokens
             loss.backward()
             optimizer.step(loss, 1.0, cfg.momentum)
+    with torch.no_grad():
+        torch._foreach_copy_(params, initial)
+    optimizer.reset()
     calib_seconds = 0.0
-    for _ in range(2 if n_chunks else 0):
+    for _ in range(2 if n_chunks else 0):                                  # the second is the one that counts
         sync()
         since = time.perf_counter()
         calibrate(model, SimpleNamespace(next=lambda seq_len: batch), 1, chunk, cfg.seed)
         sync()
         calib_seconds = time.perf_counter() - since
-    with torch.no_grad():
-        torch._foreach_copy_(params, initial)
-    optimizer.reset()
     ema = initial                                                          # the averaged weights start where training starts
     loader = Loader(data, cfg, rank, world_size, device, padded)
     # All of the budget counts: what calibration will take is set aside, and the largest estimate of the ranks holds.
