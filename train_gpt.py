@@ -5,10 +5,11 @@
                                                               and a dataset: a small model in two minutes on two cores
     python train_gpt.py --help                                every setting, its unit and its default
 
-Writes runs/<run>/: log.txt, metrics.jsonl, checkpoint.pt (averaged weights and the statistics that pack.py needs), source/.
+Writes runs/<run>/: log.txt, metrics.jsonl, checkpoint.pt (averaged weights and what pack.py needs to know), source/.
 Then `python pack.py` makes the one file that counts and `python eval_bpb.py` scores it.
 """
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -25,13 +26,12 @@ import time
 import warnings
 import zipfile
 from argparse import SUPPRESS
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")   # two busy cores: spinning OpenMP barriers cost 4-20x, this costs nothing
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: spinning OpenMP barriers cost 4-20x on busy cores
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -46,13 +46,13 @@ SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/d
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}              # dense bf16, by name of the GPU, for MFU
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Config. The defaults are the record run; comments are what --help prints. Sources: PR numbers of openai/parameter-golf.
+# Config. The defaults are the record run; the comments are what --help prints; #N are pull requests of Parameter Golf.
 
 
 @dataclass
 class Config:
     # run
-    data: str = "fineweb"           # dataset: a name under data/, a folder, or "synthetic" (random tokens, to measure speed)
+    data: str = "fineweb"           # dataset: a name under data/, a folder, or "synthetic": random tokens, for speed
     run: str = ""                   # name of the folder under runs/; empty: preset, date and seed
     seed: int = 1337                # initial weights, data order, calibration samples
     device: str = ""                # cuda, mps or cpu; empty: the best there is
@@ -78,7 +78,7 @@ class Config:
     # batch
     batch_tokens: int = 786432      # tokens per optimizer step
     row_tokens: int = 98304         # tokens per forward pass: one packed row of documents
-    seq_len: int = 3072             # tokens, longest context; a third of it before 10 % of progress, two thirds before 70 % (#2014)
+    seq_len: int = 3072             # tokens, longest context; a third of it up to 10 %, two thirds up to 70 % (#2014)
     # optimizer (#1855)
     matrix_lr: float = 0.026        # Muon learning rate, in units of spectral norm per update
     embed_lr: float = 0.03          # AdamW learning rate of the embedding
@@ -105,44 +105,50 @@ class Config:
 PRESETS = {
     "record": {},
     # A small model for two CPU cores and two minutes.
-    "demo": dict(data="demo", max_seconds=120.0, n_layer=4, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512, loop_first=1,
-                 loop_last=1, loop_passes=2, two_lane_from=3, rope_dims=8, batch_tokens=4096, row_tokens=2048, seq_len=384,
-                 ema_decay=0.97, val_tokens=65536, calib_tokens=16384, log_every=20),
+    "demo": dict(data="demo", max_seconds=120.0, n_layer=4, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512,
+                 loop_passes=1, two_lane_from=3, rope_dims=8, batch_tokens=2048, row_tokens=1024, seq_len=384,
+                 scalar_lr=0.04, ema_decay=0.985, val_tokens=65536, calib_tokens=16384, log_every=50),
     # The record's architecture made small, for paired experiments on a CPU.
-    "proxy": dict(data="proxy", max_seconds=300.0, n_layer=8, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512, loop_first=2,
-                  loop_last=3, loop_passes=3, two_lane_from=6, rope_dims=8, batch_tokens=4096, row_tokens=4096, seq_len=384,
-                  ema_decay=0.98, val_tokens=131072, calib_tokens=32768, log_every=20),
+    "proxy": dict(data="proxy", max_seconds=300.0, n_layer=8, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512,
+                  loop_first=2, loop_last=3, two_lane_from=6, rope_dims=8, batch_tokens=4096, row_tokens=4096,
+                  seq_len=384, scalar_lr=0.04, ema_decay=0.98, val_tokens=131072, calib_tokens=32768, log_every=20),
 }
+
+
+POSITIVE = ("n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "gate_dims", "loop_passes", "batch_tokens",
+            "row_tokens", "val_points", "log_every", "softcap", "rope_base", "grad_clip", "cooldown")
+BELOW_ONE = ("ema_decay", "momentum", "adam_beta1", "adam_beta2")
 
 
 def check_config(cfg: Config) -> None:
     """Raise BadInput, naming the flag, for a combination of values that cannot run."""
     for f in fields(cfg):
-        if f.type in (int, float) and getattr(cfg, f.name) < 0 or f.type is float and not math.isfinite(getattr(cfg, f.name)):
-            raise BadInput(f"--{f.name}={getattr(cfg, f.name)} must be a finite number, 0 or more")
-    need = [
-        (all(getattr(cfg, k) > 0 for k in ("n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "batch_tokens", "row_tokens",
-             "val_points", "log_every", "loop_passes", "softcap", "cooldown", "rope_base", "grad_clip")),
-         "sizes, --val_points, --log_every, --softcap, --cooldown, --grad_clip must be above 0"),
+        value = getattr(cfg, f.name)
+        if f.type in (int, float) and not 0 <= value < math.inf:
+            raise BadInput(f"--{f.name}={value} must be a finite number, 0 or more")
+        if f.name in POSITIVE and value == 0:
+            raise BadInput(f"--{f.name}=0 must be above 0")
+        if f.name in BELOW_ONE and value >= 1 or f.name in ("lr_floor", "cooldown") and value > 1:
+            raise BadInput(f"--{f.name}={value} is too large: it is a share")
+    head_dim, looped = cfg.n_embd // cfg.n_head, block_order(cfg, True)
+    encoder = looped[:len(looped) // 2] + list(range(cfg.n_layer // 2))
+    for ok, message in [
         (cfg.n_embd % cfg.n_head == 0, f"--n_embd={cfg.n_embd} must be a multiple of --n_head={cfg.n_head}"),
         (cfg.n_head % cfg.n_kv_head == 0, f"--n_head={cfg.n_head} must be a multiple of --n_kv_head={cfg.n_kv_head}"),
-        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= cfg.n_embd // cfg.n_head,
-         f"--rope_dims={cfg.rope_dims} must be even and at most the head dimension {cfg.n_embd // cfg.n_head}"),
-        (0 < cfg.gate_dims <= cfg.n_embd, f"--gate_dims={cfg.gate_dims} must be between 1 and --n_embd={cfg.n_embd}"),
+        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim,
+         f"--rope_dims={cfg.rope_dims} must be even and at most the head dimension, {head_dim}"),
+        (cfg.gate_dims <= cfg.n_embd, f"--gate_dims={cfg.gate_dims} must be at most --n_embd={cfg.n_embd}"),
         (cfg.batch_tokens % cfg.row_tokens == 0,
          f"--batch_tokens={cfg.batch_tokens} must be a multiple of --row_tokens={cfg.row_tokens}"),
         (cfg.seq_len >= 3, f"--seq_len={cfg.seq_len} must be at least 3"),
-        (cfg.loop_passes == 1 or 0 <= cfg.loop_first <= cfg.loop_last < cfg.n_layer,
-         f"--loop_first={cfg.loop_first} --loop_last={cfg.loop_last} must be blocks of --n_layer={cfg.n_layer} in order"),
-        (max(block_order(cfg, True)[:len(block_order(cfg, True)) // 2] + block_order(cfg, False)[:cfg.n_layer // 2] + [-1])
-         < cfg.two_lane_from, f"--two_lane_from={cfg.two_lane_from} must lie in the second half of the block applications"),
-        (cfg.lr_floor <= 1 and cfg.cooldown <= 1 and cfg.ema_decay < 1 and cfg.momentum < 1 and cfg.adam_beta1 < 1
-         and cfg.adam_beta2 < 1, "--lr_floor, --cooldown must be at most 1; --ema_decay, --momentum, --adam_beta* below 1"),
+        (cfg.loop_passes == 1 or cfg.loop_first <= cfg.loop_last < cfg.n_layer,
+         f"--loop_first={cfg.loop_first} --loop_last={cfg.loop_last} must be in order, below --n_layer={cfg.n_layer}"),
+        (max(encoder, default=-1) < cfg.two_lane_from,
+         f"--two_lane_from={cfg.two_lane_from} must lie in the second half of the block applications"),
         (cfg.device in ("", "cuda", "mps", "cpu"), f"--device={cfg.device} must be cuda, mps or cpu"),
-        (cfg.max_seconds > 0 or cfg.max_steps > 0, "--max_seconds or --max_steps must be above 0"),
-        (re.fullmatch(r"[\w.-]*", cfg.run) is not None, f"--run={cfg.run!r} must be letters, digits, dots, dashes"),
-    ]
-    for ok, message in need:
+        (cfg.max_seconds or cfg.max_steps, "--max_seconds or --max_steps must be above 0"),
+        (re.fullmatch(r"[\w.-]*", cfg.run), f"--run={cfg.run!r} must be letters, digits, dots and dashes"),
+    ]:
         if not ok:
             raise BadInput(message)
 
@@ -150,10 +156,10 @@ def check_config(cfg: Config) -> None:
 def parse_config(argv: list[str]) -> tuple[str, Config]:
     """Command line -> (preset, Config). A preset is a dict of overrides; --key=value overrides any field, typed."""
     source = Path(__file__).read_text() if Path(__file__).exists() else ""
-    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))   # one place for units and meaning: the class
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))  # the class is where units are written
     parser = Parser(prog="train_gpt.py", description=__doc__)
     parser.add_argument("--preset", choices=list(PRESETS), default=SUPPRESS,
-                        help="record where CUDA and data/fineweb are, else demo; proxy: the record made small for experiments")
+                        help="record where CUDA and data/fineweb are, else demo; proxy: the record made small")
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__, default=SUPPRESS,
                             help=f"{notes.get(f.name, '')} (record: {f.default!r})".replace("%", "%%"))
@@ -179,18 +185,18 @@ def parse_config(argv: list[str]) -> tuple[str, Config]:
 
 class Segments(NamedTuple):
     """Where attention may look: token t sees the tokens of its own segment up to itself."""
-    cu_seqlens: Tensor      # (S + 1,) int32, segment starts and N; trailing empty segments allowed
-    pos: Tensor             # (N,) int32, position in the segment
-    max_len: int            # tokens, at least the longest segment
-    pad: Tensor | None      # (S, max_len) int64, the row's token for each padded place; None where attention takes cu_seqlens
-    unpad: Tensor | None    # (N,) int64, each token's place in the flattened padded layout
+    cu_seqlens: Tensor  # (S + 1,) int32, segment starts and N; trailing empty segments allowed
+    pos: Tensor  # (N,) int32, position in the segment
+    max_len: int  # tokens, at least the longest segment
+    pad: Tensor | None  # (S, max_len) int64, the token in each padded place; None where attention takes cu_seqlens
+    unpad: Tensor | None  # (N,) int64, each token's place in the flattened padded layout
 
 
-def make_segments(starts: np.ndarray, n_tokens: int, seq_len: int, device="cpu", padded=True, max_len=0) -> Segments:
+def make_segments(starts: np.ndarray, n_tokens: int, seq_len: int, device="cpu", padded=True) -> Segments:
     """starts (K,) int, increasing positions of document starts in a row of n_tokens -> Segments, on device.
 
     A document is cut every seq_len tokens from its start. Not padded (varlen kernels): cu_seqlens is filled up to a
-    multiple of 256 entries with n_tokens, and max_len is the constant given, so that compiled graphs see one shape.
+    multiple of 256 segments with empty ones and max_len is seq_len, so that compiled graphs see one shape.
     """
     edges = np.unique(np.concatenate([[0], starts, [n_tokens]])).astype(np.int64)
     lengths = np.diff(edges)
@@ -200,58 +206,60 @@ def make_segments(starts: np.ndarray, n_tokens: int, seq_len: int, device="cpu",
     cu = np.append(cuts, n_tokens)
     segment = np.repeat(np.arange(len(cuts)), np.diff(cu))
     pos = np.arange(n_tokens) - cuts[segment]
-    to = lambda a, dtype: torch.from_numpy(a.astype(dtype)).to(device, non_blocking=True)
+
+    def to(a, dtype):  # pinned, for a copy from pageable memory makes the CPU wait for the GPU
+        a = torch.from_numpy(a.astype(dtype))
+        return (a.pin_memory() if torch.device(device).type == "cuda" else a).to(device, non_blocking=True)
+
     if not padded:
-        slots = -len(cuts) % 256
-        return Segments(to(np.append(cu, [n_tokens] * slots), np.int32), to(pos, np.int32), max_len, None, None)
+        empty = np.full(-len(cuts) % 256, n_tokens)
+        return Segments(to(np.append(cu, empty), np.int32), to(pos, np.int32), seq_len, None, None)
     longest = int(np.diff(cu).max())
-    pad = np.minimum(cuts[:, None] + np.arange(longest), n_tokens - 1)     # places past a segment's end come after all of
-    return Segments(to(cu, np.int32), to(pos, np.int32), longest,          # its tokens, so that a causal mask hides them
-                    to(pad, np.int64), to(segment * longest + pos, np.int64))
+    # Places past a segment's end come after all of its tokens, so that the causal mask hides them.
+    pad = np.minimum(cuts[:, None] + np.arange(longest), n_tokens - 1)
+    return Segments(to(cu, np.int32), to(pos, np.int32), longest, to(pad, np.int64),
+                    to(segment * longest + pos, np.int64))
 
 
 def padded_attention(q, k, v, seg: Segments):
-    """q (N, H, d), k and v (N, K, d) -> (N, H, d), causal inside segments: torch's kernel on segments padded to one length."""
-    (n, h, d), (s, t) = q.shape, seg.pad.shape
-    spread = (lambda x: x.view(s, t, *x.shape[1:])) if s * t == n else (lambda x: x[seg.pad])
-    q, k, v = (spread(x).transpose(1, 2) for x in (q, k, v))               # (S, heads, T, d)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-    y = y.reshape(s * t, h, d)
-    return y if s * t == n else y[seg.unpad]
+    """q (N, H, d), k and v (N, K, d) -> (N, H, d), causal in segments: one kernel over segments padded to a length."""
+    q, k, v = (x[seg.pad].transpose(1, 2) for x in (q, k, v))  # (S, heads, max_len, d)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return y.transpose(1, 2).flatten(0, 1)[seg.unpad]
 
 
 def pick_attention(device: torch.device, dtype: torch.dtype):
-    """-> (name, attend(q, k, v, Segments) -> (N, H, d)): FlashAttention-3 if installed, torch's varlen_attn, or padded SDPA."""
-    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0):
-        if torch.cuda.get_device_capability(device)[0] == 9:
-            try:
-                from flash_attn_interface import flash_attn_varlen_func    # FA3; `flash_attn` is FA2 and no faster than torch's
-                return "fa3", lambda q, k, v, s: flash_attn_varlen_func(
-                    q, k, v, s.cu_seqlens, s.cu_seqlens, max_seqlen_q=s.max_len, max_seqlen_k=s.max_len, causal=True)
-            except ImportError:
-                pass
+    """-> (name, attend(q, k, v, Segments) -> (N, H, d)): FlashAttention-3 if there, else torch's varlen or SDPA."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability < (8, 0) or dtype != torch.bfloat16:
+        return "sdpa", padded_attention
+    if capability[0] == 9:
         try:
-            import inspect
-            from torch.nn.attention.varlen import varlen_attn
-            accepted = inspect.signature(varlen_attn).parameters           # window_size since torch 2.11, enable_gqa since 2.13
-            kw = {"enable_gqa": True} if "enable_gqa" in accepted else {}
-            kw.update({"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True})
-            return "varlen_attn", lambda q, k, v, s: varlen_attn(
-                q, k, v, s.cu_seqlens, s.cu_seqlens, s.max_len, s.max_len, **kw)
-        except ImportError:
+            from flash_attn_interface import flash_attn_varlen_func  # this is FA3; the module `flash_attn` is FA2
+            torch.ops.flash_attn_3._flash_attn_forward  # there since it can be compiled
+
+            def fa3(q, k, v, s):
+                y = flash_attn_varlen_func(q, k, v, s.cu_seqlens, s.cu_seqlens, max_seqlen_q=s.max_len,
+                                           max_seqlen_k=s.max_len, causal=True)
+                return y[0] if isinstance(y, tuple) else y  # older releases return the log-sum-exp too
+            return "fa3", fa3
+        except (ImportError, OSError, AttributeError, RuntimeError):
             pass
-    return "sdpa", padded_attention
+    from torch.nn.attention.varlen import varlen_attn
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.13
+    return "varlen_attn", lambda q, k, v, s: varlen_attn(
+        q, k, v, s.cu_seqlens, s.cu_seqlens, s.max_len, s.max_len, window_size=(-1, 0), **gqa)
 
 
 def block_order(cfg: Config, looped: bool) -> list[int]:
-    """The blocks in the order in which they run: 0..10, or 0..5 3..5 3..5 6..10 with the recurrence on (#1204, #1493)."""
+    """The blocks in the order in which they run: 0..10, or with the recurrence 0..5 3..5 3..5 6..10 (#1204, #1493)."""
     blocks = list(range(cfg.n_layer))
     again = blocks[cfg.loop_first:cfg.loop_last + 1] * (cfg.loop_passes - 1)
     return blocks[:cfg.loop_last + 1] + again + blocks[cfg.loop_last + 1:] if looped and cfg.loop_passes > 1 else blocks
 
 
 def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)                           # no gain: a scale per block does its work
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)  # no gain: a scale per block does its work
 
 
 def lrelu2(x: Tensor) -> Tensor:
@@ -260,16 +268,16 @@ def lrelu2(x: Tensor) -> Tensor:
 
 
 def plain_linear(x: Tensor, W: Tensor, name: str, layer: int, visit: int) -> Tensor:
-    """x (N, in), W (out, in) -> (N, out). forward() takes any function of this shape: calibration and test-time adapters."""
+    """x (N, in), W (out, in) -> (N, out). forward() takes any such function: calibration, test-time adapters."""
     return F.linear(x, W.to(x.dtype))
 
 
 class GPT(nn.Module):
-    """A decoder whose matrices are stacked in banks (layer, out, in), one bank per role, so that Muon works on whole banks."""
+    """A decoder whose matrices are stacked in banks (layer, out, in), one per role: Muon works on whole banks."""
     MATRICES = ("qkv", "o", "up", "down")
 
     def __init__(self, cfg: Config, attend=padded_attention, dtype=torch.float32, fused_mlp=None, fused_ce=None):
-        """cfg with vocab_size set. attend, fused_mlp, fused_ce: kernels chosen at start-up; None: the torch reference."""
+        """cfg with vocab_size set; attend, fused_mlp, fused_ce: kernels chosen at start-up, None for torch's own."""
         super().__init__()
         self.cfg, self.attend, self.dtype, self.fused_mlp, self.fused_ce = cfg, attend, dtype, fused_mlp, fused_ce
         L, D, H, K, M = cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, cfg.mlp_dim
@@ -277,14 +285,14 @@ class GPT(nn.Module):
         self.qkv_sizes = [D, K * self.head_dim, K * self.head_dim]
         n_skip = len(block_order(cfg, True)) // 2
         matrix = lambda *shape: nn.Parameter(torch.empty(*shape))
-        self.embed = nn.Embedding(cfg.vocab_size, D)                       # tied: also the output head
+        self.embed = nn.Embedding(cfg.vocab_size, D)  # tied: also the output head
         self.qkv = matrix(L, sum(self.qkv_sizes), D)
         self.o = matrix(L, D, D)
         self.up = matrix(L, M, D)
         self.down = matrix(L, D, M)
         self.q_gain = nn.Parameter(torch.full((L, H), cfg.qk_gain))
         self.attn_gate = nn.Parameter(torch.zeros(L, H, cfg.gate_dims))
-        self.x0_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], 1))   # of the stream, of the first embedding
+        self.x0_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], 1))  # of the stream, of x0
         self.attn_scale = nn.Parameter(torch.ones(L, D))
         self.mlp_scale = nn.Parameter(torch.ones(L, D))
         self.skip_scale = nn.Parameter(torch.ones(n_skip, D))
@@ -300,15 +308,15 @@ class GPT(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.005)
         for W in (part for bank in (*self.qkv.split(self.qkv_sizes, 1), self.up) for part in bank):
             nn.init.orthogonal_(W)
-        self.o.zero_()                                                     # every block starts as the identity
+        self.o.zero_()  # every block starts as the identity
         self.down.zero_()
 
-    def forward(self, tokens: Tensor, seg: Segments, looped: bool = True, linear=plain_linear, attend=None, prev=None) -> Tensor:
+    def forward(self, tokens, seg: Segments, looped=True, linear=plain_linear, attend=None, prev=None) -> Tensor:
         """tokens (N,) int -> hidden (N, D) after the last norm, in self.dtype; logits() makes it logits.
 
-        linear(x, W, name, layer, visit) computes every matrix product. attend(q, k, v, seg, visit) replaces attention and
-        prev (N,) int names the token before each one where it is not in the row: both for callers that cache keys and values
-        (then only seg.pos is read).
+        linear(x, W, name, layer, visit) computes every matrix product. For callers that cache keys and values,
+        attend(q, k, v, seg, visit) replaces attention and prev (N,) int names the token before each one; then only
+        seg.pos is read.
         """
         cfg, dtype = self.cfg, self.dtype
         attend = attend or (lambda q, k, v, seg, visit: self.attend(q, k, v, seg))
@@ -318,11 +326,11 @@ class GPT(nn.Module):
 
         # Rotary angles from the position in the segment, once for all blocks; fp32 until the cast.
         freqs = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, device=tokens.device) / cfg.rope_dims)
-        angle = seg.pos[:, None, None] * freqs                             # (N, 1, rope_dims / 2)
+        angle = seg.pos[:, None, None] * freqs  # (N, 1, rope_dims / 2)
         cos, sin = cast(angle.cos()), cast(angle.sin())
 
-        # SmearGate: each token takes some of the one before it, never across a segment's start (#1667, mask #1851; -0.0005).
-        x = cast(self.embed(tokens))                                       # (N, D)
+        # SmearGate: each token takes some of the one before it, never across a segment's start (#1667, #1851; -0.0005).
+        x = cast(self.embed(tokens))  # (N, D)
         before = cast(self.embed(prev)) if prev is not None else F.pad(x, (0, 0, 1, 0))[:-1]
         open_gate = (x[:, :cfg.gate_dims] * cast(self.smear_gate)).sum(-1).sigmoid() * (seg.pos > 0)
         x = x + (cast(self.smear_scale) * open_gate)[:, None] * before
@@ -332,17 +340,18 @@ class GPT(nn.Module):
         n_encoder = len(order) // 2
         skips, lane = [], None
         for visit, i in enumerate(order):
-            if visit >= n_encoder and skips:                               # U-Net: the decoder takes back the encoder's outputs
+            if i >= cfg.two_lane_from and lane is None:
+                lane = x  # before the skip, which joins lane 0 only
+            if visit >= n_encoder and skips:  # U-Net: the decoder takes back the encoder's outputs
                 j = visit - n_encoder
                 x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])
-            depth = (i + 1) ** -0.5                                        # deeper blocks read a smaller norm (public: -0.002 with partial RoPE)
+            depth = (i + 1) ** -0.5  # deeper blocks read a smaller norm (public: -0.002 with partial RoPE)
             u = x0_mix[i, 0] * x + x0_mix[i, 1] * x0
             a = attn_scale[i] * self.attention(norm(u) * depth, i, visit, cos, sin, seg, linear, attend)
             if i < cfg.two_lane_from:
                 x = u + a
                 x = x + mlp_scale[i] * self.mlp(norm(x) * depth, i, visit, linear)
-            else:                                                          # attention and MLP side by side (#1529: -0.004)
-                lane = x if lane is None else lane
+            else:  # attention and MLP side by side (#1529: -0.004)
                 m = mlp_scale[i] * self.mlp(norm(lane) * depth, i, visit, linear)
                 keep0, keep1, a0, a1, m0, m1 = lanes[i - cfg.two_lane_from].unbind()
                 x, lane = keep0 * x + a0 * a + m0 * m, keep1 * lane + a1 * a + m1 * m
@@ -356,13 +365,13 @@ class GPT(nn.Module):
         q, k, v = linear(n, self.qkv[i], "qkv", i, visit).split(self.qkv_sizes, -1)
         q, k, v = q.view(N, -1, d), k.view(N, -1, d), v.view(N, -1, d)
         q, k = rotate(norm(q), cos, sin) * self.q_gain[i].to(n.dtype)[:, None], rotate(norm(k), cos, sin)
-        y = attend(q, k, v, seg, visit)                                    # (N, H, d)
+        y = attend(q, k, v, seg, visit)  # (N, H, d)
         # XSA (#265): take out of each head what lies along the token's own value.
-        own = F.normalize(v, dim=-1)[:, :, None]                           # (N, K, 1, d)
+        own = F.normalize(v, dim=-1)[:, :, None]  # (N, K, 1, d)
         y = y.view(N, cfg.n_kv_head, -1, d)
         y = y - (y * own).sum(-1, keepdim=True) * own
         # Sparse attention gate: each head opened by a few input dimensions (#1787).
-        gate = torch.sigmoid(0.5 * F.linear(n[:, :cfg.gate_dims], self.attn_gate[i].to(n.dtype)))       # (N, H)
+        gate = torch.sigmoid(0.5 * F.linear(n[:, :cfg.gate_dims], self.attn_gate[i].to(n.dtype)))  # (N, H)
         y = y.reshape(N, cfg.n_head, d) * gate[:, :, None]
         return linear(y.reshape(N, -1), self.o[i], "o", i, visit)
 
@@ -392,11 +401,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
 
 
-def count_flops(cfg: Config, looped: bool, seq_len: int) -> float:
-    """Model FLOPs per trained token (forward and backward): 6 per weight used, and causal attention at a mean context of seq_len / 2."""
-    D, kv = cfg.n_embd, cfg.n_kv_head * cfg.n_embd // cfg.n_head
-    per_block = (2 * D + 2 * kv) * D + 2 * D * cfg.mlp_dim
-    return len(block_order(cfg, looped)) * (6 * per_block + 12 * D * seq_len / 2) + 6 * cfg.vocab_size * D
+def count_flops(cfg: Config, looped: bool) -> float:
+    """Model FLOPs per trained token: 6 per weight of each matrix product, forward and backward; attention left out."""
+    kv = cfg.n_kv_head * cfg.n_embd // cfg.n_head
+    per_block = (2 * cfg.n_embd + 2 * kv + 2 * cfg.mlp_dim) * cfg.n_embd
+    return 6 * (len(block_order(cfg, looped)) * per_block + cfg.vocab_size * cfg.n_embd)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,7 +424,7 @@ def triton_kernels():
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
         # acc = A (M, K) @ B (N, K)^T. Forward: pre = acc, out = lrelu2(acc). Backward: out = acc * lrelu2'(pre).
         pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
-        group = pid // (GROUP * tiles_n)                                   # tiles in groups of rows, so that B stays in L2
+        group = pid // (GROUP * tiles_n)  # tiles in groups of rows, so that B stays in L2
         rows = min(tiles_m - group * GROUP, GROUP)
         tile_m, tile_n = group * GROUP + pid % (GROUP * tiles_n) % rows, pid % (GROUP * tiles_n) // rows
         m, n, k = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -435,7 +444,7 @@ def triton_kernels():
             tl.store(pre_ptr + at, acc, mask=inside)
             tl.store(out_ptr + at, acc * tl.where(acc > 0, acc, 0.25 * acc), mask=inside)
 
-    # Softcap by a sigmoid: cap * tanh(x / cap) = 2 cap * sigmoid(2 x / cap) - cap, and the constant drops out of softmax.
+    # Softcap by a sigmoid: cap * tanh(x / cap) = 2 cap * sigmoid(2 x / cap) - cap; the constant drops out of softmax.
     # The capped logit lies in [0, 2 cap], so 2 cap serves as the maximum and one pass suffices.
     @triton.jit
     def ce_forward(x_ptr, target_ptr, loss_ptr, lse_ptr, V, cap, BV: tl.constexpr):
@@ -467,11 +476,11 @@ def triton_kernels():
 
 
 def up_matmul(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, backward: bool) -> None:
-    """a (M, K), b (N, K) of any strides -> writes out (M, N), and pre when forward; all of one dtype, a, pre, out contiguous."""
+    """a (M, K), b (N, K) of any strides -> writes out (M, N) and, when forward, pre. a, pre, out contiguous."""
     (M, K), N = a.shape, b.size(0)
-    BM, BN, BK = (128, 256, 64) if a.is_cuda else (16, 32, 32)             # the small tile serves the interpreter in tests
+    BM, BN, BK = (128, 256, 64) if a.is_cuda else (16, 32, 32)  # the small tile serves the interpreter in tests
     grid = (-(-M // BM) * -(-N // BN),)
-    triton_kernels()[0][grid](a, b, pre, out, M, N, K, b.stride(0), b.stride(1), BACKWARD=backward, BM=BM, BN=BN, BK=BK, GROUP=8,
+    triton_kernels()[0][grid](a, b, pre, out, M, N, K, *b.stride(), BACKWARD=backward, BM=BM, BN=BN, BK=BK, GROUP=8,
                               num_warps=8, num_stages=3)
 
 
@@ -533,7 +542,7 @@ softcap_ce_backward.register_fake(lambda x, targets, lse, grad, cap: torch.empty
 
 
 class FusedCE(torch.autograd.Function):
-    """x (N, V) raw logits, targets (N,), cap -> nats (N,) float32: one read forward, one read and one write backward."""
+    """x (N, V) raw logits, targets (N,), cap -> nats (N,) float32: one read forward, a read and a write backward."""
 
     @staticmethod
     def forward(ctx, x, targets, cap):
@@ -547,43 +556,45 @@ class FusedCE(torch.autograd.Function):
         return softcap_ce_backward(*ctx.saved_tensors, grad, ctx.cap), None, None
 
 
-def pick_kernels(cfg: Config, device: torch.device, dtype: torch.dtype, log) -> dict:
-    """-> {"fused_mlp": ..., "fused_ce": ...} for GPT: the fused kernel where it runs, agrees and is faster than the compiled
-    reference on one row of the real size, else None. Each decision is logged with its times."""
+def pick_kernels(cfg: Config, device: torch.device, dtype: torch.dtype, log, agree) -> dict:
+    """-> {"fused_mlp": f, "fused_ce": f} for GPT: the fused kernel where on all ranks it runs, agrees with the compiled
+    reference and is faster than it on one row of the real size, else None. Every decision is logged with its times."""
     chosen = {"fused_mlp": None, "fused_ce": None}
     if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
         return chosen
-    generator = torch.Generator(device).manual_seed(0)
-    rand = lambda *shape: torch.randn(*shape, generator=generator, device=device, dtype=dtype).requires_grad_()
-    N, D, M, V = cfg.row_tokens, cfg.n_embd, cfg.mlp_dim, cfg.vocab_size
-    targets = torch.randint(V, (N,), generator=generator, device=device)
-    reference_mlp = lambda x, up, down: F.linear(lrelu2(F.linear(x, up)), down)
-    reference_ce = lambda z: F.cross_entropy(cfg.softcap * torch.tanh(z.float() / cfg.softcap), targets, reduction="none")
-    trials = {"fused_mlp": (FusedMLP.apply, FusedMLP.apply, reference_mlp, lambda: (rand(N, D), rand(M, D), rand(D, M))),
-              "fused_ce": (FusedCE.apply, lambda z: FusedCE.apply(z, targets, cfg.softcap), reference_ce, lambda: (rand(N, V),))}
-    for name, (kernel, fused, reference, make_args) in trials.items():
+    rand = lambda *shape: torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
+    N, D, M, V, cap = cfg.row_tokens, cfg.n_embd, cfg.mlp_dim, cfg.vocab_size, cfg.softcap
+    targets = torch.randint(V, (N,), device=device)
+
+    def trial(fn, args):
+        """-> median ms of forward and backward, and their results."""
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(9)]
+        for start, end in events:
+            start.record()
+            out = fn(*args)
+            grads = torch.autograd.grad(out.float().sum(), args)
+            end.record()
+        torch.cuda.synchronize(device)
+        return sorted(start.elapsed_time(end) for start, end in events)[4], (out.detach(), *grads)
+
+    for name, kernel, fused, reference, shapes in (
+        ("fused_mlp", FusedMLP.apply, FusedMLP.apply,
+         lambda x, up, down: F.linear(lrelu2(F.linear(x, up)), down), [(N, D), (M, D), (D, M)]),
+        ("fused_ce", FusedCE.apply, lambda z: FusedCE.apply(z, targets, cap),
+         lambda z: F.cross_entropy(cap * torch.tanh(z.float() / cap), targets, reduction="none"), [(N, V)]),
+    ):
         try:
-            args = make_args()
-            results = {}
-            for which, fn in (("reference", torch.compile(reference, dynamic=False)), ("fused", fused)):
-                events = []
-                for _ in range(8):
-                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    start.record()
-                    out = fn(*args)
-                    grads = torch.autograd.grad(out.float().sum(), args)
-                    end.record()
-                    events.append((start, end))
-                torch.cuda.synchronize(device)
-                results[which] = (sorted(a.elapsed_time(b) for a, b in events)[3], (out.detach(), *grads))
-            error = max(((a.float() - b.float()).norm() / b.float().norm()).item()
-                        for a, b in zip(results["fused"][1], results["reference"][1]))
-            slow, fast = results["reference"][0], results["fused"][0]
-            use = fast < slow and error < 1e-2
-            log(f"kernel:{name} fused_ms:{fast:.3f} reference_ms:{slow:.3f} error:{error:.1e} use:{'fused' if use else 'reference'}")
-            chosen[name] = kernel if use else None
-        except Exception as e:                                             # a missing compiler or Triton is no reason to stop
-            log(f"kernel:{name} use:reference because {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+            args = [rand(*shape) for shape in shapes]
+            slow, expect = trial(torch.compile(reference, dynamic=False), args)
+            fast, result = trial(fused, args)
+            error = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(result, expect))
+            worse = not (fast < slow and error < 1e-2)
+            log(f"kernel:{name} fused_ms:{fast:.3f} reference_ms:{slow:.3f} error:{error:.1e}")
+        except Exception as e:  # no Triton or no compiler is no reason to stop
+            worse = True
+            log(f"kernel:{name} {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+        chosen[name] = None if agree([float(worse)])[0] else kernel
+        log(f"kernel:{name} use:{'fused' if chosen[name] else 'reference'}")
     return chosen
 
 
@@ -600,11 +611,11 @@ POLAR_EXPRESS = [(8.156554524902461, -22.48329292557795, 15.878769915207462),
 
 
 def orthogonalize(G: Tensor) -> Tensor:
-    """G (n, rows, cols) -> the nearest semi-orthogonal matrices, times sqrt(max(1, rows / cols)): singular values within
-    0.86 .. 1.14 of it for those above 1e-3 of the norm. Rows are first scaled to one length (MuonEq-R, arXiv 2603.28254)."""
+    """G (n, rows, cols) -> the nearest semi-orthogonal matrices times sqrt(max(1, rows / cols)); singular values above
+    1e-3 of the norm land within 0.86 .. 1.14. Rows are first scaled to one length (MuonEq-R, arXiv 2603.28254)."""
     X = G / G.norm(dim=-1, keepdim=True).clamp(min=1e-7)
     tall = X.size(-2) > X.size(-1)
-    X = X.mT if tall else X                                                # the products are on the short side
+    X = X.mT if tall else X  # the products are on the short side
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
@@ -614,15 +625,16 @@ def orthogonalize(G: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Muon (Keller Jordan) for the banks of matrices; AdamW for the embedding and all small parameters in one flat vector."""
+    """Muon (Keller Jordan) for the banks of matrices; AdamW for embedding and small parameters in one flat vector."""
 
     def __init__(self, model: GPT, cfg: Config, rank: int, world_size: int):
         self.cfg, self.rank, self.world_size = cfg, rank, world_size
         named = dict(model.named_parameters())
         self.params = list(named.values())
-        # The first split is by role: each of q, k, v is orthogonalised by itself.
-        self.banks = [(named.pop(name), model.qkv_sizes if name == "qkv" else [-1]) for name in ("down", "up", "qkv", "o")]
-        self.adam = list(named.values())                                   # whatever is no bank: no parameter is left out
+        # Largest first. The stacked q, k, v are orthogonalised one by one: these are their rows.
+        self.banks = [(named.pop(name), model.qkv_sizes if name == "qkv" else None)
+                      for name in ("down", "up", "qkv", "o")]
+        self.adam = list(named.values())  # whatever is no bank: no parameter is left out
         assert all(p.ndim == 3 for p, _ in self.banks) and len(self.banks) + len(self.adam) == len(self.params)
         device = self.params[0].device
         self.comm_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -653,14 +665,14 @@ class Optimizer:
     def step(self, loss: Tensor, lr: float, momentum: float) -> Tensor:
         """One update from the gradients of this rank's part of the loss, which sum to those of the whole batch.
 
-        lr: schedule value in [0, 1]; momentum: Muon's. -> (2,) float32 on the device: the batch's loss, the gradient's norm.
+        lr: of the schedule, in [0, 1]; momentum: Muon's. -> (2,) float32 on the device: batch loss, gradient norm.
         """
         cfg, W = self.cfg, self.world_size
-        reduced = []                                                       # (share of the gradient, handle): all in flight at once
+        reduced = []  # (share of the gradient, handle): all in flight at once
         for p, _ in self.banks:
             g = F.pad(p.grad, (0, 0, 0, 0, 0, -p.size(0) % W)).to(self.comm_dtype)
             reduced.append(reduce_scatter(g, W))
-        reduced.append(reduce_scatter(self.flat([p.grad for p in self.adam]), W))
+        reduced.append(reduce_scatter(self.flat([p.grad if p.numel() else p for p in self.adam]), W))
         grads = []
         for share, handle in reduced:
             handle and handle.wait()
@@ -677,16 +689,15 @@ class Optimizer:
         for (p, parts), m, g in zip(self.banks, self.momenta, grads):
             m.mul_(momentum).add_(g * clip)
             nesterov = (g * clip + momentum * m).to(self.comm_dtype)
-            parts = [nesterov.size(1)] if parts == [-1] else parts
-            update = torch.cat([orthogonalize(u) for u in nesterov.split(parts, 1)], 1)
+            update = torch.cat([orthogonalize(u) for u in nesterov.split(parts or nesterov.size(1), 1)], 1)
             gathered.append(all_gather(update, W))
         # AdamW on this rank's share of the flat vector, meanwhile.
         g, m, v = grads[-1] * clip, self.adam_m, self.adam_v
         m.lerp_(g, 1 - cfg.adam_beta1)
         v.lerp_(g.square(), 1 - cfg.adam_beta2)
-        debias = math.sqrt(1 - cfg.adam_beta2 ** self.t) / (1 - cfg.adam_beta1 ** self.t)
         w = self.flat(self.adam)[self.rank * self.adam_size:][:self.adam_size]
-        w = w * (1 - lr * self.adam_lr * self.adam_wd) - lr * debias * self.adam_lr * m / (v.sqrt() + 1e-8)
+        mean, square = m / (1 - cfg.adam_beta1 ** self.t), v / (1 - cfg.adam_beta2 ** self.t)
+        w = w - lr * self.adam_lr * (mean / (square.sqrt() + 1e-8) + self.adam_wd * w)
         flat, flat_handle = all_gather(w, W)
         for (p, _), (update, handle) in zip(self.banks, gathered):
             handle and handle.wait()
@@ -720,7 +731,7 @@ def all_gather(x: Tensor, world_size: int):
 
 
 class Dataset:
-    """A prepared dataset: meta (dict), tokenizer (or None for random tokens), train and val shards as functions of an index."""
+    """A prepared dataset: meta (dict), tokenizer (None for random tokens), functions that read train shards and val."""
 
     def __init__(self, cfg: Config, rank: int = 0, world_size: int = 1):
         """Checks everything that a run relies on before it starts: files against meta.json, and this rank's part of the
@@ -737,7 +748,7 @@ class Dataset:
         self.tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
         vocab, self.boundary = self.meta["vocab_size"], self.tokenizer.boundary
         if cfg.vocab_size not in (0, vocab):
-            raise BadInput(f"--vocab_size={cfg.vocab_size} but {folder} has {vocab} tokens: leave it 0 to follow the dataset")
+            raise BadInput(f"--vocab_size={cfg.vocab_size}, but {folder} has {vocab}: leave it 0 to follow the dataset")
         train = sorted(folder.glob("train_*.bin"))
         val = sorted(folder.glob("val_*.bin"))
         if not train or not val:
@@ -766,8 +777,9 @@ class Loader:
     """
 
     def __init__(self, data: Dataset, cfg: Config, rank: int, world_size: int, device: torch.device, padded: bool):
-        self.data, self.cfg, self.rank, self.world_size, self.device, self.padded = data, cfg, rank, world_size, device, padded
-        self.ready = queue.Queue(maxsize=4)
+        self.data, self.cfg, self.rank, self.world_size = data, cfg, rank, world_size
+        self.device, self.padded = device, padded
+        self.ready = queue.Queue(maxsize=16)
         threading.Thread(target=self.read_ahead, daemon=True).start()
 
     def rows(self):
@@ -783,8 +795,8 @@ class Loader:
                 ends = np.append(starts[1:], len(tokens))
                 order = rng.permutation(len(starts))
                 starts, ends = starts[order], ends[order]
-                stop = np.cumsum(ends - starts)                            # where each document ends in the shuffled shard
-                for a in range(0, int(stop[-1]) - n, n):                   # the tail that fills no row is left out
+                stop = np.cumsum(ends - starts)  # where each document ends in the shuffled shard
+                for a in range(0, int(stop[-1]) - n, n):  # the tail that fills no row is left out
                     if index % self.world_size == self.rank:
                         i, j = np.searchsorted(stop, [a, a + n], side="right")
                         row = np.concatenate([tokens[starts[d]:ends[d]] for d in range(i, j + 1)])
@@ -799,7 +811,7 @@ class Loader:
         try:
             for row in self.rows():
                 self.ready.put((torch.from_numpy(row.astype(np.int32)), np.flatnonzero(row[:-1] == self.data.boundary)))
-        except BaseException as e:                                         # handed to the training loop
+        except BaseException as e:  # handed to the training loop
             self.ready.put(e)
 
     def next(self, seq_len: int):
@@ -811,12 +823,12 @@ class Loader:
         if self.device.type == "cuda":
             row = row.pin_memory()
         row = row.to(self.device, non_blocking=True).long()
-        seg = make_segments(starts, len(row) - 1, seq_len, self.device, self.padded, self.cfg.seq_len)
+        seg = make_segments(starts, len(row) - 1, seq_len, self.device, self.padded)
         return row[:-1], row[1:], seg
 
 
 class Validation:
-    """The validation documents in order: bits per byte over whole documents, each target once, context up to seq_len."""
+    """Bits per byte over whole validation documents in order, each target once, with a context of up to seq_len."""
 
     def __init__(self, data: Dataset, cfg: Config, rank: int, world_size: int, device: torch.device, padded: bool):
         tokens = data.val()
@@ -826,7 +838,7 @@ class Validation:
             edges = edges[:max(2, int(np.searchsorted(edges, cfg.val_tokens, side="right")))]
         self.n_docs, self.n_tokens = len(edges) - 1, int(edges[-1])
         self.n_bytes = self.count_bytes(data, tokens[:self.n_tokens])
-        # Each document's last target is the boundary of the next; rows are filled up with boundaries, which do not count.
+        # A document's last target is the boundary of the next; rows are filled up with boundaries, which do not count.
         row = cfg.row_tokens
         n_rows = -(-self.n_tokens // row)
         padded_tokens = np.full(n_rows * row + 1, data.boundary, np.int64)
@@ -834,7 +846,8 @@ class Validation:
         self.rows = []
         for r in range(rank, n_rows, world_size):
             x = padded_tokens[r * row:(r + 1) * row + 1]
-            self.rows.append((torch.from_numpy(x), np.flatnonzero(x[:-1] == data.boundary), min(row, self.n_tokens - r * row)))
+            n = min(row, self.n_tokens - r * row)
+            self.rows.append((torch.from_numpy(x), np.flatnonzero(x[:n] == data.boundary), n))
         self.cfg, self.world_size, self.device, self.padded = cfg, world_size, device, padded
 
     @staticmethod
@@ -846,13 +859,13 @@ class Validation:
         return sum(len(data.tokenizer.decode(doc[1:]).encode()) for doc in docs)
 
     @torch.no_grad()
-    def __call__(self, losses) -> tuple[float, float]:
+    def __call__(self, losses, looped: bool) -> tuple[float, float]:
         """losses(tokens, targets, seg, looped) as GPT.losses -> (nats per token, bits per byte)."""
         nats = torch.zeros((), dtype=torch.float64)
         for x, starts, n in self.rows:
             x = x.to(self.device)
-            seg = make_segments(starts, len(x) - 1, self.cfg.seq_len, self.device, self.padded, self.cfg.seq_len)
-            nats += losses(x[:-1], x[1:], seg, True)[:n].cpu().double().sum()
+            seg = make_segments(starts, len(x) - 1, self.cfg.seq_len, self.device, self.padded)
+            nats += losses(x[:-1], x[1:], seg, looped)[:n].cpu().double().sum()
         if self.world_size > 1:
             nats = nats.to(self.device)
             dist.all_reduce(nats)
@@ -865,8 +878,8 @@ class Validation:
 
 
 def lr_at(cfg: Config, progress: float) -> float:
-    """1, then down in a line over the cooldown to lr_floor."""
-    return min(1.0, cfg.lr_floor + (1 - cfg.lr_floor) * (1 - progress) / cfg.cooldown)
+    """1, then a line to 0 over the cooldown, never below lr_floor (#1787)."""
+    return min(1.0, max(cfg.lr_floor, (1 - progress) / cfg.cooldown))
 
 
 def momentum_at(cfg: Config, progress: float) -> float:
@@ -887,18 +900,19 @@ def looped_at(cfg: Config, progress: float) -> bool:
 
 
 def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed: int) -> dict[str, Tensor]:
-    """Sums over this rank's n_chunks * chunk_tokens training tokens, with labels sampled from the model (the true Fisher):
+    """Sums over n_chunks * chunk_tokens training tokens, with labels sampled from the model (the true Fisher) ->
 
-    bank.H (L, in, in) = sum x x^T and bank.g (L, out) = sum (dL/dy)^2 for every matrix y = W x, all visits of a looped block
-    added; for the tied embedding embed.H (D, D) and embed.g (V,) as the head, embed.S (D, D) = sum of (dL/dx)(dL/dx)^T as the
-    input; tokens (1,). embed.g is exact: sum of p (1 - p) times the softcap's slope squared.
+    bank.H (L, in, in) of x x^T and bank.g (L, out) of (dL/dy)^2 for each y = W x, over all visits of a looped block;
+    for the tied embedding embed.H (D, D) and embed.g (V,) as the head, embed.S (D, D) of (dL/dx)(dL/dx)^T as the input;
+    tokens (1,). embed.g is exact: p (1 - p) times the softcap's slope squared.
     """
     device, cap = model.embed.weight.device, model.cfg.softcap
-    stats = {f"{name}.{s}": torch.zeros(bank.size(0), *([bank.size(2)] * 2 if s == "H" else [bank.size(1)]), device=device)
-             for name in model.MATRICES for bank in [getattr(model, name)] for s in "Hg"}
-    D, V = model.cfg.n_embd, model.cfg.vocab_size
-    stats |= {"embed.H": torch.zeros(D, D, device=device), "embed.S": torch.zeros(D, D, device=device),
-              "embed.g": torch.zeros(V, device=device), "tokens": torch.zeros(1, device=device)}
+    V, D = model.embed.weight.shape
+    shapes = {"embed.H": (D, D), "embed.S": (D, D), "embed.g": (V,), "tokens": (1,)}
+    for name in model.MATRICES:
+        layers, rows, cols = getattr(model, name).shape
+        shapes |= {f"{name}.H": (layers, cols, cols), f"{name}.g": (layers, rows)}
+    stats = {key: torch.zeros(shape, device=device) for key, shape in shapes.items()}
     generator = torch.Generator(device).manual_seed(seed)
 
     def outer(key, x, index=...):
@@ -917,13 +931,13 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
     def tap_embedding(module, inputs, x):
         x.requires_grad_().register_hook(lambda g: outer("embed.S", g))
 
-    model.requires_grad_(False)                                            # only activations need gradients here
+    model.requires_grad_(False)  # only activations need gradients here
     hook = model.embed.register_forward_hook(tap_embedding)
     for _ in range(n_chunks):
         tokens, _, seg = loader.next(model.cfg.seq_len)
         if chunk_tokens < len(tokens):
             tokens, starts = tokens[:chunk_tokens], (seg.pos[:chunk_tokens] == 0).nonzero()[:, 0].cpu().numpy()
-            seg = make_segments(starts, chunk_tokens, model.cfg.seq_len, device, seg.pad is not None, model.cfg.seq_len)
+            seg = make_segments(starts, chunk_tokens, model.cfg.seq_len, device, seg.pad is not None)
         hidden = model(tokens, seg, True, tap)
         outer("embed.H", hidden)
         logits = model.logits(hidden)
@@ -939,7 +953,7 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
 
 
 def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: dict, run: dict) -> None:
-    buffer = io.BytesIO()                                                  # a full disk must fail in write(), not in torch.save
+    buffer = io.BytesIO()  # a full disk must fail in write(), not in torch.save
     torch.save({"config": asdict(cfg), "weights": {k: v.detach().cpu() for k, v in model.state_dict().items()},
                 "stats": {k: v.cpu() for k, v in stats.items()}, "run": run,
                 "tokenizer": data.tokenizer.blob.decode() if data.tokenizer else ""}, buffer)
@@ -948,10 +962,9 @@ def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: d
 
 
 def load_checkpoint(path: Path) -> dict:
-    """checkpoint.pt -> {"config": Config, "weights" {name: float32}, "stats" {name: float32} or {}, "run", "tokenizer"}.
+    """checkpoint.pt -> {"config": Config, "weights" {name: float32}, "stats" (as weights, or {}), "run", "tokenizer"}.
 
-    The file may come from anywhere: checksums of every part first, tensors and plain values only, shapes as the config says.
-    Raises BadInput.
+    The file may come from anywhere: checksums first, tensors and plain values only, shapes as configured. BadInput.
     """
     if not Path(path).is_file():
         raise BadInput(f"{path} does not exist: train first, python train_gpt.py")
@@ -967,14 +980,14 @@ def load_checkpoint(path: Path) -> dict:
         if {k: v.shape for k, v in saved["weights"].items()} != expected:
             raise ValueError("the weights are not those that the config describes")
         return {**{k: saved[k] for k in ("weights", "stats", "run", "tokenizer")}, "config": cfg}
-    except Exception as e:                                                 # torch.load has no single error for bad bytes
+    except Exception as e:  # torch.load has no single error for bad bytes
         raise BadInput(f"{path} is not a whole checkpoint: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
 
 
 def config_from(values: dict) -> Config:
     """A dict from a file -> Config, every field present, typed and possible. Raises BadInput."""
     kinds = {f.name: f.type for f in fields(Config)}
-    if not isinstance(values, dict) or set(values) != set(kinds) or any(type(values[k]) is not t for k, t in kinds.items()):
+    if not isinstance(values, dict) or {k: type(v) for k, v in values.items()} != kinds:
         raise BadInput("the config has other fields or types than this train_gpt.py")
     cfg = Config(**values)
     check_config(cfg)
@@ -1017,17 +1030,17 @@ class Log:
             return
         if numbers:
             self.record(**numbers)
-            show = {k: f"{v:.{4 if 'loss' in k or k in ('val_bpb', 'lr', 'mfu') else 1}f}" if isinstance(v, float) else v
-                    for k, v in numbers.items() if k != "kind"}
-            line = " ".join(f"{k}:{v}" for k, v in show.items())
+            digits = {"progress": 2, "step_ms": 1, "train_seconds": 1, "eta": 0}
+            line = " ".join(f"{k}:{v:.{digits.get(k, 4)}f}" if isinstance(v, float) else f"{k}:{v}"
+                            for k, v in numbers.items() if k != "kind")
         self.redraw("")
         print(line, flush=True)
         print(line, file=self.text, flush=True)
 
     def record(self, **values) -> None:
         """A line of metrics.jsonl; what is not finite becomes null."""
-        print(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}),
-              file=self.json, flush=True)
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        print(json.dumps(values), file=self.json, flush=True)
 
     def redraw(self, line: str) -> None:
         """The one line that moves, on a terminal only."""
@@ -1036,40 +1049,43 @@ class Log:
             sys.stderr.flush()
 
 
-@contextmanager
-def averaged(params: list[Tensor], ema: list[Tensor]):
-    """Inside, the model has its averaged weights."""
-    with torch.no_grad():
-        raw = [p.clone() for p in params]
-        torch._foreach_copy_(params, ema)
-        yield
-        torch._foreach_copy_(params, raw)
-
-
 def open_run(cfg: Config, preset: str) -> Path:
     """Make runs/<run>/ with the sources as run, and point runs/latest at it. Refuses a folder that exists."""
     name = cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}"
     folder = Path("runs") / name
     try:
         folder.mkdir(parents=True)
-    except FileExistsError:
-        raise BadInput(f"--run={name}: {folder} exists; nothing is overwritten, choose another name") from None
-    for file in SOURCES:
-        if (ROOT / file).exists():
+        for file in SOURCES:
             (folder / "source" / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, folder / "source" / file)
-    link = Path("runs") / f".latest{os.getpid()}"
-    link.symlink_to(name, target_is_directory=True)
-    os.replace(link, Path("runs") / "latest")
+        link = Path("runs") / f".latest{os.getpid()}"
+        link.symlink_to(name, target_is_directory=True)
+        os.replace(link, Path("runs") / "latest")
+    except FileExistsError:
+        raise BadInput(f"--run={name}: {folder} exists; nothing is overwritten, choose another name") from None
+    except OSError as e:
+        raise BadInput(f"--run={name}: {e.filename}: {e.strerror}") from None
     return folder
 
 
 def environment(device: torch.device, world_size: int) -> dict:
     """What the numbers were made on."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return {"device": f"{world_size} x {gpu or device.type}", "cpu": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-            "python": platform.python_version(), "torch": str(torch.__version__), "cuda": torch.version.cuda or "",
-            "numpy": np.__version__, "os": platform.system(), "threads": torch.get_num_threads()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": f"{world_size} x {name}", "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
+            "os": platform.system(), "python": platform.python_version(), "torch": str(torch.__version__),
+            "cuda": torch.version.cuda or "", "numpy": np.__version__, "threads": torch.get_num_threads()}
+
+
+def read_curve(path: str) -> list[tuple[float, float]]:
+    """runs/<run> -> [(progress, val_bpb)] of its validations, in order."""
+    try:
+        lines = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
+        curve = [(float(x["progress"]), float(x["val_bpb"])) for x in lines if x["kind"] == "val"]
+    except (OSError, ValueError, KeyError, TypeError):
+        curve = []
+    if not curve:
+        raise BadInput(f"--compare_to={path} has no metrics.jsonl with validations")
+    return curve
 
 
 def behind(curve: list[tuple[float, float]], progress: float, val_bpb: float, margin: float) -> bool:
@@ -1078,48 +1094,32 @@ def behind(curve: list[tuple[float, float]], progress: float, val_bpb: float, ma
     return at[0] <= progress and val_bpb > np.interp(progress, at, bpb) + margin
 
 
-def read_curve(path: str) -> list[tuple[float, float]]:
-    """runs/<run> -> [(progress, val_bpb)] of its validations, in order."""
-    try:
-        lines = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
-        curve = [(float(x["progress"]), float(x["val_bpb"])) for x in lines if x.get("kind") == "val" and x.get("val_bpb")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        curve = []
-    if not curve:
-        raise BadInput(f"--compare_to={path} has no metrics.jsonl with validations")
-    return curve
-
-
 class Stopped(Exception):
-    """Training cannot go on. code: the process's exit code; reason: for crash.json and the user."""
-
-    def __init__(self, code: int, reason: str):
-        super().__init__(reason)
-        self.code = code
+    """Training cannot go on: Stopped(reason, exit code)."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    # ---- setup
     preset, cfg = parse_config(sys.argv[1:] if argv is None else argv)
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    n_rows = cfg.batch_tokens // cfg.row_tokens
-    if n_rows % world_size:
-        raise BadInput(f"--batch_tokens={cfg.batch_tokens} is {n_rows} rows of --row_tokens={cfg.row_tokens}, which {world_size} "
-                       f"ranks cannot share: use --row_tokens={cfg.batch_tokens // world_size} or less")
-    kind = cfg.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
+    rank, local_rank, world_size = (int(os.environ.get(k, v)) for k, v in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if cfg.batch_tokens // cfg.row_tokens % world_size:
+        raise BadInput(f"--batch_tokens={cfg.batch_tokens} is {cfg.batch_tokens // cfg.row_tokens} rows of "
+                       f"--row_tokens={cfg.row_tokens}, which {world_size} ranks cannot share evenly")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = cfg.device or next(k for k in there if there[k])
+    if not there[kind]:
         raise BadInput(f"--device={kind}: this machine or this build of torch has none")
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     curve = read_curve(cfg.compare_to) if cfg.compare_to else []
+    control = None
     if kind == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch 2.13 renames the collectives that 2.11 has
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
-    control = dist.new_group(backend="gloo") if world_size > 1 else None   # small talk between the CPUs: no GPU waits for it
-    if cfg.data == "demo" and not (ROOT / "data/demo/meta.json").exists() and rank == 0:
-        if subprocess.run([sys.executable, str(ROOT / "data/prepare.py"), "demo"]).returncode:
-            raise BadInput("--data=demo: data/prepare.py demo failed")
+        control = dist.new_group(backend="gloo")  # small talk between the CPUs: no GPU waits for it
+    if cfg.data == "demo" and rank == 0 and not (ROOT / "data/demo/meta.json").exists():
+        subprocess.run([sys.executable, str(ROOT / "data/prepare.py"), "demo"])  # should it fail, Dataset() stops us
     if world_size > 1:
         dist.barrier(control)
     data = Dataset(cfg, rank, world_size)
@@ -1129,14 +1129,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return train(cfg, preset, data, curve, folder, log, device, rank, world_size, control)
     except (Exception, KeyboardInterrupt) as e:
+        reason, code = e.args if isinstance(e, Stopped) else (f"{type(e).__name__}: {e}", 1)
         if rank == 0:
-            log.redraw("")
-            reason = str(e) or type(e).__name__
             with atomic_write(folder / "crash.json", "w") as f:
-                json.dump({"reason": reason, "type": type(e).__name__, "exit_code": getattr(e, "code", 1)}, f)
+                json.dump({"reason": reason, "exit_code": code}, f)
             log(f"stopped: {reason} (see {folder}/crash.json)")
         if isinstance(e, Stopped):
-            return e.code
+            return code
         raise
     finally:
         if world_size > 1:
@@ -1144,89 +1143,92 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(cfg, preset, data, curve, folder, log, device, rank, world_size, control) -> int:
-    """One run, from initial weights to the saved checkpoint. -> exit code 0, or raises Stopped. curve: of --compare_to."""
+    """One run, from initial weights to the saved checkpoint -> exit code 0, or Stopped. curve: of --compare_to."""
+    # ---- setup
     cuda = device.type == "cuda"
     sync = partial(torch.cuda.synchronize, device) if cuda else lambda: None
     torch.manual_seed(cfg.seed)
     if cuda:
-        torch.set_float32_matmul_precision("high")                         # TF32 for what is not bf16
-    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32     # bf16 on CPU is 15-30x slower
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
+    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32  # CPUs: 15-30x slower in bf16
     env = environment(device, world_size)
-    meta = {k: data.meta[k] for k in ("name", "text_rule", "tokenizer_sha256", "val_docs_sha256", "val_tokens", "val_bytes",
-                                      "train_tokens", "vocab_size") if k in data.meta}
+    peak_flops = next((v for k, v in PEAK_FLOPS.items() if k in env["device"]), 0.0) * world_size
+    dataset = {k: v for k, v in data.meta.items() if k != "files"}
     if rank == 0:
-        start = {"preset": preset, "config": asdict(cfg), "environment": env, "dataset": meta, "source_sha256": {
-            f: hashlib.sha256((ROOT / f).read_bytes()).hexdigest() for f in SOURCES if (ROOT / f).exists()}}
+        start = {"preset": preset, "config": asdict(cfg), "environment": env, "dataset": dataset, "source_sha256": {
+            f: hashlib.sha256((ROOT / f).read_bytes()).hexdigest() for f in SOURCES}}
         log.record(kind="start", **start)
         print("\n".join(f"{k}: {json.dumps(v)}" for k, v in start.items()), file=log.text)
 
     # ---- build
-    attention_name, attend = pick_attention(device, dtype)
-    padded = attention_name == "sdpa"
-    kernels = pick_kernels(cfg, device, dtype, log)
+    agree = partial(largest, control)  # [values] -> the largest of each over the ranks
+    attention, attend = pick_attention(device, dtype)
+    padded = attention == "sdpa"
+    kernels = pick_kernels(cfg, device, dtype, log, agree)
     model = GPT(cfg, attend, dtype, **kernels)
-    model.init_matrices()                                                  # on the CPU: the same weights on any device
+    model.init_matrices()  # on the CPU: the same weights on any device
     model.to(device)
     params = list(model.parameters())
     if world_size > 1:
         for p in params:
             dist.broadcast(p.data, 0)
     optimizer = Optimizer(model, cfg, rank, world_size)
+    compiled = cuda and not padded  # padded shapes change from row to row
+    losses = torch.compile(model.losses, dynamic=False, fullgraph=True) if compiled else model.losses
+    loader = Loader(data, cfg, rank, world_size, device, padded)
     val = Validation(data, cfg, rank, world_size, device, padded)
-    losses = torch.compile(model.losses, dynamic=False, fullgraph=True) if cuda else model.losses
     n_rows = cfg.batch_tokens // cfg.row_tokens
-    log(f"attention:{attention_name} dtype:{str(dtype).split('.')[1]} compile:{'on' if cuda else 'off'} "
+    log(f"attention:{attention} dtype:{str(dtype).split('.')[1]} compile:{'on' if compiled else 'off'} "
         f"parameters:{sum(p.numel() for p in params)} rows_per_step:{n_rows} rows_per_rank:{n_rows // world_size} "
         f"train_tokens:{data.meta.get('train_tokens', 0)} val_tokens:{val.n_tokens} val_docs:{val.n_docs}")
 
     # ---- untimed warm-up on random tokens: compiles every graph, times calibration, leaves no trace
-    chunk = min(cfg.row_tokens, 16384)
-    n_chunks = -(-cfg.calib_tokens // (chunk * world_size))
     begin = time.perf_counter()
     initial = [p.detach().clone() for p in params]
-    random_row = synthetic_tokens(cfg.vocab_size, cfg.row_tokens + 1, seed=rank).astype(np.int64)
-    row = torch.from_numpy(random_row).to(device)
-    batch = row[:-1], row[1:], make_segments(np.arange(0, cfg.row_tokens, 500), cfg.row_tokens, cfg.seq_len, device, padded, cfg.seq_len)
-    for looped in dict.fromkeys((looped_at(cfg, 0.0), looped_at(cfg, 1.0))):
-        for _ in range(2):
-            loss = losses(*batch, looped).sum() / cfg.batch_tokens
-            loss.backward()
-            optimizer.step(loss, 1.0, cfg.momentum)
+    row = torch.from_numpy(np.random.default_rng(rank).integers(0, cfg.vocab_size, cfg.row_tokens + 1)).to(device)
+    starts = np.arange(0, cfg.row_tokens, 700)  # of documents of 700 tokens
+    batch = lambda seq_len: (row[:-1], row[1:], make_segments(starts, cfg.row_tokens, seq_len, device, padded))
+    graphs = dict.fromkeys((seq_len_at(cfg, p), looped_at(cfg, p)) for p in np.linspace(0, 1, 101))
+    for seq_len, looped in graphs:
+        loss = losses(*batch(seq_len), looped).sum() / cfg.batch_tokens
+        loss.backward()
+        optimizer.step(loss, 1.0, cfg.momentum)
     with torch.no_grad():
+        for looped in {looped for _, looped in graphs}:
+            losses(*batch(cfg.seq_len), looped)  # validation's graphs
         torch._foreach_copy_(params, initial)
     optimizer.reset()
+    chunk = min(cfg.row_tokens, 16384)
+    n_chunks = -(-cfg.calib_tokens // (chunk * world_size))
     calib_seconds = 0.0
-    for _ in range(2 if n_chunks else 0):                                  # the second is the one that counts
+    for _ in range(2 if n_chunks else 0):  # the second is the one that counts
         sync()
         since = time.perf_counter()
-        calibrate(model, SimpleNamespace(next=lambda seq_len: batch), 1, chunk, cfg.seed)
+        calibrate(model, SimpleNamespace(next=batch), 1, chunk, cfg.seed)
         sync()
         calib_seconds = time.perf_counter() - since
-    ema = initial                                                          # the averaged weights start where training starts
-    loader = Loader(data, cfg, rank, world_size, device, padded)
-    # All of the budget counts: what calibration will take is set aside, and the largest estimate of the ranks holds.
-    agree = partial(largest, control)
+    # Calibration is part of the budget: what it will take is set aside, by the slowest rank's estimate.
     (reserve,) = agree([1.2 * calib_seconds * n_chunks])
     limit = cfg.max_seconds - reserve if cfg.max_seconds else math.inf
     if limit <= 0:
-        raise BadInput(f"--max_seconds={cfg.max_seconds} leaves no time to train: --calib_tokens={cfg.calib_tokens} takes {reserve:.0f} s")
+        raise Stopped(f"--max_seconds={cfg.max_seconds} leaves no time to train: calibration takes {reserve:.0f} s", 2)
     log(f"warmup_seconds:{time.perf_counter() - begin:.1f} calibration_reserve_seconds:{reserve:.1f}")
-    peak = next((v for k, v in PEAK_FLOPS.items() if k in env["device"]), 0.0) * world_size
 
     # ---- the loop
     stop_asked = []
-    for s in (signal.SIGINT, signal.SIGTERM):                              # once: finish early and save; twice: leave at once
-        signal.signal(s, lambda number, frame: stop_asked.append(number) if not stop_asked else sys.exit(128 + number))
-    run = {"seed": cfg.seed, "preset": preset, "dataset": meta, "environment": env, "finished": False}
+    for number in (signal.SIGINT, signal.SIGTERM):  # once: finish early and save; twice: leave at once
+        signal.signal(number, lambda n, frame: sys.exit(128 + n) if stop_asked else stop_asked.append(n))
+    ema = initial  # the averaged weights start where training starts
+    run = {"seed": cfg.seed, "preset": preset, "dataset": dataset, "environment": env, "finished": False}
     clock, in_flight, step, next_val, times_behind = Clock(sync), [], 0, 1, 0
-    last = {"step": 0, "train_seconds": 0.0, "train_loss": float("nan")}   # of the newest log line
+    last = {"step": 0, "train_seconds": 0.0, "train_loss": math.nan}  # the newest log line
     clock.start()
     while True:
-        # Look at the steps that have ended. On a GPU the newest may still be running: the queue is never empty, never long.
+        # Look at the steps that have ended. On a GPU the newest may still run: the queue is never empty, never long.
         while len(in_flight) > (1 if cuda else 0):
-            last = report(*in_flight.pop(0), last, clock, cfg, limit, peak, log)
+            last = report(*in_flight.pop(0), last, clock, cfg, limit, peak_flops, log)
         seconds = clock.seconds()
-        ahead = len(in_flight) * last.get("step_ms", 0.0) / 1000           # s, queued work
+        ahead = len(in_flight) * last.get("step_ms", 0.0) / 1000  # s, queued work
         progress = max((seconds + ahead) / limit, step / cfg.max_steps if cfg.max_steps else 0.0)
         progress, stop = agree([progress if rank == 0 else 0.0, float(bool(stop_asked))])
         if stop or progress >= 1:
@@ -1237,15 +1239,18 @@ def train(cfg, preset, data, curve, folder, log, device, rank, world_size, contr
         if step and progress * cfg.val_points >= next_val:
             clock.stop()
             next_val = int(progress * cfg.val_points) + 1
-            with averaged(params, ema):
-                val_loss, val_bpb = val(losses)
-                log(kind="val", step=step, progress=progress, val_loss=val_loss, val_bpb=val_bpb, train_seconds=clock.total)
-                if rank == 0:
-                    save_checkpoint(folder / "checkpoint.pt", cfg, model, data, {}, {**run, "steps": step, "train_seconds": clock.total,
-                                    "tokens": step * cfg.batch_tokens, "val_loss": val_loss, "val_bpb": val_bpb})
-            times_behind = times_behind + 1 if curve and behind(curve, progress, val_bpb, cfg.compare_margin) else 0
+            with torch.no_grad():
+                raw = [p.clone() for p in params]
+                torch._foreach_copy_(params, ema)
+            scores = validate(val, losses, step, progress, looped, clock, log)
+            if rank == 0:
+                save_checkpoint(folder / "checkpoint.pt", cfg, model, data, {}, {**run, **scores})
+            with torch.no_grad():
+                torch._foreach_copy_(params, raw)
+            late = bool(curve) and behind(curve, progress, scores["val_bpb"], cfg.compare_margin)
+            times_behind = times_behind + 1 if late else 0
             if times_behind == 2:
-                raise Stopped(1, f"behind --compare_to={cfg.compare_to} by more than {cfg.compare_margin} twice in a row")
+                raise Stopped(f"twice behind --compare_to={cfg.compare_to} by more than {cfg.compare_margin}", 1)
             clock.start()
 
         lr, seq_len, looped = lr_at(cfg, progress), seq_len_at(cfg, progress), looped_at(cfg, progress)
@@ -1258,14 +1263,14 @@ def train(cfg, preset, data, curve, folder, log, device, rank, world_size, contr
         with torch.no_grad():
             torch._foreach_lerp_(ema, params, 1 - cfg.ema_decay)
         step += 1
-        numbers = numbers.to("cpu", non_blocking=True)                     # into pinned memory; readable once `done` has passed
+        numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory; readable once `done` has passed
         done = torch.cuda.Event() if cuda else None
         done and done.record()
         in_flight.append(({"step": step, "lr": lr, "seq_len": seq_len, "looped": looped}, numbers, done))
 
     # ---- calibration of the averaged weights, the last thing inside the clock
     while in_flight:
-        last = report(*in_flight.pop(0), last, clock, cfg, limit, peak, log)
+        last = report(*in_flight.pop(0), last, clock, cfg, limit, peak_flops, log)
     with torch.no_grad():
         torch._foreach_copy_(params, ema)
     stats = calibrate(model, loader, n_chunks, chunk, cfg.seed + rank) if n_chunks else {}
@@ -1273,40 +1278,51 @@ def train(cfg, preset, data, curve, folder, log, device, rank, world_size, contr
         dist.all_reduce(x)
     clock.stop()
 
-    # ---- the end: validate, save, sum up
-    val_loss, val_bpb = val(losses)
-    log(kind="val", step=step, progress=min(progress, 1.0), val_loss=val_loss, val_bpb=val_bpb, train_seconds=clock.total)
-    run |= {"steps": step, "tokens": step * cfg.batch_tokens, "train_seconds": clock.total, "val_loss": val_loss, "val_bpb": val_bpb,
-            "finished": not stop, "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0}
+    # ---- save, validate, sum up
+    run |= {"finished": not stop, "steps": step, "tokens": step * cfg.batch_tokens, "train_seconds": clock.total}
+    if rank == 0:  # at once, for torchrun kills 30 s after it was asked to stop; again with the score
+        save_checkpoint(folder / "checkpoint.pt", cfg, model, data, stats, run)
+    run |= validate(val, losses, step, min(progress, 1.0), True, clock, log)
+    run["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0
     if rank == 0:
         save_checkpoint(folder / "checkpoint.pt", cfg, model, data, stats, run)
         if stop:
             log("stopped early as asked; the checkpoint holds the averaged weights so far")
+        keys = ("val_bpb", "val_loss", "train_seconds", "steps", "tokens", "seed", "peak_memory_mb")
+        summary = {k: run[k] for k in keys}
+        log.record(kind="summary", **summary, finished=not stop)
         log("---")
-        summary = {k: run[k] for k in ("val_bpb", "val_loss", "train_seconds", "steps", "tokens", "seed", "peak_memory_mb")}
-        log(kind="summary", **summary, finished=not stop)
         for k, v in summary.items():
             log(f"{k}: {v:.6f}" if isinstance(v, float) else f"{k}: {v}")
         log(f"run: {folder}")
     return 0
 
 
-def report(at: dict, numbers: Tensor, done, last: dict, clock: Clock, cfg: Config, limit: float, peak: float, log: Log) -> dict:
-    """A step that has ended -> the newest log line. Waits for the step, checks its loss, logs it if its turn has come."""
+def validate(val: Validation, losses, step: int, progress: float, looped: bool, clock: Clock, log: Log) -> dict:
+    """Score the weights as they are -> what a checkpoint says of its run; the same goes to the log."""
+    val_loss, val_bpb = val(losses, looped)
+    log(kind="val", step=step, progress=progress, val_loss=val_loss, val_bpb=val_bpb, train_seconds=clock.total)
+    return {"steps": step, "tokens": step * val.cfg.batch_tokens, "train_seconds": clock.total, "val_loss": val_loss,
+            "val_bpb": val_bpb}
+
+
+def report(at: dict, numbers: Tensor, done, last: dict, clock, cfg, limit: float, peak_flops: float, log):
+    """A step that has ended -> dict, the newest log line. Waits for it, checks its loss, logs it in its turn."""
     done and done.synchronize()
     step, (train_loss, grad_norm) = at["step"], numbers.tolist()
     if not math.isfinite(train_loss):
-        raise Stopped(3, f"the loss is {train_loss} at step {step}; last good: {last['train_loss']:.4f} at step {last['step']}")
+        good = f"{last['train_loss']:.4f} at step {last['step']}"
+        raise Stopped(f"the loss is {train_loss} at step {step}; last good: {good}", 3)
     if step % cfg.log_every and step > 5:
         return last
     seconds = clock.seconds()
     step_ms = 1000 * (seconds - last["train_seconds"]) / (step - last["step"])
     rate = 1000 * cfg.batch_tokens / step_ms
     eta = limit - seconds if cfg.max_seconds else (cfg.max_steps - step) * step_ms / 1000
-    line = {"step": step, "train_loss": train_loss, "lr": at["lr"], "grad_norm": grad_norm, "step_ms": step_ms, "train_seconds": seconds,
-            "tokens": step * cfg.batch_tokens, "tokens_per_second": int(rate)}
-    if peak:
-        line["mfu"] = rate * count_flops(cfg, at["looped"], at["seq_len"]) / peak
+    line = {"step": step, "train_loss": train_loss, "lr": at["lr"], "grad_norm": grad_norm, "step_ms": step_ms,
+            "train_seconds": seconds, "tokens": step * cfg.batch_tokens, "tokens_per_second": int(rate)}
+    if peak_flops:
+        line["mfu"] = rate * count_flops(cfg, at["looped"]) / peak_flops
     log(kind="step", **line, eta=max(eta, 0.0))
     return line
 
