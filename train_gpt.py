@@ -107,7 +107,7 @@ PRESETS = {
     # A small model for two CPU cores and two minutes.
     "demo": dict(data="demo", max_seconds=120.0, n_layer=4, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512,
                  loop_passes=1, two_lane_from=3, rope_dims=8, batch_tokens=2048, row_tokens=1024, seq_len=384,
-                 scalar_lr=0.04, ema_decay=0.985, val_tokens=65536, calib_tokens=16384, log_every=50),
+                 scalar_lr=0.04, ema_decay=0.985, val_tokens=65536, calib_tokens=8192, log_every=50),
     # The record's architecture made small, for paired experiments on a CPU.
     "proxy": dict(data="proxy", max_seconds=300.0, n_layer=8, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512,
                   loop_first=2, loop_last=3, two_lane_from=6, rope_dims=8, batch_tokens=4096, row_tokens=4096,
@@ -1134,12 +1134,22 @@ def main(argv: list[str] | None = None) -> int:
             with atomic_write(folder / "crash.json", "w") as f:
                 json.dump({"reason": reason, "exit_code": code}, f)
             log(f"stopped: {reason} (see {folder}/crash.json)")
+            note_in_ledger(folder)
         if isinstance(e, Stopped):
             return code
         raise
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def note_in_ledger(folder: Path) -> None:
+    """A line for this run in runs/ledger.tsv, where the project's records/ is at hand (not inside an artifact or a record)."""
+    try:
+        from records import ledger
+    except ImportError:
+        return
+    ledger.append(folder)
 
 
 def train(cfg, preset, data, curve, folder, log, device, rank, world_size, control) -> int:
@@ -1250,7 +1260,7 @@ def train(cfg, preset, data, curve, folder, log, device, rank, world_size, contr
             late = bool(curve) and behind(curve, progress, scores["val_bpb"], cfg.compare_margin)
             times_behind = times_behind + 1 if late else 0
             if times_behind == 2:
-                raise Stopped(f"twice behind --compare_to={cfg.compare_to} by more than {cfg.compare_margin}", 1)
+                raise Stopped(f"behind --compare_to={cfg.compare_to} by {cfg.compare_margin} twice in a row", 1)
             clock.start()
 
         lr, seq_len, looped = lr_at(cfg, progress), seq_len_at(cfg, progress), looped_at(cfg, progress)

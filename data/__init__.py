@@ -1,1 +1,1 @@
-"""Datasets: the file format (dataset.py), the tokenizer (tokenizer.py) and the command that writes both (prepare.py)."""
+"""Datasets: their file format (dataset.py), tokenizer (tokenizer.py), and the command that writes them (prepare.py)."""

@@ -2,10 +2,10 @@
 
 data/<name>/    meta.json               what the folder holds; META_KEYS below; the sha256 and size of every other file
                 tokenizer.json          data/tokenizer.py
-                train_000000.bin ...    shards: 256 little-endian int32 (20240520, 1, number of tokens, 0 ...), then uint16 tokens
-                val_000000.bin ...      the tokens of val_docs.jsonl.zst, in order; each document starts with the boundary token
+                train_000000.bin ...    256 little-endian int32 (20240520, 1, number of tokens, 0 ...), uint16 tokens
+                val_000000.bin ...      the tokens of val_docs.jsonl.zst, in order; each document after a boundary
                 val_docs.jsonl.zst      the documents that are judged, one {"text": ...} a line
-*_bytes count the UTF-8 bytes of the documents' text after the text rule; *_tokens include one boundary token a document.
+*_bytes are the UTF-8 bytes of the documents' text after the text rule; *_tokens include a boundary token a document.
 The shard format is that of llm.c and modded-nanogpt.
 """
 import argparse
@@ -25,8 +25,8 @@ import zstandard
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 META_KEYS = {"format": int, "name": str, "text_rule": str, "vocab_size": int, "tokenizer_sha256": str,
-             "train_docs": int, "train_bytes": int, "train_tokens": int, "val_docs": int, "val_bytes": int, "val_tokens": int,
-             "val_docs_sha256": str, "files": dict}
+             "train_docs": int, "train_bytes": int, "train_tokens": int,
+             "val_docs": int, "val_bytes": int, "val_tokens": int, "val_docs_sha256": str, "files": dict}
 
 
 class BadInput(Exception):
@@ -61,9 +61,9 @@ def command(main):
 
 @contextmanager
 def atomic_write(path, mode="wb"):
-    """A file object whose content replaces `path` in one step when the block ends well; otherwise `path` stays as it is.
+    """A file whose content replaces `path` in one step when the block ends well; otherwise `path` stays as it is.
 
-    Writes to a temporary name beside it, fsync, rename. An OSError (full disk, no permission) -> BadInput that names the file.
+    Writes to a temporary name beside it, fsync, rename. OSError (full disk, no permission) -> BadInput with the name.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -80,21 +80,25 @@ def atomic_write(path, mode="wb"):
 
 
 class Progress:
-    """One redrawn line on a terminal's stderr, `label 12,345/50,000 docs 0:00:41 left`; nothing at all in a pipe or a file."""
+    """One redrawn line on a terminal, `label 12,345/50,000 docs 0:00:41 left`; nothing in a pipe or without a label.
+
+    With total 0 it only counts. It is drawn on stderr.
+    """
 
     def __init__(self, label, total, unit=""):
         self.label, self.total, self.unit, self.done = label, total, unit, 0
         self.start = self.drawn = time.monotonic()
-        self.live = sys.stderr.isatty()
+        self.live = bool(label) and sys.stderr.isatty()
 
     def add(self, n=1):
         self.done += n
         now = time.monotonic()
         if self.live and now - self.drawn >= 0.2:
             self.drawn = now
-            left = (now - self.start) / max(self.done, 1) * max(self.total - self.done, 0)
-            clock = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}"
-            sys.stderr.write(f"\r\x1b[K{self.label} {self.done:,}/{self.total:,} {self.unit} {clock} left")
+            left = int((now - self.start) / max(self.done, 1) * max(self.total - self.done, 0))
+            total = f"/{self.total:,}" if self.total else ""
+            clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left" if self.total else ""
+            sys.stderr.write(f"\r\x1b[K{self.label} {self.done:,}{total} {self.unit} {clock}")
             sys.stderr.flush()
 
     def __enter__(self):
@@ -107,7 +111,7 @@ class Progress:
 
 
 def find_dataset(name_or_path):
-    """Name under data/ or path of a folder with a meta.json -> its Path. Not there: BadInput with the command that prepares it."""
+    """Name under data/, or path of a folder with a meta.json -> Path. BadInput names the command that prepares it."""
     name = str(name_or_path)
     # Inside artifact.pyz ROOT is a zip file, so the data folder is looked for where the command runs too.
     for folder in (Path(name), ROOT / "data" / name, Path("data") / name):
@@ -115,14 +119,14 @@ def find_dataset(name_or_path):
             return folder
     if Path(name).is_dir():
         raise BadInput(f"{name}: this folder has no meta.json, so it is not a dataset")
-    how = f"python data/prepare.py {name}" if name in ("demo", "fineweb") else f"python data/prepare.py docs PATH --name={name}"
-    raise BadInput(f"no dataset {name!r}; prepare it with: {how}")
+    how = name if name in ("demo", "fineweb") else f"docs PATH --name={name}"
+    raise BadInput(f"no dataset {name!r}; prepare it with: python data/prepare.py {how}")
 
 
 def read_meta(folder):
-    """Folder -> the dict of meta.json: keys and types checked, and every file on disk against it (sizes, shard headers, tokenizer).
+    """Folder -> the dict of meta.json, checked, and every file on disk against it: sizes, shard headers, tokenizer.
 
-    Reads headers and tokenizer.json only, so it costs milliseconds; the sha256 of the shards is for whoever copies a dataset.
+    Reads headers and tokenizer.json only, so it costs milliseconds; the files' sha256 are for whoever copies a dataset.
     """
     folder = Path(folder)
     path = folder / "meta.json"
@@ -157,7 +161,8 @@ def read_meta(folder):
             tokens[name.split("_")[0]] = tokens.get(name.split("_")[0], 0) + read_shard(folder / name).size
     for split in ("train", "val"):
         if tokens[split] != meta[f"{split}_tokens"]:
-            raise BadInput(f"{path}: {split}_tokens is {meta[f'{split}_tokens']:,}, but the shards hold {tokens[split]:,}")
+            said = meta[f"{split}_tokens"]
+            raise BadInput(f"{path}: {split}_tokens is {said:,}, but the shards hold {tokens[split]:,}")
     for name in ("tokenizer.json", "val_docs.jsonl.zst"):
         if name not in meta["files"]:
             raise BadInput(f"{path}: {name} is not among the files")
@@ -167,7 +172,7 @@ def read_meta(folder):
 
 
 def read_shard(path, vocab_size=None):
-    """Shard file -> uint16 (n_tokens,), memory-mapped. With vocab_size every token is checked to be below it (reads the whole file)."""
+    """Shard file -> uint16 (n_tokens,), memory-mapped. With vocab_size, reads it all: tokens must be below it."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -179,7 +184,8 @@ def read_shard(path, vocab_size=None):
         raise BadInput(f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION})")
     n_tokens = int(header[2])
     if n_tokens < 0 or size != HEADER_BYTES + 2 * n_tokens:
-        raise BadInput(f"{path}: header says {n_tokens:,} tokens, the file holds {(size - HEADER_BYTES) // 2:,} (cut short?)")
+        held = (size - HEADER_BYTES) // 2
+        raise BadInput(f"{path}: header says {n_tokens:,} tokens, the file holds {held:,} (cut short?)")
     if n_tokens == 0:
         return np.empty(0, dtype="<u2")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
@@ -201,7 +207,7 @@ def write_shard(path, tokens):
 
 
 class DocsHash:
-    """sha256 over documents in order: for each, the length of its UTF-8 bytes (8 bytes, little-endian), then the bytes."""
+    """sha256 over documents in order: for each, the number of its UTF-8 bytes (8 bytes, little-endian), then they."""
 
     def __init__(self):
         self.sha, self.docs, self.bytes = hashlib.sha256(), 0, 0
@@ -219,7 +225,7 @@ class DocsHash:
 def read_val_docs(folder, meta, limit=None):
     """Streams the text of the validation documents, the first `limit` if given.
 
-    Read whole, their number, bytes and sha256 must be those of meta, or BadInput at the end; with a limit the number is checked.
+    Read whole, their number, bytes and sha256 must be those of meta, or BadInput at the end; with a limit, the number.
     """
     path = Path(folder) / "val_docs.jsonl.zst"
     wanted = meta["val_docs"] if limit is None else min(limit, meta["val_docs"])

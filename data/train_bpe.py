@@ -1,0 +1,95 @@
+"""Training a tokenizer: texts -> the bytes of tokenizer.json. Needs the `tokenizers` package."""
+import json
+
+import numpy as np
+
+from data.dataset import BadInput
+from data.tokenizer import NO_TOKEN, Tokenizer, lower_case
+
+# Chunks that no piece crosses: a word with its space and what follows an apostrophe; up to three digits; marks with
+# their space and the case marker behind them (".C" is how a sentence ends); white space. No look-around: it would push
+# tiktoken into its backtracking engine, which is slower and overflows on a megabyte of spaces.
+WORD = r"[\p{L}\p{M}&&[^A-Z]]+"
+PATTERN = rf" ?{WORD}(?:['’]{WORD})?| ?\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[CU]?|[A-Z]|\s+"
+
+SAMPLE_BYTES = 1_000_000_000   # of text that the pieces are trained on, at most
+PHRASE_BYTES = 60_000_000      # of text that the phrases are counted on, at most
+
+
+def train_tokenizer(texts, vocab_size, n_phrases, name):
+    """Function () -> iterator of texts (after the text rule) -> tokenizer.json of vocab_size tokens, phrases included.
+
+    The pieces come from a BPE within chunks, then the phrases from counting neighbours. The same texts, the same bytes.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise BadInput("training a tokenizer needs: pip install tokenizers   (or give --tokenizer=FILE)") from error
+    n_bytes = 256 - len(NO_TOKEN)
+    n_pieces = vocab_size - 1 - n_bytes - n_phrases
+    if n_pieces < 1:
+        raise BadInput(f"--vocab_size={vocab_size}: too small for {n_bytes + 1} single tokens and {n_phrases} phrases")
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    # ByteLevel writes each byte as one of these characters.
+    byte_of = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=256 + n_pieces, initial_alphabet=list(byte_of),
+                                             show_progress=False)
+    bpe.train_from_iterator((lower_case([text])[0] for text in at_most(SAMPLE_BYTES, texts())), trainer)
+    vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+    pieces = [bytes(byte_of[char] for char in piece).decode("latin-1") for piece, _ in vocab if len(piece) > 1]
+    if len(pieces) != n_pieces:
+        raise BadInput(f"--vocab_size={vocab_size}: the text gives only {len(pieces):,} of {n_pieces:,} pieces")
+    spec = {"format": 1, "name": name, "pattern": PATTERN, "pieces": pieces, "phrases": []}
+    tokenizer = Tokenizer(to_json(spec))
+    spec["phrases"] = find_phrases(tokenizer, tokenizer.encode_batch([*at_most(PHRASE_BYTES, texts())]), n_phrases)
+    if len(spec["phrases"]) < n_phrases:
+        raise BadInput(f"--phrases={n_phrases}: the text gives only {len(spec['phrases'])}")
+    return to_json(spec)
+
+
+def find_phrases(tokenizer, docs, n_phrases):
+    """Token arrays of documents -> [[left, right], ...]: the most frequent pairs of whole chunks, greedily as in BPE.
+
+    Only whole chunks are counted: a phrase that ends in half a word ("of the" + "ory") would break up the word.
+    """
+    # Tokens that begin a chunk. Neighbours that both do, before a third that does, are whole chunks.
+    begins = np.array([not (piece[:1].islower() or piece[:1].isdigit() or piece[:1] >= b"\x80" or piece[:1] == b"'")
+                       for piece in tokenizer.pieces] + [True] * n_phrases)
+    tokens = np.concatenate([*docs, [tokenizer.boundary]]).astype(np.int64)
+    phrases = []
+    while len(phrases) < n_phrases:
+        left, right = tokens[:-2], tokens[1:-1]
+        whole = begins[left] & begins[right] & begins[tokens[2:]] & (left != right)
+        whole &= (left != tokenizer.boundary) & (right != tokenizer.boundary)
+        pairs, counts = np.unique(left[whole] << 16 | right[whole], return_counts=True)
+        used = set()   # a round takes pairs without a common token, so that their counts stay true
+        for index in np.lexsort((pairs, -counts))[:n_phrases - len(phrases)]:
+            pair = [int(pairs[index]) >> 16, int(pairs[index]) & 0xFFFF]
+            if used & {*pair}:
+                break
+            used |= {*pair}
+            at = np.flatnonzero((tokens[:-1] == pair[0]) & (tokens[1:] == pair[1]))
+            tokens[at] = tokenizer.vocab_size + len(phrases)
+            tokens = np.delete(tokens, at + 1)
+            phrases.append(pair)
+        if not used:
+            break
+    return phrases
+
+
+def to_json(spec):
+    return json.dumps(spec, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def at_most(n_bytes, texts):
+    """The first texts of n_bytes in all, the last of them whole."""
+    for text in texts:
+        yield text
+        n_bytes -= len(text.encode())
+        if n_bytes <= 0:
+            return
