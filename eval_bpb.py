@@ -15,6 +15,8 @@ Two halves. A predictor belongs to the submission and may be forked: the artifac
 predicts. The judge does not: the official score is the root's judge driving the artifact's predictor. Writes
 score.json beside the artifact.
 """
+import time
+BEGIN = time.perf_counter() - time.process_time()  # of the process: up to here all its time was CPU time
 import hashlib
 import importlib
 import inspect
@@ -27,7 +29,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections import defaultdict
 from contextlib import suppress
@@ -42,7 +43,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from data.dataset import BadInput, Parser, Progress, atomic_write, command, find_dataset, read_meta, read_val_docs
 from data.tokenizer import Tokenizer
-from train_gpt import SOURCES, Segments, block_order, environment, make_segments, pick_attention
+from train_gpt import SOURCES, Segments, block_order, environment, make_segments, note_in_ledger, pick_attention
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Predictors: the half that belongs to the submission. The judge calls
@@ -153,7 +154,7 @@ class Adaptive:
     scored it. The public records (#1855) compute a window of 2048 tokens for each 48; here each token is computed once.
     Guesses: the logit of a guess is raised by b[kind], b by Newton steps on the loss, shared by the batch.
     """
-    rank, decay, chunk = 16, 0.99, 48
+    rank, decay, chunk = 8, 0.99, 48
     targets = "qkv", "up"  # with o and down: a fifth more time for nothing
 
     def __init__(self, cfg, model, device):
@@ -180,30 +181,29 @@ class Adaptive:
                 start, docs = stop, docs[lengths[docs] > stop]
         return rounds
 
-    def begin(self, docs):
-        self.docs, self.guesses, self.cache, self.n_steps = docs, {doc: Guesses() for doc in docs.tolist()}, {}, 0
-        self.adapters = {key: x.expand(len(docs), -1, -1).clone() for key, x in self.new.items()}
+    def begin(self, n: int):
+        """State of n new documents."""
+        self.guesses, self.cache, self.n_steps = [Guesses() for _ in range(n)], {}, 0
+        self.adapters = {key: x.expand(n, -1, -1).clone() for key, x in self.new.items()}
         self.squares = {key: torch.zeros_like(x) for key, x in self.adapters.items()}  # mean squared gradients
-        self.before = torch.zeros(len(docs), 1, dtype=torch.long, device=self.device)  # the token before the chunk
+        self.before = torch.zeros(n, 1, dtype=torch.long, device=self.device)  # the token before the chunk
         self.b = torch.full((Guesses.NONE + 1,), 2.0, dtype=torch.float64)
         self.b[-1], self.curvature = 0.0, torch.full_like(self.b, 50.0)
 
-    def drop(self, docs):
-        """Keep the state of these documents; the others have ended."""
-        keep = torch.from_numpy(np.flatnonzero(np.isin(self.docs, docs))).to(self.device)
-        self.docs, self.before = docs, self.before[keep]
-        self.guesses = {doc: self.guesses[doc] for doc in docs.tolist()}
-        self.adapters = {key: x[keep] for key, x in self.adapters.items()}
-        self.squares = {key: x[keep] for key, x in self.squares.items()}
-        self.cache = {visit: (k[keep], v[keep]) for visit, (k, v) in self.cache.items()}
+    def keep(self, n: int):
+        """The state of the first n documents; the others, the shortest, have ended."""
+        self.guesses, self.before = self.guesses[:n], self.before[:n]
+        self.adapters = {key: x[:n] for key, x in self.adapters.items()}
+        self.squares = {key: x[:n] for key, x in self.squares.items()}
+        self.cache = {visit: (k[:n], v[:n]) for visit, (k, v) in self.cache.items()}
 
     def predict(self, spans, inputs):
-        docs, start, sizes = spans[:, 0], int(spans[0, 1]), spans[:, 2] - spans[:, 1]
+        start, sizes = int(spans[0, 1]), spans[:, 2] - spans[:, 1]
         if start == 0:
-            self.begin(docs)
-        elif len(docs) < len(self.docs):
-            self.drop(docs)
-        B, T, device, adapters = len(docs), int(sizes.max()), self.device, self.adapters
+            self.begin(len(spans))
+        elif len(spans) < len(self.guesses):
+            self.keep(len(spans))
+        B, T, device, adapters = len(spans), int(sizes.max()), self.device, self.adapters
         self.sizes, self.seen = torch.from_numpy(sizes).to(device), {}
         self.real = torch.arange(T, device=device) < self.sizes[:, None]  # (B, T), the rest is padding at the end
         self.tokens = torch.zeros(B, T, dtype=torch.long, device=device)
@@ -232,8 +232,8 @@ class Adaptive:
 
         hidden = self.model(self.tokens.view(-1), Segments(None, pos, 0, None, None), True, linear, attend, prev)
         self.logits = self.model.logits(adapt(hidden, hidden, ("head", 0))[self.real.view(-1)])
-        parts = zip(docs.tolist(), np.split(inputs, np.cumsum(sizes)[:-1]))
-        found = torch.tensor([x for doc, part in parts for x in self.guesses[doc].read(part.tolist())])
+        parts = zip(self.guesses, np.split(inputs, np.cumsum(sizes)[:-1]))
+        found = torch.tensor([x for guesses, part in parts for x in guesses.read(part.tolist())])
         self.guess, self.kind = found[:, :1].to(device), found[:, 1]
         return self.logits.detach().scatter_add(1, self.guess, self.b[self.kind, None].float().to(device))
 
@@ -260,7 +260,7 @@ class Adaptive:
             torch._foreach_addcdiv_(params, grads, rms, -self.lr)
         self.adapters, self.cache = dict(zip(self.adapters, params)), self.seen
         self.before, self.logits = self.tokens[:, -1:], None
-        for guesses in self.guesses.values():
+        for guesses in self.guesses:
             guesses.keep()
 
 
@@ -436,12 +436,7 @@ class Phases:
     """Seconds since the process started, by phase: `with phases("score"):` adds to one."""
 
     def __init__(self):
-        try:  # field 22 of stat: the start of the process, in ticks since boot
-            ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-            age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-        except (OSError, AttributeError, ValueError, IndexError):
-            age = time.process_time()  # other systems: the time at work, imports mostly
-        self.seconds, self.begin = {"start": age}, time.perf_counter() - age
+        self.seconds = {"start": time.perf_counter() - BEGIN}
 
     def __call__(self, name: str):
         self.name = name
@@ -454,7 +449,7 @@ class Phases:
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.since
 
     def report(self) -> dict:
-        return {k: round(v, 3) for k, v in self.seconds.items()} | {"total": round(time.perf_counter() - self.begin, 3)}
+        return {k: round(v, 3) for k, v in self.seconds.items()} | {"total": round(time.perf_counter() - BEGIN, 3)}
 
 
 def score(predictor, streams, rounds, mine: list[int], vocab_size: int, phases: Phases, probe=None):
@@ -680,7 +675,7 @@ class Remote:
 
     def open(self) -> list[str]:
         """-> [what isolation was achieved, the predictor's name], once the artifact is loaded."""
-        return self.receive({b"open": 1 << 10}).decode("utf-8", "replace").split("\n")
+        return self.receive({b"open": 1 << 10}).decode("utf-8", "replace").split("\n", 1)
 
     def receive(self, limits: dict) -> bytearray:
         try:
@@ -853,6 +848,10 @@ def report(artifact: Path, blob: bytes, meta: dict, streams, n_bytes: int, nats:
     print(f"val_loss: {result['val_loss']:.6f}\nartifact_bytes: {len(blob)}\neval_seconds: {about['phases']['total']}")
     with atomic_write(artifact.parent / "score.json", "w") as f:
         json.dump(result, f, indent=1)
+    if doubts:
+        print(f"eval_bpb.py: {artifact}: not a score: {result['untrusted']}", file=sys.stderr)
+    elif (artifact.parent / "metrics.jsonl").exists():
+        note_in_ledger(artifact.parent)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def parse_config(argv: list[str]) -> tuple[str, Config]:
     """Command line -> (preset, Config). A preset is a dict of overrides; --key=value overrides any field, typed."""
     source = Path(__file__).read_text() if Path(__file__).exists() else ""
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))  # the class is where units are written
-    parser = Parser(prog="train_gpt.py", description=__doc__)
+    parser = Parser(prog="train_gpt.py", usage="%(prog)s [--preset=NAME] [--SETTING=VALUE ...]", description=__doc__)
     parser.add_argument("--preset", choices=list(PRESETS), default=SUPPRESS,
                         help="record where CUDA and data/fineweb are, else demo; proxy: the record made small")
     for f in fields(Config):

@@ -32,7 +32,7 @@ from data import hub  # noqa: E402
 from data.dataset import (BadInput, DocsHash, Parser, Progress, ROOT, atomic_write, command, read_meta,  # noqa: E402
                           read_shard, read_val_docs, write_shard)
 from data.text_rules import TEXT_RULES  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
+from data.tokenizer import MAX_PHRASES, Tokenizer  # noqa: E402
 from data.train_bpe import train_tokenizer  # noqa: E402
 
 SHARD_TOKENS = 100_000_000
@@ -470,13 +470,15 @@ def main():
     parser.add_argument("--train_tokens", type=float, default=8e9, help="fineweb: training tokens to write")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
-    if args.workers < 1 or args.train_tokens < 1 or (args.phrases or 0) < 0 or not 2 <= args.vocab_size <= 65535:
-        raise BadInput("--workers and --train_tokens are at least 1, --phrases at least 0, --vocab_size 2 to 65535")
+    if args.workers < 1 or not 1 <= args.train_tokens < 1e15:
+        raise BadInput("--workers and --train_tokens are at least 1")
+    if not (0 <= (args.phrases or 0) <= MAX_PHRASES and 2 <= args.vocab_size <= 65535):
+        raise BadInput(f"--phrases is 0 to {MAX_PHRASES}, --vocab_size 2 to 65535")
     if args.val_docs is not None and (args.val_docs < 1 or args.val_path):
         raise BadInput("--val_docs is at least 1, and not with --val_path")
     if args.command != "docs" and (args.paths or args.val_docs or args.val_path):
         raise BadInput(f"PATH, --val_docs and --val_path are not for {args.command}")
-    args.phrases = args.vocab_size // 16 if args.phrases is None else args.phrases
+    args.phrases = min(args.vocab_size // 16, MAX_PHRASES) if args.phrases is None else args.phrases
     args.text_rule = args.text_rule or ("nmt_nfkc" if args.command == "fineweb" else "raw")
     {"demo": lambda args: demo(), "docs": docs, "fineweb": fineweb}[args.command](args)
 

@@ -23,6 +23,8 @@ from data.dataset import BadInput
 # Bytes that UTF-8 never has, and letters that the transform never leaves, need no token.
 NO_TOKEN = {*b"ABDEFGHIJKMNOPQRSTVWXYZ", 0xC0, 0xC1, *range(0xF5, 0x100)}
 
+MAX_PHRASES = 4096   # a table of their left by their right tokens is held
+
 _MARKED = re.compile(r"C( ?[a-z])|U( ?[a-z]+)L?|[A-Z]")
 
 
@@ -47,7 +49,7 @@ def lower_case(texts):
     before = first - ((byte[first - 1] == ord(" ")) & (first > 0))
     at = np.concatenate((before, end[plural], end[camel] - 1))
     marker = np.concatenate((np.where(one, ord("C"), ord("U")), np.full(np.count_nonzero(plural), ord("L")),
-                             np.full(np.count_nonzero(camel), ord("C"))))
+                             np.full(np.count_nonzero(camel), ord("C"))))   # in the order of `at`
     order = np.argsort(at)
     at = at[order]
     out, is_letter = np.empty(len(byte) + len(at), dtype=np.uint8), np.ones(len(byte) + len(at), dtype=bool)
@@ -84,17 +86,20 @@ class Tokenizer:
             if spec["format"] != 1:
                 raise ValueError(f"format {spec['format']}, this code reads format 1")
             self.name = str(spec["name"])
-            legacy = "phrases" not in spec and spec.setdefault("phrases", []) == []  # SHIM
-            self.pieces = [b"", *(bytes([byte]) for byte in range(256) if legacy or byte not in NO_TOKEN),
+            self.pieces = [b"", *(bytes([byte]) for byte in range(256) if byte not in NO_TOKEN),
                            *(piece.encode("latin-1") for piece in spec["pieces"])]
             self.first_phrase = len(self.pieces)
             for left, right in spec["phrases"]:
                 if not (0 < left < len(self.pieces) and 0 < right < len(self.pieces)):
                     raise ValueError(f"phrase [{left}, {right}] is not of earlier tokens")
                 self.pieces.append(self.pieces[left] + self.pieces[right])
+                if len(self.pieces[-1]) > 1024:
+                    raise ValueError(f"phrase [{left}, {right}] is longer than 1,024 bytes")
             self.vocab_size = len(self.pieces)
             if len(set(self.pieces[:self.first_phrase])) != self.first_phrase or self.vocab_size > 65535:
                 raise ValueError("repeated pieces, or more than 65,535 tokens")
+            if len(spec["phrases"]) > MAX_PHRASES:
+                raise ValueError(f"more than {MAX_PHRASES} phrases")
             ranks = {piece: token for token, piece in enumerate(self.pieces[1:self.first_phrase], 1)}
             pattern = f"{spec['pattern']}|(?s:.)"   # whatever the pattern leaves out is a chunk too: nothing is lost
             # tiktoken is twice as fast with a special token than with none; "A" is never in its text.
@@ -118,15 +123,15 @@ class Tokenizer:
     def encode_batch(self, texts):
         """texts -> [tokens uint16 (1 + n,) of each text, the boundary first]. Faster than encode() on short texts."""
         try:
-            lower = lower_case(texts)
+            lower = lower_case([*texts])
         except UnicodeEncodeError as error:
             raise BadInput(f"text holds a lone surrogate at character {error.start}") from error
         parts = [_BOUNDARY]
         for text in lower:
             parts += [self.bpe.encode_to_numpy(text, disallowed_special=()), _BOUNDARY]
         tokens = np.concatenate(parts).astype(np.intp)
-        phrase = self.phrase_of.take(self.row.take(tokens[:-1]) + self.column.take(tokens[1:]))   # of each pair, or none
-        none = self.vocab_size
+        none = self.vocab_size   # in `phrase`, which holds the phrase of each pair of neighbours
+        phrase = self.phrase_of.take(self.row.take(tokens[:-1]) + self.column.take(tokens[1:]))
         # A pair of lower rank than those it overlaps becomes its phrase, until none is left. Boundaries are in no pair.
         while (at := np.flatnonzero(phrase < none)).size:
             around = np.concatenate(([none], phrase, [none]))

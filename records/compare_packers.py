@@ -1,0 +1,239 @@
+"""Evidence for pack.py: what other packers make of the same checkpoint. `python pack.py RUN --compare` runs it.
+
+Writes RUN/packing.md (tables) and RUN/packing.svg (curves): bytes of the matrices against KL(full precision || packed)
+and against validation loss, both measured on the run's validation documents. Small vectors stay as they are, uncounted.
+"""
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import zstandard
+
+from data.dataset import BadInput, Progress, atomic_write, find_dataset, read_meta, read_shard
+from pack import (TRELLIS, Matrix, bank_shape, dequantise, encode, entropies, expected_kl, pack_model, quantise, quarter,
+                  scales, split)
+from train_gpt import GPT, environment, make_segments
+
+VAL_TOKENS = 32768
+KL_GOALS = 16, 8, 4, 2, 1                   # trellis and scalar curves: expected KL in 5e-4 nats per token
+CLIP_FACTORS = 0.5, 0.7, 1.0, 1.4, 2.0      # of the clips of the other three packers
+PUBLISHED = {"embed.weight": (15, 63), "qkv": (13, 31), "o": (13, 31), "up": (12, 31), "down": (12, 31)}   # k, qmax: #1855
+GROUPS = ("embed.weight",), ("qkv", "o"), ("up", "down")
+
+
+class Meter:
+    """Nats per token by which a packed model differs from the full one, on the first validation tokens."""
+
+    def __init__(self, checkpoint: dict):
+        self.cfg, self.model = checkpoint["config"], GPT(checkpoint["config"]).eval().requires_grad_(False)
+        folder = find_dataset(self.cfg.data)
+        if read_meta(folder)["tokenizer_sha256"] != checkpoint["run"]["dataset"]["tokenizer_sha256"]:
+            raise BadInput(f"{folder}: its tokenizer is not the one that the run was trained with")
+        tokens = np.concatenate([read_shard(p, self.cfg.vocab_size) for p in sorted(folder.glob("val_*.bin"))])
+        tokens = torch.from_numpy(tokens[:VAL_TOKENS + 1].astype(np.int64))
+        self.rows = [tokens[a:a + 4097] for a in range(0, len(tokens) - 1, 4096)]
+        self.n = sum(len(x) - 1 for x in self.rows)
+        self.full = checkpoint["weights"]
+        self.reference = self.log_probabilities(self.full)
+        self.loss = self.loss_of(self.reference)
+
+    @torch.no_grad()
+    def log_probabilities(self, weights: dict) -> list[torch.Tensor]:
+        self.model.load_state_dict(weights)
+        out = []
+        for x in self.rows:
+            seg = make_segments(np.flatnonzero(x[:-1].numpy() == 0), len(x) - 1, self.cfg.seq_len)     # 0: the boundary
+            out.append(F.log_softmax(self.model.logits(self.model(x[:-1], seg)), -1))
+        return out
+
+    def loss_of(self, logp) -> float:
+        return -sum(p.gather(1, x[1:, None]).double().sum().item() for p, x in zip(logp, self.rows)) / self.n
+
+    def __call__(self, matrices: dict) -> tuple[float, float]:
+        """{name: packed matrices} -> (KL(full || packed), rise of the loss)."""
+        logp = self.log_probabilities({**self.full, **matrices})
+        kl = sum((p.exp() * (p - q)).double().sum().item() for p, q in zip(self.reference, logp)) / self.n
+        return kl, self.loss_of(logp) - self.loss
+
+
+def row_std_matrix(m: Matrix, qmax: float, feedback: bool) -> tuple[Matrix, torch.Tensor, np.ndarray]:
+    """-> the matrix in steps of std(row) / qmax, its columns in GPTQ's order; the order; std of the rows (R,) float16."""
+    n = m.W.size(1)
+    order = m.H.diagonal().argsort(descending=True)
+    std = m.W.std(1).clamp(min=1e-8).half()
+    A = torch.eye(n)
+    if feedback:
+        H = m.H.double()[order][:, order]
+        H = H + torch.eye(n) * 0.01 * H.diagonal().mean().clamp(min=1e-12)
+        U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+        A = (U / U.diagonal()[:, None]).float()
+    W = (m.W / std.float()[:, None])[:, order] * qmax
+    return Matrix(W, np.zeros(len(W), np.int8), np.zeros(n, np.int8), A, torch.ones(n), None, None), order, std
+
+
+def pack_row_std(names, matrices, clips: dict, feedback: bool) -> dict:
+    """step = k * std(row) / qmax, clips {group: (k, qmax)} -> dict: weights, zstd (bytes with zstd -22), contexts (bytes with
+    pack.py's coder), kl (expected), groups {name: (bytes in contexts, expected KL)}."""
+    compressor = zstandard.ZstdCompressor(level=22)
+    weights, kls, stored, values = {}, {}, 0, []
+    for name, bank in zip(names, matrices):
+        k, qmax = clips[name]
+        q, back, scale = [], [], []
+        for m in bank:
+            scaled, order, std = row_std_matrix(m, qmax / k, feedback)
+            v = quantise(scaled, 1.0, 1)
+            undo = torch.empty_like(order)
+            undo[order] = torch.arange(len(order))
+            v = v[:, undo.numpy()]
+            q.append(v)
+            scale.append(std.numpy())
+            back.append(torch.from_numpy(v / 2 * (std.float().numpy() * k / qmax)[:, None]).float())
+        v = np.stack(q)
+        width = np.int8 if np.abs(v).max() < 256 else np.int16
+        stored += len(compressor.compress((v // 2).transpose(0, 2, 1).astype(width).tobytes()))    # transposed, as published
+        side = len(compressor.compress(np.concatenate(scale).view(np.uint8).reshape(-1, 2).T.tobytes()))
+        stored, values = stored + side, values + [(v, side)]
+        weights[name] = torch.stack(back).reshape(bank_shape(v.shape)) if len(bank) > 1 else back[0]
+        kls[name] = sum(0.5 * float(((E @ m.H) * E).sum(1) @ m.g) for m, w in zip(bank, back) for E in [m.W - w])
+    rows, cols = zip(*[scales(v) for v, _ in values])
+    _, _, histogram = encode([v for v, _ in values], rows, cols, 64)
+    coded = entropies(histogram)[0] + [side for _, side in values]         # contexts' own exponents granted for free
+    return {"weights": weights, "zstd": stored, "contexts": float(coded.sum()), "kl": sum(kls.values()),
+            "groups": {name: (size, kls[name]) for name, size in zip(names, coded)}}
+
+
+def tuned_clips(names, matrices) -> list[dict]:
+    """Clips of embedding, attention and MLP tuned on the checkpoint's statistics: equal slopes of expected KL by bytes."""
+    grid = [2 ** (i / 2) for i in range(-6, 7)]
+    tries = [pack_row_std(names, matrices, {n: (k * f, q) for n, (k, q) in PUBLISHED.items()}, True) for f in grid]
+    best = []
+    for price in [4.0 ** i * 1e-10 for i in range(-4, 9)]:                  # nats per byte
+        factors = {}
+        for group in GROUPS:
+            cost = [sum(t["groups"][n][1] + price * t["groups"][n][0] for n in group) for t in tries]
+            factors.update({n: grid[int(np.argmin(cost))] for n in group})
+        if 0.1 < math.prod(factors.values()) and factors not in best:
+            best.append(factors)
+    return [{n: (PUBLISHED[n][0] * f, PUBLISHED[n][1]) for n, f in factors.items()} for factors in best]
+
+
+def spectrum(names, matrices) -> list[tuple]:
+    """How uneven the sensitivities are: 10 log10 of their arithmetic over their geometric mean, which is what steps that
+    follow them gain at high rate. Per group: the layers' mean g, the columns' 1 / U_jj^2, the rows' g."""
+    db = lambda x: 10 * np.log10(np.mean(x) / np.exp(np.mean(np.log(x))))
+    rows = []
+    for name, bank in zip(names, matrices):
+        g = [np.maximum(m.g.double().numpy(), 1e-3 * m.g.double().mean().item() + 1e-30) for m in bank]
+        columns = [m.cost.double().numpy() / quarter(m.col) ** 2 for m in bank]
+        rows.append((name, db([x.mean() for x in g]), np.mean([db(x) for x in columns]), np.mean([db(x) for x in g])))
+    return rows
+
+
+def at(curve, x: float, of: int, by: int) -> float:
+    """Column `of` of a curve [(bytes, KL, loss)] where column `by` is x, on straight lines between the points' logarithms;
+    NaN outside of the curve."""
+    points = sorted((math.log(p[by]), math.log(max(p[of], 1e-12))) for p in curve)
+    xs, ys = zip(*points)
+    return math.exp(np.interp(math.log(x), xs, ys)) if xs[0] <= math.log(x) <= xs[-1] else math.nan
+
+
+def compare(run: Path, checkpoint: dict, matrices: list[list[Matrix]]) -> None:
+    """Writes packing.md and packing.svg into the run's folder. matrices: as pack.gather() plans them, on the CPU."""
+    if matrices[0][0].H is None:
+        raise BadInput(f"--compare: {run}/checkpoint.pt has no statistics, so there is nothing to compare")
+    config, weights, begin = asdict(checkpoint["config"]), checkpoint["weights"], time.perf_counter()
+    names, meter, flat = split(weights)[0], Meter(checkpoint), [m for bank in matrices for m in bank]
+    n_weights = sum(m.W.numel() for m in flat)
+    price = sum(m.cost.sum().item() * float(m.g.double().numpy() @ quarter(m.row) ** 2) for m in flat)
+    rtn, published, tuned, granted, scalar, trellis = [], [], [], [], [], []
+    curves = {"round to nearest, published clips, zstd -22": rtn, "GPTQ, published clips, zstd -22": published,
+              "GPTQ, clips tuned per group, zstd -22": tuned, "GPTQ, clips tuned per group, brotli's rate granted": granted,
+              "equal slopes, scalar": scalar, "equal slopes, trellis": trellis}
+    best = tuned_clips(names, matrices)
+    with Progress("comparing", 2 * len(CLIP_FACTORS) + len(best) + 2 * len(KL_GOALS), "packings") as progress:
+        for feedback, factor in [(f, x) for f in (False, True) for x in CLIP_FACTORS]:
+            x = pack_row_std(names, matrices, {n: (k * factor, q) for n, (k, q) in PUBLISHED.items()}, feedback)
+            (published if feedback else rtn).append((x["zstd"], *meter(x["weights"])))
+            progress.add()
+        for clips in best:
+            x = pack_row_std(names, matrices, clips, True)
+            measured = meter(x["weights"])
+            tuned.append((x["zstd"], *measured))
+            granted.append((x["contexts"] * 1.011, *measured))             # brotli was measured at 1.1 % above contexts
+            progress.add()
+        for states, curve in ((1, scalar), (TRELLIS, trellis)):
+            for goal in KL_GOALS:
+                constant = float(np.float32(math.sqrt(24 * goal * 5e-4 / price)))
+                packed = pack_model(config, weights, matrices, constant, states)
+                flat_values = [v for values in packed.values for v in values]
+                back = iter([torch.from_numpy(dequantise(v, m.row, m.col, constant)) for m, v in zip(flat, flat_values)])
+                back = {name: torch.stack([next(back) for _ in bank]).reshape(weights[name].shape)
+                        for name, bank in zip(names, matrices)}
+                size = sum(packed.sections[k] for k in ("weights", "scales", "escapes"))
+                expected = sum(expected_kl(m, v, constant) for m, v in zip(flat, flat_values))
+                curve.append((size, *meter(back), expected))
+                progress.add()
+
+    trained, seconds = checkpoint["run"], time.perf_counter() - begin
+    lines = [f"`python pack.py {run.name} --compare`, {seconds:.0f} s on {environment(torch.device('cpu'), 1)['cpu']}: "
+             f"{n_weights:,} weights in matrices, trained for {trained['train_seconds']:.0f} s ({trained['tokens']:,} tokens); "
+             f"validation loss {meter.loss:.4f} nats per token on {meter.n:,} tokens.", "", "![KL against bytes](packing.svg)", "",
+             "| packer | bytes | bits per weight | KL | loss rise | expected KL |", "|---|--:|--:|--:|--:|--:|"]
+    for name, curve in curves.items():
+        for size, kl, rise, *expected in sorted(curve):
+            shown = f"{expected[0]:.5f}" if expected else ""
+            lines.append(f"| {name} | {size:,.0f} | {8 * size / n_weights:.3f} | {kl:.5f} | {rise:+.5f} | {shown} |")
+    lines += ["", "Between the points, on straight lines in logarithms; tuned is GPTQ with tuned clips at brotli's rate:", "",
+              "| KL | bytes tuned | scalar | trellis | trellis saves |", "|--:|--:|--:|--:|--:|"]
+    for kl in (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016):
+        a, b, c = (at(curve, kl, 0, 1) for curve in (granted, scalar, trellis))
+        if math.isfinite(a + b + c):
+            lines.append(f"| {kl} | {a:,.0f} | {b:,.0f} | {c:,.0f} | {1 - c / a:.1%} |")
+    lines += ["", "| bits per weight | KL tuned | scalar | trellis | trellis / tuned | trellis against scalar |",
+              "|--:|--:|--:|--:|--:|--:|"]
+    for bits in (1.5, 2.0, 2.5, 3.0, 3.4, 4.0):
+        a, b, c = (at(curve, bits * n_weights / 8, 1, 0) for curve in (granted, scalar, trellis))
+        if math.isfinite(b + c):
+            lines.append(f"| {bits} | {a:.5f} | {b:.5f} | {c:.5f} | {c / a:.2f} | {10 * math.log10(b / c):.2f} dB |")
+    lines += ["", "How uneven the sensitivities are (dB; 6 dB are worth a bit per weight):", "",
+              "| group | layers' g | columns' 1 / U^2 | rows' g |", "|---|--:|--:|--:|"]
+    lines += [f"| {name} | {a:.1f} | {b:.1f} | {c:.1f} |" for name, a, b, c in spectrum(names, matrices)]
+    for name, text in (("packing.md", "\n".join(lines) + "\n"), ("packing.svg", plot(curves))):
+        with atomic_write(run / name, "w") as f:
+            f.write(text)
+    print("\n".join(lines), f"written: {run / 'packing.md'}, {run / 'packing.svg'}", sep="\n")
+
+
+def plot(curves: dict) -> str:
+    """{name: [(bytes, KL, ...)]} -> SVG, both axes logarithmic, readable on white and on black."""
+    width, height, left, top, right, bottom = 760, 480, 64, 20, 20, 48
+    colours = "#8a8a8a", "#c08a2e", "#4f8fd6", "#4f8fd6", "#d0609a", "#3aa66a"
+    points = [(math.log(p[0]), math.log(max(p[1], 1e-7))) for curve in curves.values() for p in curve]
+    (x0, x1), (y0, y1) = ((min(a), max(a)) for a in zip(*points))
+    x = lambda v: left + (math.log(v) - x0) / (x1 - x0) * (width - left - right)
+    y = lambda v: height - bottom - (math.log(max(v, 1e-7)) - y0) / (y1 - y0) * (height - top - bottom)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" '
+           'fill="#808080">']
+    marks = [m * 10 ** e for e in range(-7, 10) for m in (1, 2, 5)]
+    for v in marks:
+        if x0 <= math.log(v) <= x1:
+            out.append(f'<path d="M{x(v):.1f} {top}V{height - bottom}" stroke="#808080" stroke-opacity=".25"/>'
+                       f'<text x="{x(v):.1f}" y="{height - bottom + 18}" text-anchor="middle">{v / 1000:,.0f} kB</text>')
+        if y0 <= math.log(v) <= y1:
+            out.append(f'<path d="M{left} {y(v):.1f}H{width - right}" stroke="#808080" stroke-opacity=".25"/>'
+                       f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:g}</text>')
+    out.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">bytes of the matrices</text>'
+               f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">KL, nats per token</text>')
+    for i, ((name, curve), colour) in enumerate(zip(curves.items(), colours)):
+        path = "L".join(f"{x(p[0]):.1f} {y(p[1]):.1f}" for p in sorted(curve))
+        dash = ' stroke-dasharray="6 4"' if "granted" in name else ""
+        out.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+        out += [f'<circle cx="{x(p[0]):.1f}" cy="{y(p[1]):.1f}" r="3" fill="{colour}"/>' for p in curve]
+        line = top + 16 + 18 * i
+        out.append(f'<path d="M{width - 330} {line - 4}h24" stroke="{colour}" stroke-width="2"{dash}/>'
+                   f'<text x="{width - 300}" y="{line}">{name}</text>')
+    return "\n".join([*out, "</svg>", ""])
