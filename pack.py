@@ -733,7 +733,7 @@ def main(argv: list[str] | None = None) -> int:
     ledger = make_ledger(args, run, weights, matrices, packed, data, time.perf_counter() - begin)
     text = show_ledger(ledger)
     if len(data) < 0.9995 * args.cap_bytes:
-        quality = "1/32 of a row" if plain else f"an expected KL of {args.kl:g}"
+        quality = "1/32 of a row" if plain else f"an expected KL of at most {args.kl:g}"
         text += f"\nsmaller than the cap: packed at the best quality setting, {quality}; finer steps buy nothing"
     for name, content in (("pack.txt", text + "\n"), ("pack.json", json.dumps(ledger, indent=1) + "\n")):
         with atomic_write(run / name, "w") as f:

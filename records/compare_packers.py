@@ -14,14 +14,14 @@ import torch.nn.functional as F
 import zstandard
 
 from data.dataset import BadInput, Progress, atomic_write, find_dataset, read_meta, read_shard
-from pack import (TRELLIS, Matrix, bank_shape, dequantise, encode, entropies, expected_kl, pack_model, quantise, quarter,
-                  scales, split)
+from pack import (TRELLIS, Matrix, bank_shape, dequantise, encode, entropies, expected_kl, pack_model, quantise,
+                  quarter, scales, split)
 from train_gpt import GPT, environment, make_segments
 
 VAL_TOKENS = 32768
-KL_GOALS = 16, 8, 4, 2, 1                   # trellis and scalar curves: expected KL in 5e-4 nats per token
+KL_GOALS = 0.032, 0.012, 0.004, 0.0015, 0.0005      # trellis and scalar curves: expected KL, nats per token
 CLIP_FACTORS = 0.5, 0.7, 1.0, 1.4, 2.0      # of the clips of the other three packers
-PUBLISHED = {"embed.weight": (15, 63), "qkv": (13, 31), "o": (13, 31), "up": (12, 31), "down": (12, 31)}   # k, qmax: #1855
+PUBLISHED = {"embed.weight": (15, 63), "qkv": (13, 31), "o": (13, 31), "up": (12, 31), "down": (12, 31)}    # k, qmax
 GROUPS = ("embed.weight",), ("qkv", "o"), ("up", "down")
 
 
@@ -61,7 +61,7 @@ class Meter:
 
 
 def row_std_matrix(m: Matrix, qmax: float, feedback: bool) -> tuple[Matrix, torch.Tensor, np.ndarray]:
-    """-> the matrix in steps of std(row) / qmax, its columns in GPTQ's order; the order; std of the rows (R,) float16."""
+    """-> the matrix in steps of std(row) / qmax, its columns in GPTQ's order; the order; the rows' std float16."""
     n = m.W.size(1)
     order = m.H.diagonal().argsort(descending=True)
     std = m.W.std(1).clamp(min=1e-8).half()
@@ -76,8 +76,8 @@ def row_std_matrix(m: Matrix, qmax: float, feedback: bool) -> tuple[Matrix, torc
 
 
 def pack_row_std(names, matrices, clips: dict, feedback: bool) -> dict:
-    """step = k * std(row) / qmax, clips {group: (k, qmax)} -> dict: weights, zstd (bytes with zstd -22), contexts (bytes with
-    pack.py's coder), kl (expected), groups {name: (bytes in contexts, expected KL)}."""
+    """Steps k * std(row) / qmax (#1394, #1855), clips {group: (k, qmax)} -> dict: weights, zstd (bytes with zstd -22),
+    contexts (bytes with pack.py's coder), groups {name: (bytes in contexts, expected KL)}."""
     compressor = zstandard.ZstdCompressor(level=22)
     weights, kls, stored, values = {}, {}, 0, []
     for name, bank in zip(names, matrices):
@@ -94,7 +94,7 @@ def pack_row_std(names, matrices, clips: dict, feedback: bool) -> dict:
             back.append(torch.from_numpy(v / 2 * (std.float().numpy() * k / qmax)[:, None]).float())
         v = np.stack(q)
         width = np.int8 if np.abs(v).max() < 256 else np.int16
-        stored += len(compressor.compress((v // 2).transpose(0, 2, 1).astype(width).tobytes()))    # transposed, as published
+        stored += len(compressor.compress((v // 2).transpose(0, 2, 1).astype(width).tobytes()))  # transposed, as published
         side = len(compressor.compress(np.concatenate(scale).view(np.uint8).reshape(-1, 2).T.tobytes()))
         stored, values = stored + side, values + [(v, side)]
         weights[name] = torch.stack(back).reshape(bank_shape(v.shape)) if len(bank) > 1 else back[0]
@@ -102,12 +102,12 @@ def pack_row_std(names, matrices, clips: dict, feedback: bool) -> dict:
     rows, cols = zip(*[scales(v) for v, _ in values])
     _, _, histogram = encode([v for v, _ in values], rows, cols, 64)
     coded = entropies(histogram)[0] + [side for _, side in values]         # contexts' own exponents granted for free
-    return {"weights": weights, "zstd": stored, "contexts": float(coded.sum()), "kl": sum(kls.values()),
+    return {"weights": weights, "zstd": stored, "contexts": float(coded.sum()),
             "groups": {name: (size, kls[name]) for name, size in zip(names, coded)}}
 
 
 def tuned_clips(names, matrices) -> list[dict]:
-    """Clips of embedding, attention and MLP tuned on the checkpoint's statistics: equal slopes of expected KL by bytes."""
+    """Clips of embedding, attention and MLP, tuned on the checkpoint's statistics to equal slopes of expected KL."""
     grid = [2 ** (i / 2) for i in range(-6, 7)]
     tries = [pack_row_std(names, matrices, {n: (k * f, q) for n, (k, q) in PUBLISHED.items()}, True) for f in grid]
     best = []
@@ -122,8 +122,8 @@ def tuned_clips(names, matrices) -> list[dict]:
 
 
 def spectrum(names, matrices) -> list[tuple]:
-    """How uneven the sensitivities are: 10 log10 of their arithmetic over their geometric mean, which is what steps that
-    follow them gain at high rate. Per group: the layers' mean g, the columns' 1 / U_jj^2, the rows' g."""
+    """How uneven the sensitivities are: 10 log10 of their arithmetic over their geometric mean, which is what steps
+    that follow them gain at high rate. Per group: the layers' mean g, the columns' 1 / U_jj^2, the rows' g."""
     db = lambda x: 10 * np.log10(np.mean(x) / np.exp(np.mean(np.log(x))))
     rows = []
     for name, bank in zip(names, matrices):
@@ -134,8 +134,7 @@ def spectrum(names, matrices) -> list[tuple]:
 
 
 def at(curve, x: float, of: int, by: int) -> float:
-    """Column `of` of a curve [(bytes, KL, loss)] where column `by` is x, on straight lines between the points' logarithms;
-    NaN outside of the curve."""
+    """Column `of` of a curve [(bytes, KL, loss)] where column `by` is x, on straight lines between logarithms; NaN outside."""
     points = sorted((math.log(p[by]), math.log(max(p[of], 1e-12))) for p in curve)
     xs, ys = zip(*points)
     return math.exp(np.interp(math.log(x), xs, ys)) if xs[0] <= math.log(x) <= xs[-1] else math.nan
@@ -151,7 +150,8 @@ def compare(run: Path, checkpoint: dict, matrices: list[list[Matrix]]) -> None:
     price = sum(m.cost.sum().item() * float(m.g.double().numpy() @ quarter(m.row) ** 2) for m in flat)
     rtn, published, tuned, granted, scalar, trellis = [], [], [], [], [], []
     curves = {"round to nearest, published clips, zstd -22": rtn, "GPTQ, published clips, zstd -22": published,
-              "GPTQ, clips tuned per group, zstd -22": tuned, "GPTQ, clips tuned per group, brotli's rate granted": granted,
+              "GPTQ, clips tuned per group, zstd -22": tuned,
+              "GPTQ, clips tuned per group, brotli's rate granted": granted,
               "equal slopes, scalar": scalar, "equal slopes, trellis": trellis}
     best = tuned_clips(names, matrices)
     with Progress("comparing", 2 * len(CLIP_FACTORS) + len(best) + 2 * len(KL_GOALS), "packings") as progress:
@@ -167,11 +167,11 @@ def compare(run: Path, checkpoint: dict, matrices: list[list[Matrix]]) -> None:
             progress.add()
         for states, curve in ((1, scalar), (TRELLIS, trellis)):
             for goal in KL_GOALS:
-                constant = float(np.float32(math.sqrt(24 * goal * 5e-4 / price)))
+                constant = float(np.float32(math.sqrt(24 * goal / price)))
                 packed = pack_model(config, weights, matrices, constant, states)
                 flat_values = [v for values in packed.values for v in values]
-                back = iter([torch.from_numpy(dequantise(v, m.row, m.col, constant)) for m, v in zip(flat, flat_values)])
-                back = {name: torch.stack([next(back) for _ in bank]).reshape(weights[name].shape)
+                back = iter([dequantise(v, m.row, m.col, constant) for m, v in zip(flat, flat_values)])
+                back = {name: torch.from_numpy(np.stack([next(back) for _ in bank])).reshape(weights[name].shape)
                         for name, bank in zip(names, matrices)}
                 size = sum(packed.sections[k] for k in ("weights", "scales", "escapes"))
                 expected = sum(expected_kl(m, v, constant) for m, v in zip(flat, flat_values))
@@ -180,14 +180,15 @@ def compare(run: Path, checkpoint: dict, matrices: list[list[Matrix]]) -> None:
 
     trained, seconds = checkpoint["run"], time.perf_counter() - begin
     lines = [f"`python pack.py {run.name} --compare`, {seconds:.0f} s on {environment(torch.device('cpu'), 1)['cpu']}: "
-             f"{n_weights:,} weights in matrices, trained for {trained['train_seconds']:.0f} s ({trained['tokens']:,} tokens); "
-             f"validation loss {meter.loss:.4f} nats per token on {meter.n:,} tokens.", "", "![KL against bytes](packing.svg)", "",
+             f"{n_weights:,} weights in matrices, trained for {trained['train_seconds']:.0f} s "
+             f"({trained['tokens']:,} tokens); validation loss {meter.loss:.4f} nats per token on {meter.n:,} tokens.",
+             "", "![KL against bytes](packing.svg)", "",
              "| packer | bytes | bits per weight | KL | loss rise | expected KL |", "|---|--:|--:|--:|--:|--:|"]
     for name, curve in curves.items():
         for size, kl, rise, *expected in sorted(curve):
             shown = f"{expected[0]:.5f}" if expected else ""
             lines.append(f"| {name} | {size:,.0f} | {8 * size / n_weights:.3f} | {kl:.5f} | {rise:+.5f} | {shown} |")
-    lines += ["", "Between the points, on straight lines in logarithms; tuned is GPTQ with tuned clips at brotli's rate:", "",
+    lines += ["", "Between the points; tuned is GPTQ with tuned clips at brotli's rate:", "",
               "| KL | bytes tuned | scalar | trellis | trellis saves |", "|--:|--:|--:|--:|--:|"]
     for kl in (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016):
         a, b, c = (at(curve, kl, 0, 1) for curve in (granted, scalar, trellis))
@@ -216,18 +217,18 @@ def plot(curves: dict) -> str:
     (x0, x1), (y0, y1) = ((min(a), max(a)) for a in zip(*points))
     x = lambda v: left + (math.log(v) - x0) / (x1 - x0) * (width - left - right)
     y = lambda v: height - bottom - (math.log(max(v, 1e-7)) - y0) / (y1 - y0) * (height - top - bottom)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" '
-           'fill="#808080">']
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+           'font-family="sans-serif" font-size="12" fill="#808080">']
     marks = [m * 10 ** e for e in range(-7, 10) for m in (1, 2, 5)]
     for v in marks:
         if x0 <= math.log(v) <= x1:
             out.append(f'<path d="M{x(v):.1f} {top}V{height - bottom}" stroke="#808080" stroke-opacity=".25"/>'
-                       f'<text x="{x(v):.1f}" y="{height - bottom + 18}" text-anchor="middle">{v / 1000:,.0f} kB</text>')
+                       f'<text x="{x(v):.1f}" y="{height - 30}" text-anchor="middle">{v / 1000:,.0f} kB</text>')
         if y0 <= math.log(v) <= y1:
             out.append(f'<path d="M{left} {y(v):.1f}H{width - right}" stroke="#808080" stroke-opacity=".25"/>'
                        f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:g}</text>')
-    out.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">bytes of the matrices</text>'
-               f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">KL, nats per token</text>')
+    out.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">matrices</text>'
+               f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">KL, nats</text>')
     for i, ((name, curve), colour) in enumerate(zip(curves.items(), colours)):
         path = "L".join(f"{x(p[0]):.1f} {y(p[1]):.1f}" for p in sorted(curve))
         dash = ' stroke-dasharray="6 4"' if "granted" in name else ""
