@@ -94,7 +94,7 @@ def pack_row_std(names, matrices, clips: dict, feedback: bool) -> dict:
             back.append(torch.from_numpy(v / 2 * (std.float().numpy() * k / qmax)[:, None]).float())
         v = np.stack(q)
         width = np.int8 if np.abs(v).max() < 256 else np.int16
-        stored += len(compressor.compress((v // 2).transpose(0, 2, 1).astype(width).tobytes()))  # transposed, as published
+        stored += len(compressor.compress((v // 2).transpose(0, 2, 1).astype(width).tobytes()))  # transposed
         side = len(compressor.compress(np.concatenate(scale).view(np.uint8).reshape(-1, 2).T.tobytes()))
         stored, values = stored + side, values + [(v, side)]
         weights[name] = torch.stack(back).reshape(bank_shape(v.shape)) if len(bank) > 1 else back[0]
@@ -134,7 +134,7 @@ def spectrum(names, matrices) -> list[tuple]:
 
 
 def at(curve, x: float, of: int, by: int) -> float:
-    """Column `of` of a curve [(bytes, KL, loss)] where column `by` is x, on straight lines between logarithms; NaN outside."""
+    """Column `of` of a curve [(bytes, KL, loss)] where column `by` is x, on lines between logarithms; NaN outside."""
     points = sorted((math.log(p[by]), math.log(max(p[of], 1e-12))) for p in curve)
     xs, ys = zip(*points)
     return math.exp(np.interp(math.log(x), xs, ys)) if xs[0] <= math.log(x) <= xs[-1] else math.nan
