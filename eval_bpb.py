@@ -34,6 +34,7 @@ from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: see train_gpt.py
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -404,7 +404,7 @@ def pack_model(config: dict, weights: dict, matrices: list[list[Matrix]], consta
             torch.set_num_threads(threads)
     values = [np.stack([next(done) for _ in bank]) for bank in matrices]
     small = [encode_small(weights[name].numpy()) for name in split(weights)[1]]
-    lanes = 1 << min(max(sum(v.size for v in values) >> 14, 1).bit_length(), 11)           # 4 bytes of start-up each
+    lanes = 1 << min(max((sum(v.size for v in values) >> 13).bit_length(), 4), 11)           # 4 bytes of start-up each
     rows, cols = zip(*[scales(v) for v in values])
     words, escapes, histogram = encode(values, rows, cols, lanes)
     sections = {
