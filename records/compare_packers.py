@@ -19,7 +19,7 @@ from pack import (TRELLIS, Matrix, bank_shape, dequantise, encode, entropies, ex
 from train_gpt import GPT, environment, make_segments
 
 VAL_TOKENS = 32768
-KL_GOALS = 0.032, 0.012, 0.004, 0.0015, 0.0005      # trellis and scalar curves: expected KL, nats per token
+KL_GOALS = 0.05, 0.02, 0.008, 0.003, 0.0012, 0.0005     # of the tuned, scalar and trellis curves, nats per token, roughly
 CLIP_FACTORS = 0.5, 0.7, 1.0, 1.4, 2.0      # of the clips of the other three packers
 PUBLISHED = {"embed.weight": (15, 63), "qkv": (13, 31), "o": (13, 31), "up": (12, 31), "down": (12, 31)}    # k, qmax
 GROUPS = ("embed.weight",), ("qkv", "o"), ("up", "down")
@@ -110,13 +110,14 @@ def tuned_clips(names, matrices) -> list[dict]:
     """Clips of embedding, attention and MLP, tuned on the checkpoint's statistics to equal slopes of expected KL."""
     grid = [2 ** (i / 2) for i in range(-6, 7)]
     tries = [pack_row_std(names, matrices, {n: (k * f, q) for n, (k, q) in PUBLISHED.items()}, True) for f in grid]
-    best = []
-    for price in [4.0 ** i * 1e-10 for i in range(-4, 9)]:                  # nats per byte
+    best, n_weights = [], sum(m.W.numel() for bank in matrices for m in bank)
+    for goal in KL_GOALS:
+        price = 16 * math.log(2) * goal / n_weights                        # nats per byte where 6.02 dB are worth a bit
         factors = {}
         for group in GROUPS:
             cost = [sum(t["groups"][n][1] + price * t["groups"][n][0] for n in group) for t in tries]
             factors.update({n: grid[int(np.argmin(cost))] for n in group})
-        if 0.1 < math.prod(factors.values()) and factors not in best:
+        if factors not in best:
             best.append(factors)
     return [{n: (PUBLISHED[n][0] * f, PUBLISHED[n][1]) for n, f in factors.items()} for factors in best]
 
@@ -198,7 +199,7 @@ def compare(run: Path, checkpoint: dict, matrices: list[list[Matrix]]) -> None:
               "|--:|--:|--:|--:|--:|--:|"]
     for bits in (1.5, 2.0, 2.5, 3.0, 3.4, 4.0):
         a, b, c = (at(curve, bits * n_weights / 8, 1, 0) for curve in (granted, scalar, trellis))
-        if math.isfinite(b + c):
+        if math.isfinite(a + b + c):
             lines.append(f"| {bits} | {a:.5f} | {b:.5f} | {c:.5f} | {c / a:.2f} | {10 * math.log10(b / c):.2f} dB |")
     lines += ["", "How uneven the sensitivities are (dB; 6 dB are worth a bit per weight):", "",
               "| group | layers' g | columns' 1 / U^2 | rows' g |", "|---|--:|--:|--:|"]

@@ -1,0 +1,1938 @@
+"""The promises, as tests: offline, on a CPU, in minutes.  python -m pytest -q test_smoke.py"""
+import argparse
+import base64
+import bz2
+import hashlib
+import http.server
+import io
+import json
+import lzma
+import math
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import zipfile
+import zlib
+from dataclasses import asdict, replace
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from xml.dom import minidom
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import zstandard
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+import eval_bpb
+import pack
+import train_gpt
+from data import hub as hub_files, prepare
+from data.dataset import (BadInput, DocsHash, atomic_write, find_dataset, read_meta, read_shard, read_val_docs, write_shard)
+from data.text_rules import nmt_nfkc
+from data.tokenizer import Tokenizer, lower_case, restore_case
+from data.train_bpe import train_tokenizer
+from records import check, ledger, rules, sources, stats, submit
+from train_gpt import Config, GPT, Loader, Optimizer, Validation, make_segments
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+TINY = dict(n_layer=4, n_embd=32, n_head=4, n_kv_head=2, mlp_dim=64, loop_first=1, loop_last=1, loop_passes=3, two_lane_from=3,
+            rope_dims=4, vocab_size=64, batch_tokens=512, row_tokens=128, seq_len=48)
+RUN = [f"--{k}={v}" for k, v in {**TINY, "vocab_size": 0, "data": "synthetic", "calib_tokens": 256, "val_points": 2, "device": "cpu"}.items()]
+
+
+def tiny_model(seed=0, **changes):
+    """A model of random weights everywhere: freshly initialised ones are zero where most mistakes would hide."""
+    torch.manual_seed(seed)
+    model = GPT(replace(Config(**TINY), **changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+        model.x0_mix[:, 0] += 1
+    return model
+
+
+def run_train(folder, *flags, ranks=1, **popen):
+    """train_gpt.py in a process of its own, working in `folder` -> subprocess.CompletedProcess or, with popen, Popen."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "train_gpt.py"), *RUN, *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+    if popen:
+        return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, timeout=120)
+
+
+def metrics(folder, run, kind):
+    lines = [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+# ---- the model
+
+
+def test_a_token_sees_only_its_own_segment_and_its_past():
+    model, tokens = tiny_model(), torch.randint(64, (128,))
+    seg = make_segments(np.array([0, 30, 77]), 128, 48)              # segments 0-30, 30-77, 77-125, 125-128
+    for looped in (False, True):
+        before = model(tokens, seg, looped)
+        for at in (20, 29, 30, 60, 76, 100, 125):
+            changed = tokens.clone()
+            changed[at] = (changed[at] + 1) % 64
+            moved = (model(changed, seg, looped) != before).any(-1)
+            end = next(e for e in (30, 77, 125, 128) if at < e)
+            assert moved[at] and not moved[:at].any() and not moved[end:].any()     # to the last bit
+
+
+def test_a_packed_row_equals_each_document_alone():
+    model, tokens = tiny_model(), torch.randint(64, (128,))
+    packed = model(tokens, make_segments(np.array([0, 30, 77]), 128, 48))
+    for a, b in ((0, 30), (30, 77), (77, 125), (125, 128)):
+        alone = model(tokens[a:b], make_segments(np.array([0]), b - a, 48))
+        torch.testing.assert_close(packed[a:b], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_segments_are_documents_cut_every_seq_len():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        n, seq_len = int(rng.integers(1, 300)), int(rng.integers(1, 60))
+        starts = np.flatnonzero(rng.random(n) < 0.03)
+        pos, expect = 0, []
+        for t in range(n):
+            pos = 0 if t in starts or pos == seq_len else pos
+            expect.append(pos)
+            pos += 1
+        for seg in (make_segments(starts, n, seq_len), make_segments(starts, n, seq_len, padded=False)):
+            assert seg.pos.tolist() == expect and seg.max_len <= max(seq_len, max(expect) + 1)
+            cu = seg.cu_seqlens.tolist()
+            assert sorted(set(cu)) == [t for t, p in enumerate(expect) if p == 0] + [n] and cu == sorted(cu)
+
+
+def test_recurrence_with_one_pass_is_the_plain_model():
+    model, tokens, seg = tiny_model(loop_passes=1), torch.randint(64, (128,)), make_segments(np.array([0]), 128, 48)
+    assert torch.equal(model(tokens, seg, True), model(tokens, seg, False))
+    model = tiny_model()
+    assert not torch.allclose(model(tokens, seg, True), model(tokens, seg, False))
+    assert train_gpt.block_order(Config(), True) == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_cached_keys_and_values_give_the_same_hidden_states():
+    model, tokens, cache = tiny_model(), torch.randint(64, (40,)), {}
+
+    def attend(q, k, v, seg, visit):
+        old = cache.get(visit)
+        k, v = (k, v) if old is None else (torch.cat([old[0], k]), torch.cat([old[1], v]))
+        cache[visit] = k, v
+        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask, enable_gqa=True).transpose(0, 1)
+
+    whole = model(tokens, make_segments(np.array([0]), 40, 48))
+    for a, b in ((0, 13), (13, 14), (14, 40)):
+        seg = make_segments(np.array([0]), b - a, 48)
+        part = model(tokens[a:b], seg._replace(pos=seg.pos + a), attend=attend, prev=tokens[max(a - 1, 0):b - 1] if a else tokens[:b].roll(1))
+        torch.testing.assert_close(part, whole[a:b], atol=1e-5, rtol=1e-4)
+
+
+def test_parameter_count_and_flops_of_the_record():
+    cfg = replace(Config(), vocab_size=8192)
+    with torch.device("meta"):
+        n = sum(p.numel() for p in GPT(cfg).parameters())
+    assert 35.9e6 < n < 36.0e6                                       # the public record: 35,945,671
+    assert abs(train_gpt.count_flops(cfg, False) / 215.5e6 - 1) < 0.01             # public figures without attention's products
+    assert abs(train_gpt.count_flops(cfg, True) / 319.3e6 - 1) < 0.01
+
+
+# ---- the kernels
+
+
+def test_fused_kernels_equal_their_references():
+    """In Triton's interpreter, where Triton can be installed: no GPU needed. In a process of its own, for the switch is read at import."""
+    pytest.importorskip("triton", reason="triton is not installed; on a GPU pick_kernels() makes the same comparison")
+    code = """if True:
+        import torch, torch.nn.functional as F, train_gpt as t
+        def error(a, b): return ((a.float() - b.float()).norm() / b.float().norm()).item()
+        for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 1e-2)):      # the interpreter multiplies no bfloat16 matrices
+            torch.manual_seed(0)
+            make = lambda *s: torch.randn(*s, dtype=dtype).requires_grad_()
+            x, up, down, dy = make(50, 40), make(72, 40), make(40, 72), torch.randn(50, 40, dtype=dtype)
+            wide = [a.detach().float().requires_grad_() for a in (x, up, down)]
+            y = t.FusedMLP.apply(x, up, down)
+            ref = F.linear(t.lrelu2(F.linear(*wide[:2])), wide[2])
+            pairs = [(y, ref), *zip(torch.autograd.grad(y, (x, up, down), dy), torch.autograd.grad(ref, wide, dy.float()))]
+            dtype = torch.float32 if dtype is torch.float32 else torch.bfloat16
+            z, targets, w = (5 * make(30, 1500)).detach().requires_grad_(), torch.randint(1500, (30,)), torch.rand(30)
+            loss, zr = t.FusedCE.apply(z, targets, 30.0), z.detach().float().requires_grad_()
+            ref = F.cross_entropy(30 * torch.tanh(zr / 30), targets, reduction="none")
+            pairs += [(loss, ref), (torch.autograd.grad(loss, z, w)[0], torch.autograd.grad(ref, zr, w)[0])]
+            for a, b in pairs:
+                assert error(a, b) < limit, (dtype, error(a, b))
+        print("agree")
+    """
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True, timeout=120)
+    assert done.stdout.strip() == "agree", done.stderr[-2000:]
+
+
+# ---- the optimizer
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    torch.manual_seed(0)
+    for rows, cols in ((40, 40), (80, 20), (20, 80)):
+        G = torch.linalg.qr(torch.randn(3, rows, rows))[0][..., :min(rows, cols)] * torch.linspace(0.05, 1, min(rows, cols))
+        U = train_gpt.orthogonalize(G @ torch.linalg.qr(torch.randn(3, cols, cols))[0][:, :min(rows, cols)])
+        sigma = torch.linalg.svdvals(U) / max(1, rows / cols) ** 0.5
+        assert 0.8 < sigma.min() and sigma.max() < 1.2
+
+
+def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
+    model, cfg = tiny_model(), Config(**TINY)
+    optimizer = Optimizer(model, replace(cfg, grad_clip=1e9), 0, 1)
+    before = {k: v.detach().clone() for k, v in model.named_parameters()}
+    tokens = torch.randint(64, (128,))
+    loss = model.losses(tokens, tokens.roll(-1), make_segments(np.array([0]), 128, 48), True).mean()
+    loss.backward()
+    grads = {k: v.grad.clone() for k, v in model.named_parameters()}
+    assert all(g.abs().sum() > 0 for g in grads.values())
+    optimizer.step(loss, 0.5, 0.9)
+    for name, p in model.named_parameters():
+        w, g = before[name], grads[name]
+        if name in GPT.MATRICES:
+            parts = model.qkv_sizes if name == "qkv" else [g.size(1)]
+            u = torch.cat([train_gpt.orthogonalize(1.9 * x) for x in g.split(parts, 1)], 1)
+            expect = w * (1 - 0.5 * cfg.matrix_lr * cfg.matrix_wd) - 0.5 * cfg.matrix_lr * u
+        else:
+            lr, wd = (cfg.embed_lr, cfg.embed_wd) if name == "embed.weight" else (cfg.scalar_lr, cfg.scalar_wd)
+            expect = w.detach().clone().requires_grad_()
+            expect.grad = g.clone()
+            torch.optim.AdamW([expect], lr=0.5 * lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-8,
+                              weight_decay=wd).step()
+        torch.testing.assert_close(p, expect, atol=1e-6, rtol=1e-4, msg=name)
+
+
+# ---- data
+
+
+def make_loader(rank, ranks, seed=1, **changes):
+    cfg = replace(Config(**{**TINY, "data": "synthetic", "seed": seed}), **changes)
+    data = train_gpt.Dataset(cfg)
+    data.train, data.n_train = lambda i: train_gpt.synthetic_tokens(64, 2000 + 100 * i, i), 3
+    return Loader(data, cfg, rank, ranks, torch.device("cpu"), True).rows()
+
+
+def test_the_stream_is_the_same_for_any_number_of_ranks_and_moves_with_the_seed():
+    one = make_loader(0, 1)
+    rows = [next(one) for _ in range(120)]                           # several epochs
+    for ranks in (2, 4):
+        shares = [make_loader(r, ranks) for r in range(ranks)]
+        assert all(np.array_equal(rows[i], next(shares[i % ranks])) for i in range(120))
+    assert not np.array_equal(rows[0], next(make_loader(0, 1, seed=2)))
+    shards = np.concatenate([train_gpt.synthetic_tokens(64, 2000 + 100 * i, i) for i in range(3)])
+    epoch = np.concatenate([r[:-1] for r in rows[:sum((2000 + 100 * i - 1) // 128 for i in range(3))]])
+    left = np.bincount(shards, minlength=64) - np.bincount(epoch, minlength=64)
+    assert left.min() >= 0 and left.sum() < 3 * 129                  # an epoch holds each token at most once, and nearly all
+
+
+def test_validation_counts_each_target_once_in_whole_documents():
+    model = tiny_model()
+    cfg = replace(Config(**TINY), data="synthetic")
+    data = train_gpt.Dataset(cfg)
+    tokens = train_gpt.synthetic_tokens(64, 700, 5)
+    data.val, data.meta["val_bytes"], data.meta["val_tokens"] = lambda: tokens, 1000, 700
+    total = 0.0
+    for doc in np.split(tokens, np.flatnonzero(tokens == 63)[1:]):
+        x = torch.from_numpy(doc.astype(np.int64))
+        total += model.losses(x, torch.cat([x[1:], torch.tensor([63])]), make_segments(np.array([0]), len(x), 48), True).sum().item()
+    # Rows cut documents too, so the rows are made long enough to hold all of them.
+    for ranks, row in ((1, 1024), (2, 1024)):
+        cfg = replace(cfg, row_tokens=row, batch_tokens=2 * row)
+        parts = [Validation(data, cfg, r, 1 if ranks == 1 else ranks, torch.device("cpu"), True) for r in range(ranks)]
+        assert sum(len(p.rows) for p in parts) == 1
+    nats, bpb = Validation(data, cfg, 0, 1, torch.device("cpu"), True)(model.losses, True)
+    assert math.isclose(nats * 700, total, rel_tol=1e-5) and math.isclose(bpb, total / math.log(2) / 1000, rel_tol=1e-5)
+
+
+# ---- calibration
+
+
+def test_calibration_sums_are_those_of_a_hand_computation():
+    model = tiny_model(loop_passes=2)
+    tokens = torch.randint(64, (64,))
+    seg = make_segments(np.array([0, 40]), 64, 48)
+    batch = type("L", (), {"next": lambda self, n: (tokens, tokens, seg)})()
+    stats = train_gpt.calibrate(model, batch, 150, 64, seed=0)
+    assert stats["tokens"].item() == 150 * 64
+    seen = {}
+
+    def spy(x, W, name, layer, visit):
+        seen.setdefault((name, layer), []).append(x.detach())
+        return train_gpt.plain_linear(x, W, name, layer, visit)
+
+    hidden = model(tokens, seg, True, spy)
+    assert len(seen[("up", 1)]) == 2 and len(seen[("up", 0)]) == 1   # the looped block is visited twice
+    for (name, layer), xs in seen.items():
+        H = sum(x.T @ x for x in xs)
+        torch.testing.assert_close(stats[f"{name}.H"][layer] / 150, H, rtol=1e-3, atol=1e-3)
+    # embed.g against the diagonal of the Fisher, by automatic differentiation of each label's loss.
+    z = F.linear(hidden, model.embed.weight).detach().requires_grad_()
+    p = (30 * torch.tanh(z / 30)).softmax(-1)
+    fisher = sum((p[:, c].detach()[:, None] * torch.autograd.grad(-(30 * torch.tanh(z / 30)).log_softmax(-1)[:, c].sum(), z)[0] ** 2)
+                 for c in range(64)).sum(0)
+    torch.testing.assert_close(stats["embed.g"] / 150, fisher, rtol=1e-3, atol=1e-4)
+    # down.g of the last block by sampling the same way, with fresh labels: the mean of squares agrees within its noise.
+    g = stats["down.g"][3] / 150
+    grads = []
+    for s in range(150):
+        torch.manual_seed(s + 1)
+        keep = {}
+
+        def tap(x, W, name, layer, visit):
+            y = train_gpt.plain_linear(x, W, name, layer, visit)
+            if (name, layer) == ("down", 3):
+                y.retain_grad()
+                keep["y"] = y
+            return y
+
+        logits = model.logits(model(tokens, seg, True, tap))
+        F.cross_entropy(logits, torch.multinomial(logits.softmax(-1).detach(), 1)[:, 0], reduction="sum").backward()
+        grads.append(keep["y"].grad.square().sum(0))
+    assert (g / torch.stack(grads).mean(0) - 1).abs().mean() < 0.15
+
+
+# ---- whole runs
+
+
+def test_ranks_agree_runs_repeat_and_end_with_a_checkpoint(tmp_path):
+    for run, ranks in (("a", 1), ("b", 1), ("two", 2), ("four", 4)):
+        done = run_train(tmp_path, "--max_steps=6", "--loop_at=0.5", f"--run={run}", ranks=ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
+    losses = {run: [x["train_loss"] for x in metrics(tmp_path, run, "step")] for run in ("a", "b", "two", "four")}
+    saved = {run: train_gpt.load_checkpoint(tmp_path / "runs" / run / "checkpoint.pt") for run in losses}
+    assert losses["a"] == losses["b"] and all(torch.equal(v, saved["b"]["weights"][k]) for k, v in saved["a"]["weights"].items())
+    for run in ("two", "four"):
+        assert np.allclose(losses[run], losses["a"], atol=1e-4), losses
+        for k, v in saved["a"]["stats"].items():                     # four ranks calibrate on other rows: only sums of one size
+            assert v.shape == saved[run]["stats"][k].shape
+        assert saved[run]["stats"]["tokens"] >= saved["a"]["stats"]["tokens"] == 256
+    assert (tmp_path / "runs/latest").resolve() == (tmp_path / "runs/four").resolve()
+    assert saved["a"]["run"]["finished"] and saved["a"]["run"]["steps"] == 6
+    assert (tmp_path / "runs/a/source/train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
+    again = run_train(tmp_path, "--max_steps=6", "--run=a")
+    assert again.returncode == 2 and "--run=a" in again.stderr and again.stderr.count("\n") == 1
+
+
+def test_the_clock_holds_and_a_signal_ends_training_with_a_good_checkpoint(tmp_path):
+    done = run_train(tmp_path, "--max_seconds=6", "--run=timed")
+    assert done.returncode == 0, done.stderr[-2000:]
+    end, steps = metrics(tmp_path, "timed", "summary")[0], metrics(tmp_path, "timed", "step")
+    assert 4 < end["train_seconds"] < 6 + 2 * max(s["step_ms"] for s in steps) / 1000
+    process = run_train(tmp_path, "--max_seconds=100", "--run=stopped", popen=True)
+    while not (tmp_path / "runs/stopped/metrics.jsonl").exists() or len(metrics(tmp_path, "stopped", "step")) < 6:
+        time.sleep(0.2)
+        assert process.poll() is None, process.stdout.read()
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    saved = train_gpt.load_checkpoint(tmp_path / "runs/stopped/checkpoint.pt")
+    assert not saved["run"]["finished"] and saved["stats"] and saved["run"]["train_seconds"] < 60
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_once(tmp_path):
+    done = run_train(tmp_path, "--max_steps=50", "--run=nan", "--embed_lr=1e30", "--scalar_lr=1e30")
+    assert done.returncode == 3 and "last good" in done.stdout + done.stderr
+    crash = json.loads((tmp_path / "runs/nan/crash.json").read_text())
+    assert "loss is" in crash["reason"]
+
+
+def test_bad_flags_and_shapes_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags, word in ((["--layers=3"], "--layers"), (["--n_layer=x"], "n_layer"), (["--n_head=3"], "--n_head"), (["--n_kv_head=3"], "--n_kv_head"),
+                        (["--batch_tokens=1000"], "--batch_tokens"), (["--seq_len=0"], "--seq_len"), (["--matrix_lr=-1"], "--matrix_lr"),
+                        (["--two_lane_from=0"], "--two_lane_from"), (["--data=nowhere"], "nowhere"), (["--device=tpu"], "--device"),
+                        (["--run=../up"], "--run"), (["--preset=big"], "--preset"), (["--compare_to=nowhere"], "--compare_to"),
+                        (["--preset=record"], "data/prepare.py fineweb"), (["--matrix_lr=nan"], "--matrix_lr")):
+        with pytest.raises(BadInput) as error:
+            train_gpt.main([*RUN, *flags] if flags[0] not in ("--preset=record",) else flags)
+        assert word in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(BadInput, match="3 ranks"):
+        train_gpt.main(RUN)
+
+
+def test_a_damaged_checkpoint_is_refused_and_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
+    model, cfg, path = tiny_model(), Config(**TINY), tmp_path / "checkpoint.pt"
+    data = train_gpt.Dataset(replace(cfg, data="synthetic"))
+    train_gpt.save_checkpoint(path, cfg, model, data, {"tokens": torch.ones(1)}, {"steps": 1})
+    good = path.read_bytes()
+    assert torch.equal(train_gpt.load_checkpoint(path)["weights"]["up"], model.up)
+    rng, broken = np.random.default_rng(0), tmp_path / "broken.pt"
+    for n in (0, 10, len(good) // 2, len(good) - 1):
+        broken.write_bytes(good[:n])
+        with pytest.raises(BadInput, match="broken.pt"):
+            train_gpt.load_checkpoint(broken)
+    for at in rng.integers(0, len(good), 60):
+        broken.write_bytes(good[:at] + bytes([good[at] ^ 64]) + good[at + 1:])
+        try:                                                         # a flip may hit padding, which changes nothing; never the weights
+            loaded = train_gpt.load_checkpoint(broken)
+        except BadInput as error:
+            assert "\n" not in str(error)
+        else:
+            assert all(torch.equal(v, loaded["weights"][k]) for k, v in model.state_dict().items())
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BadInput, match="checkpoint.pt.*No space"):
+        train_gpt.save_checkpoint(path, cfg, tiny_model(1), data, {}, {"steps": 2})
+    assert path.read_bytes() == good and list(tmp_path.glob(".*")) == []
+
+
+def test_early_abort_needs_a_real_lag():
+    curve = [(0.25, 2.0), (0.5, 1.5), (1.0, 1.0)]
+    assert train_gpt.behind(curve, 0.75, 1.27, 0.01) and not train_gpt.behind(curve, 0.75, 1.255, 0.01)
+    assert not train_gpt.behind(curve, 0.1, 9.0, 0.01)              # the other run had no score yet
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text and tokens
+
+
+DEMO_PATH = ROOT / "data" / "demo_tokenizer.json"
+DEMO = DEMO_PATH.read_bytes()
+
+
+def prepare_main(monkeypatch, root, *args):
+    """Runs `prepare.py ARGS` in this process with data/ under `root`, one worker."""
+    monkeypatch.setattr(prepare, "ROOT", root)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args), "--workers=1"])
+    (root / "data").mkdir(exist_ok=True)
+    prepare.main()
+
+
+def words(n, seed):
+    """n documents of random English-looking text."""
+    rng = random.Random(seed)
+    some = "the of and to in a is that it was for on are with as I his they be at one have NASA McDonald".split()
+    return [" ".join(rng.choices(some, k=rng.randint(20, 60))).capitalize() + f", number {seed}.{i}." for i in range(n)]
+
+
+@pytest.fixture()
+def small(tmp_path, monkeypatch):
+    """A `docs` dataset of 60 documents with the demo tokenizer -> its folder."""
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words(60, 1)))
+    prepare_main(monkeypatch, tmp_path, "docs", tmp_path / "in.jsonl", "--name=small", f"--tokenizer={DEMO_PATH}")
+    return tmp_path / "data" / "small"
+
+
+# Tokenizer
+
+def unicode_strings(n, seed):
+    rng = random.Random(seed)
+    pools = ["aAbBsSzZ  IC", "CUL ULC", "\t\n\r ", "0123.,'’\"-", "éÉßẞİıǅΣσςЖжﬁ",
+             "\0\x01\x0b\x1c\x7f\x85\u200b\u2028\ufeff\ufffd\ufffe"]
+    for _ in range(n):
+        yield "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) if rng.random() < 0.1
+                      else rng.choice(rng.choice(pools)) for _ in range(rng.randrange(40)))
+
+
+def test_tokenizer_gives_every_unicode_string_back():
+    tokenizer = Tokenizer(DEMO)
+    texts = [*unicode_strings(8000, 7), "", "\0", "C the U nasa L", "A" * 999, "HTTPServer PDFs USA's iPhone A I" * 9,
+             "the" * 5000, " " * 100_000]
+    for text, lower, tokens in zip(texts, lower_case(texts), tokenizer.encode_batch(texts), strict=True):
+        assert restore_case(lower) == text and lower_case([text]) == [lower]
+        assert tokenizer.decode(tokens) == text and np.flatnonzero(tokens == tokenizer.boundary).tolist() == [0]
+        assert tokens.dtype == np.uint16 and tokens.max() < tokenizer.vocab_size
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts[:500])
+
+
+def test_case_costs_one_token_before_the_space():
+    assert lower_case([" The THE camelCase PDFs I", "HTTPServer PDFsize"]) == ["C theU the camelCcaseU pdfLsC i",
+                                                                              "UhttpCserverU pdCfsize"]
+    tokenizer = Tokenizer(DEMO)
+    plain, title, upper = (tokenizer.encode("x" + word).tolist() for word in (" return", " Return", " RETURN"))
+    assert len(title) == len(upper) == len(plain) + 1 and title[-1:] == upper[-1:] == plain[-1:]
+
+
+def test_phrases_merge_tokens_and_never_across_documents():
+    spec = json.loads(DEMO)
+    with_phrases, without = Tokenizer(DEMO), Tokenizer(json.dumps(spec | {"phrases": []}).encode())
+    texts = [text for text in words(50, 3)] + ["if x is not None:\n        return self"]
+    merged = with_phrases.encode_batch(texts)
+    assert sum(map(len, merged)) < sum(map(len, without.encode_batch(texts)))
+    assert all((with_phrases.encode(text) == tokens[1:]).all() for text, tokens in zip(texts, merged))
+
+
+def test_lone_surrogates_and_damaged_tokenizers_are_refused_by_name():
+    with pytest.raises(BadInput, match="lone surrogate at character 1"):
+        Tokenizer(DEMO).encode("x\ud800")
+    spec = json.loads(DEMO)
+    changes = ({"pieces": ["th", "th"], "phrases": []}, {"pieces": ["\u2019"]}, {"phrases": [[1, 9999]]},
+               {"phrases": [[1]]}, {"pattern": "("}, {"format": 2},
+               {"phrases": [[1, 2]] * 5000}, {"pieces": [], "phrases": [[220 + n, 220 + n] for n in range(60)]})
+    for blob in (b"", DEMO[:-40], b"[]", b"{}", *(json.dumps(spec | change).encode() for change in changes)):
+        with pytest.raises(BadInput, match="tokenizer.json"):
+            Tokenizer(blob)
+
+
+def test_a_pattern_with_holes_loses_no_text():
+    tokenizer = Tokenizer(json.dumps(json.loads(DEMO) | {"pattern": "[a-z]+"}).encode())
+    assert tokenizer.decode(tokenizer.encode("It's 5!\n")) == "It's 5!\n"
+
+
+def test_training_a_tokenizer_is_deterministic():
+    pytest.importorskip("tokenizers")
+    texts = words(300, 5)
+    first, second = (train_tokenizer(lambda: iter(texts), 300, 10, "x") for _ in range(2))
+    tokenizer = Tokenizer(first)
+    assert first == second and tokenizer.vocab_size == 300
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
+    assert any(b" " in piece[1:] for piece in tokenizer.pieces[tokenizer.first_phrase:])
+
+
+# Text rule
+
+def test_nmt_nfkc_examples_and_the_whole_map():
+    rule = nmt_nfkc
+    assert rule("  Ａ\u00a0\ufb01ne\u200b \x07 e\u0301\u2581x\t\n½ \u00b4 ～ ") == "A fine é x 1\u20442 \u0301 ～"
+    assert rule("ｶﾞ \u1100\u1161\u11a8 q\u0307\u0323 \U0001e030\U0001ccd6\u0301") == "ガ 각 q\u0307\u0323 аÁ"
+    mapped = rule("".join(f"x{chr(code)}x" for code in [*range(0xD800), *range(0xE000, 0x30000)]))
+    digest = hashlib.sha256(mapped.encode()).hexdigest()   # that of sentencepiece 0.2.3; on Python 3.11 to 3.13
+    assert digest == "bbd13d1196b727c036a5a24f8f5cf4a2144e7eae652feff13cb608ad50bde803"
+
+
+def test_nmt_nfkc_is_sentencepieces():
+    sentencepiece = pytest.importorskip("sentencepiece", minversion="0.2.3")
+    normalizer = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc", add_dummy_prefix=False,
+                                                       remove_extra_whitespaces=True, escape_whitespaces=False)
+    rng = random.Random(3)
+    ranges = ([(0x300, 0x34F), (0x3099, 0x309B), (0x1161, 0x1176), (0x11A8, 0x11C3)],
+              [(0x3000, 0x3400), (0x1100, 0x1113)], [(0xFF00, 0xFFF0)])
+    pools = ["aeoAEOU  \u3000\u00b4<=", *([chr(code) for span in spans for code in range(*span)] for spans in ranges)]
+    mixed = ("".join(rng.choice(rng.choice(pools)) for _ in range(12)) for _ in range(20_000))
+    for text in [*unicode_strings(4000, 9), *mixed]:
+        assert nmt_nfkc(text) == normalizer.normalize(text)
+
+
+# Files
+
+def test_a_dataset_holds_its_documents_exactly(small):
+    meta, tokenizer = read_meta(small), Tokenizer((small / "tokenizer.json").read_bytes())
+    texts = {split: [] for split in ("train", "val")}
+    for split in texts:
+        tokens = np.concatenate([read_shard(path, meta["vocab_size"]) for path in sorted(small.glob(f"{split}_*.bin"))])
+        starts = np.flatnonzero(tokens == tokenizer.boundary)
+        texts[split] = [tokenizer.decode(part) for part in np.split(tokens, starts)[1:]]
+        assert [len(texts[split]), len(tokens)] == [meta[f"{split}_docs"], meta[f"{split}_tokens"]]
+        assert sum(len(text.encode()) for text in texts[split]) == meta[f"{split}_bytes"]
+    assert texts["val"] == list(read_val_docs(small, meta)) and not {*texts["val"]} & {*texts["train"]}
+    assert sorted(texts["val"] + texts["train"]) == sorted(words(60, 1))
+    assert list(read_val_docs(small, meta, 2)) == texts["val"][:2]
+    framed = b"".join(len(text.encode()).to_bytes(8, "little") + text.encode() for text in texts["val"])
+    assert meta["val_docs_sha256"] == hashlib.sha256(framed).hexdigest()
+    for name, entry in meta["files"].items():
+        assert hashlib.sha256((small / name).read_bytes()).hexdigest() == entry["sha256"]
+
+
+@pytest.mark.parametrize("name, damage, words", [
+    ("train_000000.bin", lambda data: data[:-2], "bytes, but meta.json says"),
+    ("val_docs.jsonl.zst", lambda data: data + b"x", "bytes, but meta.json says"),
+    ("val_000000.bin", lambda data: b"\1" + data[1:], "not a token shard"),
+    ("val_000000.bin", lambda data: data[:8] + b"\5\0\0\0" + data[12:], "header says 5 tokens"),
+    ("tokenizer.json", lambda data: data.replace(b"demo", b"dome"), "tokenizer_sha256"),
+    ("meta.json", lambda data: data[:-9], "not JSON"),
+    ("meta.json", lambda data: data.replace(b'"train_tokens": ', b'"train_tokens": 1'), "train_tokens is"),
+    ("meta.json", lambda data: data.replace(b'"val_bytes": ', b'"val_bytes": -'), "val_bytes"),
+    ("meta.json", lambda data: data.replace(b'"train_000000.bin"', b'"../train.bin"'), "bad entry"),
+    ("meta.json", lambda data: data.replace(b'"format": 1', b'"format": 2'), "format 2"),
+])
+def test_a_damaged_dataset_is_refused_by_file_name(small, name, damage, words):
+    (small / name).write_bytes(damage((small / name).read_bytes()))
+    with pytest.raises(BadInput, match=f"{name}.*{words}|{words}"):
+        read_meta(small)
+
+
+def test_shards_and_documents_are_checked_as_they_are_read(small):
+    meta = read_meta(small)
+    write_shard(small / "x.bin", np.array([1, 2, 5000]))
+    assert read_shard(small / "x.bin").tolist() == [1, 2, 5000]
+    with pytest.raises(BadInput, match=r"x.bin: token 5000 is outside the vocabulary of 1024"):
+        read_shard(small / "x.bin", 1024)
+    (small / "x.bin").write_bytes(b"\0" * 9)
+    with pytest.raises(BadInput, match="x.bin"):
+        read_shard(small / "x.bin")
+    good = zstandard.decompress((small / "val_docs.jsonl.zst").read_bytes(), max_output_size=1 << 20)
+    one_changed, first, cut = good.replace(b"the", b"teh", 1), good[:good.index(b"\n") + 1], good[:-9]
+    for bad in (*map(zstandard.compress, (one_changed, first, cut)), zstandard.compress(good)[:-9], good):
+        (small / "val_docs.jsonl.zst").write_bytes(bad)
+        with pytest.raises(BadInput, match="val_docs.jsonl.zst"):
+            list(read_val_docs(small, meta))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(BadInput, match="file: No space left"), atomic_write(path) as file:
+        file.write(b"new")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(KeyError), atomic_write(path) as file:
+        raise KeyError
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_missing_dataset_names_the_command_that_prepares_it(tmp_path):
+    with pytest.raises(BadInput, match="python data/prepare.py docs PATH --name=nothing"):
+        find_dataset("nothing")
+    with pytest.raises(BadInput, match="no meta.json"):
+        find_dataset(tmp_path)
+
+
+# Commands
+
+def test_demo_is_deterministic_and_disjoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "DEMO_TRAIN_BYTES", 200_000)
+    metas = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        prepare_main(monkeypatch, tmp_path / name, "demo")
+        metas.append(read_meta(tmp_path / name / "data" / "demo"))
+    assert metas[0] == metas[1] and 100_000 < metas[0]["val_tokens"] < 300_000
+    val, train = prepare.demo_documents()
+    assert not {*val} & {*train} and not any("/usr/" in text and "sysconfigdata" in text for text in val + train)
+
+
+def test_docs_names_every_document_that_it_skips(tmp_path, monkeypatch, capsys):
+    good = [json.dumps({"text": text}) for text in words(20, 2)]
+    bad = ['{"text": "x"', '{"no": 1}', "[]", r'{"text": "\ud800"}', '{"text": " "}', ""]
+    lines = [*good[:10], *bad, good[0], *good[10:]]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "caf\xe9"}\n')
+    (tmp_path / "in" / "b.txt").write_bytes(b"\xff")
+    (tmp_path / "in" / "c.jsonl.zst").write_bytes(zstandard.compress(json.dumps({"text": "one more"}).encode()))
+    flags = ["docs", tmp_path / "in", f"--tokenizer={DEMO_PATH}", "--val_docs=5"]
+    prepare_main(monkeypatch, tmp_path, *flags, "--name=d")
+    meta = read_meta(tmp_path / "data" / "d")
+    assert (meta["val_docs"], meta["train_docs"]) == (5, 16)
+    skipped = [line.split("in/")[1] for line in (tmp_path / "data" / "d" / "skipped.txt").read_text().splitlines()]
+    assert sorted(skipped) == ["a.jsonl:11: bad JSON", "a.jsonl:12: no text", "a.jsonl:13: no text",
+                               "a.jsonl:14: lone surrogate", "a.jsonl:15: empty", "a.jsonl:16: empty",
+                               "a.jsonl:17: duplicate", "a.jsonl:28: not UTF-8", "b.txt: not UTF-8"]
+    assert "skipped 9: " in capsys.readouterr().out
+    before = sorted(os.listdir(tmp_path / "data"))
+    for more, message in (("--name=e --on_bad=refuse", "a.jsonl:11: bad JSON"), ("--name=d", "is there already"),
+                          ("--name=../e", "--name"), ("--name=e --val_docs=99", "only 21 good documents"),
+                          ("--name=e --val_path=none", "not with --val_path"),
+                          ("--name=e --vocab_size=x", "--vocab_size"), ("--name=e --phrases=9999", "--phrases"),
+                          ("--name=e --tokenizer=none", "--tokenizer=none"),
+                          ("--name=e --nmae=3", "--nmae=3")):
+        with pytest.raises(BadInput, match=message):
+            prepare_main(monkeypatch, tmp_path, *flags, *more.split())
+    assert sorted(os.listdir(tmp_path / "data")) == before
+
+
+def test_bad_input_exits_2_with_one_line():
+    command = [sys.executable, ROOT / "data" / "prepare.py", "docs", "/nowhere", "--name=x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "prepare.py: /nowhere: not there\n")
+
+
+# FineWeb, against a server of the hub's shape
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, body=b"", cut=None, **headers):
+        self.send_response(status)
+        for name, value in ({"Content-Length": len(body)} | headers).items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        files = self.server.files
+        sha = {name: self.server.sha.get(name) or hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        self.reply(200, json.dumps([
+            {"type": "file", "path": name, "size": len(data), "oid": "0" * 40,
+             "lfs": {"oid": sha[name], "size": len(data), "pointerSize": 130}}
+            for name, data in files.items() if name in asked or name.replace("/", "%2F") in asked]).encode())
+
+    def do_GET(self):
+        if self.path.startswith("/api/"):
+            return self.reply(200, json.dumps({"id": hub_files.REPO, "sha": "c" * 40, "siblings": []}).encode())
+        name = self.path.split("?")[0].split("c" * 40 + "/")[1].replace("%2F", "/")
+        data, fault = self.server.files[name], None
+        if self.command == "GET" and name.endswith(hub_files.DOCS):
+            self.server.ranges.append(self.headers.get("Range"))
+            fault = self.server.faults.pop(0) if self.server.faults else None
+        if fault == 503:
+            return self.reply(503)
+        tag = dict(ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit="c" * 40, X_Linked_Size=len(data))
+        if fault == "wrong":
+            return self.reply(200, bytes(reversed(data)), **tag)
+        if fault == "short":
+            return self.reply(200, data[:len(data) // 2], **tag)
+        start = int(match[1]) if (match := re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")) else 0
+        if start:
+            tag["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self.reply(206 if start else 200, data[start:], cut=len(data) // 2 if fault == "drop" else None, **tag)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture()
+def hub(monkeypatch, tmp_path):
+    """A server of 400 documents. Of the 40 of validation two are alike, and two others come again in training."""
+    pytest.importorskip("huggingface_hub.constants")
+    texts = words(400, 11)
+    texts[7], texts[100], texts[200] = texts[8], texts[3], "  " + texts[4]
+    docs = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = {hub_files.DOCS: docs,
+                    hub_files.SIDECAR: json.dumps({"docs_sha256": hashlib.sha256(docs).hexdigest()}).encode()}
+    server.sha, server.faults, server.ranges, server.texts = {}, [], [], texts
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setattr(hub_files, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(hub_files, "TRIES", 3)
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 3000)
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 8000)
+    monkeypatch.setattr(prepare, "FINEWEB_VAL_DOCS", 40)
+    monkeypatch.setattr(prepare, "FINEWEB_VAL_BYTES", sum(len(nmt_nfkc(text).encode()) for text in texts[:40]))
+    yield server
+    server.shutdown()
+
+
+FINEWEB = ["fineweb", f"--tokenizer={DEMO_PATH}"]
+
+
+def test_fineweb_survives_faults_and_splits_at_the_frozen_document(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["huggingface_hub"].constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+    hub.faults = ["drop", 503, "wrong"]
+    prepare_main(monkeypatch, tmp_path, *FINEWEB)
+    assert any(hub.ranges), "a dropped connection is resumed from where it was"
+    folder = tmp_path / "data" / "fineweb"
+    meta = read_meta(folder)
+    assert list(read_val_docs(folder, meta)) == [nmt_nfkc(text) for text in hub.texts[:40]]
+    assert meta["train_docs"] == 358 and "2 documents left out of train" in capsys.readouterr().out
+    assert meta["text_rule"] == "nmt_nfkc" and len(list(folder.glob("train_*.bin"))) > 3
+
+
+def test_fineweb_stops_and_continues_to_the_same_files(hub, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    prepare_main(monkeypatch, tmp_path / "a", *FINEWEB)
+    real, calls = prepare.write_shard, []
+
+    def full_disk(path, tokens):
+        calls.append(path)
+        if len(calls) == 4:
+            raise BadInput(f"{path}: No space left on device")
+        real(path, tokens)
+    monkeypatch.setattr(prepare, "write_shard", full_disk)
+    with pytest.raises(BadInput, match="No space left"):
+        prepare_main(monkeypatch, tmp_path / "b", *FINEWEB)
+    with pytest.raises(BadInput, match="begun with another tokenizer"):
+        prepare_main(monkeypatch, tmp_path / "b", *FINEWEB, "--text_rule=raw")
+    prepare_main(monkeypatch, tmp_path / "b", *FINEWEB, "--train_tokens=9000")
+    part = read_meta(tmp_path / "b" / "data" / "fineweb")
+    assert 9000 <= part["train_tokens"] < 9200
+    assert len(calls) == len({*calls}) + 1, "finished shards are not written again"
+    prepare_main(monkeypatch, tmp_path / "b", *FINEWEB)
+    whole = [read_meta(tmp_path / name / "data" / "fineweb") for name in "ab"]
+    for key in ("train_tokens", "train_bytes", "val_docs_sha256"):
+        assert whole[0][key] == whole[1][key]
+    (tmp_path / "b" / "data" / "fineweb" / "train_000001.bin").unlink()
+    with pytest.raises(BadInput, match="train_000001.bin"):
+        prepare_main(monkeypatch, tmp_path / "b", *FINEWEB)
+
+
+@pytest.mark.parametrize("break_it, words", [
+    (lambda hub: hub.faults.extend(["short"] * 9), r"docs_selected.jsonl: .*3 times.; run the command again"),
+    (lambda hub: hub.faults.extend([503] * 9), r"docs_selected.jsonl: .*503.*3 times"),
+    (lambda hub: hub.sha.update({hub_files.DOCS: "f" * 64}), "the hub says .* ffff"),
+    (lambda hub: hub.files.update({hub_files.SIDECAR: b'{"docs_sha256": "0"}'}), "docs_sha256 is 0"),
+    (lambda hub: hub.files.update({hub_files.SIDECAR: b"{}"}), "no docs_sha256"),
+    (lambda hub: hub.files.pop(hub_files.DOCS), "the hub has no"),
+    (lambda hub: setattr(prepare, "FINEWEB_VAL_BYTES", prepare.FINEWEB_VAL_BYTES * 2), "would not compare"),
+    (lambda hub: setattr(hub_files.shutil, "disk_usage", lambda path: argparse.Namespace(free=5)),
+     "the disk has 5 left"),
+])
+def test_fineweb_refuses_what_it_cannot_trust(hub, tmp_path, monkeypatch, break_it, words):
+    monkeypatch.setattr(prepare, "FINEWEB_VAL_BYTES", prepare.FINEWEB_VAL_BYTES)   # both are put back after the test
+    monkeypatch.setattr(hub_files.shutil, "disk_usage", hub_files.shutil.disk_usage)
+    break_it(hub)
+    with pytest.raises(BadInput, match=words):
+        prepare_main(monkeypatch, tmp_path, *FINEWEB)
+    assert not (tmp_path / "data" / "fineweb" / "meta.json").exists()
+
+
+def test_a_pool_of_workers_gives_what_one_process_gives(monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 2000)
+    source = prepare.texts_source(words(60, 8), "x")
+    one, two = ([docs for _, docs in prepare.process(source(), DEMO, "nmt_nfkc", workers)] for workers in (1, 2))
+    assert len(one) > 3 and repr(one) == repr(two)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+PACK_CONFIG = Config(n_layer=3, n_embd=32, n_head=4, n_kv_head=2, mlp_dim=64, loop_first=1, loop_last=1, loop_passes=2,
+                     two_lane_from=2, rope_dims=4, data="synthetic", batch_tokens=512, row_tokens=512, seq_len=64)
+
+
+@pytest.fixture(scope="session")
+def run_to_pack(tmp_path_factory):
+    """A run folder with the checkpoint of a small random model and its statistics."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    folder.mkdir()
+    tokenizer = Tokenizer((ROOT / "data/demo_tokenizer.json").read_bytes())
+    cfg = train_gpt.replace(PACK_CONFIG, vocab_size=tokenizer.vocab_size)
+    torch.manual_seed(0)
+    model = GPT(cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2) if p.ndim < 3 and p is not model.embed.weight else p.normal_(std=0.15)
+    tokens = torch.from_numpy(train_gpt.synthetic_tokens(cfg.vocab_size, 513, seed=1).astype(np.int64))
+    seg = train_gpt.make_segments(np.arange(0, 512, 60), 512, cfg.seq_len)
+    batch = SimpleNamespace(next=lambda seq_len: (tokens[:-1], tokens[1:], seg))
+    stats = train_gpt.calibrate(model, batch, 8, 512, 0)
+    data = SimpleNamespace(tokenizer=tokenizer)
+    train_gpt.save_checkpoint(folder / "checkpoint.pt", cfg, model, data, stats, {"steps": 1})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_run(run_to_pack):
+    """The same folder after pack.py, with what it printed."""
+    out = subprocess.run([sys.executable, str(ROOT / "pack.py"), str(run_to_pack)], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    return run_to_pack, out.stdout
+
+
+def gaussian_matrix(rows=384, n=256, seed=0):
+    """A random matrix with a skewed Hessian and sensitivities."""
+    generator = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=generator)
+    x = rand(4 * n, n) @ rand(n, n) * n ** -0.5 * (rand(n).abs() + 0.1)
+    return rand(rows, n), (x.mT @ x / len(x)), rand(rows) ** 2
+
+
+def distortion_and_bits(W, H, g, constant, states):
+    m = pack.plan(W, H, g)
+    values = pack.quantise(m, constant, states)
+    row, col = pack.scales(values[None])
+    words, _, _ = pack.encode([values[None]], [row], [col], 64)
+    bits = 16 * (len(words) - 64) / values.size                      # half of each lane's state is start-up
+    return pack.expected_kl(m, values, constant) / values.size, bits
+
+
+# ---- the entropy coder
+
+
+def test_probabilities_are_the_same_on_every_machine():
+    radius, freq, start, symbol = pack.tables()
+    used = np.arange(freq.shape[1]) < 2 * radius[:, None] + 2
+    assert (freq.sum(1) == 1 << pack.BITS).all() and (freq[used] > 0).all()
+    digest = hashlib.sha256(freq.astype("<u4").tobytes() + radius.astype("<i4").tobytes()).hexdigest()
+    assert digest == "ab5b2e1ebd5a78eed508c2240352a421fd7a827160dd568126d8699aa58c4b27"
+
+
+@pytest.mark.parametrize("states", [1, 8])
+def test_coder_returns_every_value_and_wastes_nothing(states):
+    rng, following = np.random.default_rng(0), pack.next_states(states)
+    shapes, values = [(2, 300, 200), (1, 1, 7), (3, 40, 50)], []
+    for L, R, n in shapes:
+        sigma = 2 ** (rng.normal(1, 1, (L, R, 1)) + rng.normal(0, 1, (L, 1, n)))
+        target, state, v = rng.standard_normal((L, R, n)) * sigma, np.zeros((L, R), int), np.zeros((L, R, n), np.int32)
+        for j in range(n):                                           # values that a trellis can make
+            k = np.rint(target[..., j] - (state & 1) / 2).astype(int)
+            v[..., j], state = 2 * k + (state & 1), following[state, k & 1]
+        values.append(v)
+    values[0][0, 5, 100] += 4 * 10 ** 6                              # far outside of any table
+    rows, cols = zip(*[pack.scales(v) for v in values])
+    words, escapes, histogram = pack.encode(values, rows, cols, 64)
+    out = [np.full((L * R, n), -1) for L, R, n in shapes]
+    for bank, start, stop, v in pack.decode(words, escapes, shapes, rows, cols, 64, states):
+        out[bank][start:stop] = v.T
+    assert all((a == b.reshape(a.shape)).all() for a, b in zip(out, values)) and 10 ** 6 < np.abs(escapes).max()
+    ideal, entropy = pack.entropies(histogram)
+    assert 2 * len(words) - 4 * 64 < 1.005 * ideal.sum()             # the lanes' start-up apart
+    assert entropy < ideal.sum() < 1.02 * entropy                    # which has its tables for free
+
+
+# ---- the quantiser
+
+
+def test_trellis_gains_at_least_0_8_dB_over_scalar_and_feedback_more():
+    W, H, g = gaussian_matrix()
+    db = lambda kl, bits: 10 * np.log10(kl) + 6.0206 * bits          # equal for equal quality at 6.02 dB a bit
+    scalar, trellis = (db(*distortion_and_bits(W, H, g, 0.05, states)) for states in (1, 8))
+    assert trellis < scalar - 0.8
+    m = pack.plan(W, H, g)                                           # uniform errors at the price that the plan gives
+    price = m.cost.sum().item() * float(g.double().numpy() @ pack.quarter(m.row) ** 2) / 24
+    assert 0.6 < distortion_and_bits(W, H, g, 0.05, 1)[0] * W.numel() / (0.05 ** 2 * price) < 1.02
+    m = pack.plan(W, None, None)                               # round to nearest, at about the same rate
+    values = pack.quantise(m, 0.3, 1)
+    m.H, m.g = H, g
+    row, col = pack.scales(values[None])
+    bits = 16 * len(pack.encode([values[None]], [row], [col], 64)[0]) / values.size
+    assert scalar < db(pack.expected_kl(m, values, 0.3) / values.size, bits) - 3
+
+
+def test_expected_kl_is_the_measured_one(run_to_pack):
+    checkpoint = train_gpt.load_checkpoint(run_to_pack / "checkpoint.pt")
+    cfg, weights = checkpoint["config"], checkpoint["weights"]
+    matrices = pack.gather(checkpoint, run_to_pack, "cpu", False)
+    packed = pack.pack_model(asdict(cfg), weights, matrices, 1e-3, 8)
+    tokens = torch.from_numpy(train_gpt.synthetic_tokens(cfg.vocab_size, 2048, seed=1).astype(np.int64))
+    seg = train_gpt.make_segments(np.arange(0, 2048, 60), 2048, cfg.seq_len)
+    with torch.no_grad():
+        full, coded = GPT(cfg), pack.unpack_model(packed.blob)[1]
+        full.load_state_dict(weights)
+        logp = [model.logits(model(tokens, seg)).log_softmax(-1) for model in (full, coded)]
+    measured = (logp[0].exp() * (logp[0] - logp[1])).sum(-1).mean().item()
+    pairs = [pair for bank, values in zip(matrices, packed.values) for pair in zip(bank, values)]
+    expected = sum(pack.expected_kl(m, v, 1e-3) for m, v in pairs)
+    assert 1e-4 < expected and 0.5 < measured / expected < 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("case", ["zeros", "outlier", "rank one", "zero rows", "dead columns", "one row", "one column",
+                                  "no Hessian", "insensitive"])
+def test_degenerate_matrices_pack(case):
+    W, H, g = gaussian_matrix(48, 40)
+    if case == "zeros":
+        W = W * 0
+    elif case == "outlier":
+        W[3, 4] = 1e7
+    elif case == "rank one":
+        W = W[:1] * W[:, :1]
+    elif case == "zero rows":
+        W[::2] = 0
+    elif case == "dead columns":
+        H[:, ::2] = 0
+        H[::2] = 0
+    elif case == "one row":
+        W, g = W[:1], g[:1]
+    elif case == "one column":
+        W, H = W[:, :1], H[:1, :1]
+    elif case == "no Hessian":
+        H = H * 0
+    else:
+        g = g * 0
+    for states in (1, 8):
+        m = pack.plan(W, H, g)
+        values = pack.quantise(m, 0.05, states)
+        row, col = pack.scales(values[None])
+        words, escapes, _ = pack.encode([values[None]], [row], [col], 16)
+        (*_, back), *_ = pack.decode(words, escapes, [values[None].shape], [row], [col], 16, states)
+        assert (back.T == values[:16]).all()
+        error = torch.from_numpy(pack.dequantise(values, m.row, m.col, 0.05)) - W
+        assert error.isfinite().all()
+        if case not in ("no Hessian", "insensitive", "dead columns"):
+            assert error.abs().max() < 2 * W.abs().clamp(max=10).max() + 1e-6
+
+
+# ---- the file
+
+
+def test_artifact_loads_bit_for_bit_in_another_process(packed_run):
+    folder, _ = packed_run
+    code = "import torch, pack; torch.set_num_threads(2); print(pack.digest(pack.load('artifact.pyz')[1]))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    there = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True).stdout
+    cfg, model, tokenizer = pack.load(folder / "artifact.pyz")
+    assert there.strip() == pack.digest(model) and not model.training and tokenizer.vocab_size == cfg.vocab_size
+    weights = train_gpt.load_checkpoint(folder / "checkpoint.pt")["weights"]
+    for name, x in model.state_dict().items():
+        assert x.dtype == torch.float32 and (x - weights[name]).norm() < 0.1 * weights[name].norm() + 1e-6, name
+
+
+def test_ledger_accounts_for_every_byte_and_says_when_the_cap_is_far(packed_run):
+    folder, out = packed_run
+    ledger, data = json.loads((folder / "pack.json").read_text()), (folder / "artifact.pyz").read_bytes()
+    parts = [*ledger["sections"].values(), *ledger["files"].values(), ledger["zip_bytes"]]
+    assert ledger["artifact_bytes"] == len(data) == sum(parts)
+    assert ledger["artifact_sha256"] == hashlib.sha256(data).hexdigest() and f"\nartifact_bytes: {len(data)}\n" in out
+    assert "best quality setting" in out and 0.3e-4 < ledger["expected_kl"] < 1.5e-4   # the default is 1e-4
+    files = set(ledger["files"]) - {"__main__.py", "tokenizer.json"}
+    assert files == set(train_gpt.SOURCES)
+
+
+def test_file_ends_within_a_twentieth_percent_below_the_cap_and_is_reproducible(run_to_pack, monkeypatch, capsys):
+    monkeypatch.setattr(pack, "verify", lambda *_: None)             # a process each; the fixture has done it
+    sizes = []
+    for method, cap in (("trellis", 100_000), ("scalar", 90_000), ("trellis", 100_000)):
+        assert pack.main([str(run_to_pack), f"--cap_bytes={cap}", f"--method={method}"]) == 0
+        data = (run_to_pack / "artifact.pyz").read_bytes()
+        assert 0.9995 * cap <= len(data) <= cap
+        sizes.append(data)
+    with zipfile.ZipFile(io.BytesIO(sizes[2])) as z:
+        assert sizes[0] == sizes[2] and {i.date_time[0] for i in z.infolist()} == {1980}
+    with pytest.raises(BadInput, match="cap_bytes=40000"):
+        pack.main([str(run_to_pack), "--cap_bytes=40000"])
+    assert (run_to_pack / "artifact.pyz").read_bytes() == sizes[2]
+
+
+def test_checkpoint_without_statistics_is_rounded_and_said_loudly(run_to_pack, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pack, "verify", lambda *_: None)
+    saved = torch.load(run_to_pack / "checkpoint.pt", weights_only=True)
+    torch.save({**saved, "stats": {}}, tmp_path / "checkpoint.pt")
+    assert pack.main([str(tmp_path), "--cap_bytes=100000"]) == 0
+    assert "ROUNDING TO NEAREST" in capsys.readouterr().out
+    json.loads((tmp_path / "pack.json").read_text(), parse_constant=pytest.fail)     # no NaN in it
+    _, model, _ = pack.load(tmp_path / "artifact.pyz")
+    assert (model.qkv - saved["weights"]["qkv"]).norm() < 0.3 * model.qkv.norm()
+
+
+@pytest.mark.parametrize("kind, name", [("weights", "up"), ("stats", "down.H")])
+def test_values_that_are_not_finite_are_refused_by_name(run_to_pack, tmp_path, kind, name):
+    saved = torch.load(run_to_pack / "checkpoint.pt", weights_only=True)
+    saved[kind][name][0, 0] = float("nan")
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    with pytest.raises(BadInput, match=f"{kind[:4]}.* {name}"):
+        pack.main([str(tmp_path)])
+    assert not (tmp_path / "artifact.pyz").exists()
+
+
+def test_damaged_artifacts_end_in_one_line(packed_run, tmp_path):
+    data, rng, path = (packed_run[0] / "artifact.pyz").read_bytes(), np.random.default_rng(0), tmp_path / "artifact.pyz"
+    for i in range(1000):
+        bad = bytearray(data)
+        at = int(rng.integers(len(bad)))
+        if i % 3 == 0:
+            bad = bad[:at]
+        elif i % 3 == 1:
+            bad[at] ^= 1 << int(rng.integers(8))
+        else:
+            at = min(at, len(bad) - 4)
+            bad[at:at + 4] = struct.pack("<I", int(rng.integers(1 << 32)))
+        path.write_bytes(bad)
+        with pytest.raises(BadInput, match="artifact.pyz: damaged"):
+            pack.load(path)
+
+
+def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path):
+    """With the checksum made to fit, nothing but the lengths' own checks is left."""
+    with zipfile.ZipFile(packed_run[0] / "artifact.pyz") as z:
+        files, blob = {"tokenizer.json": z.read("tokenizer.json")}, z.read("model.bin")
+    rng, path, header_size = np.random.default_rng(0), tmp_path / "artifact.pyz", struct.unpack_from("<I", blob)[0]
+    header, refused = json.loads(blob[4:4 + header_size]), 0
+
+    def forge(header):
+        text = json.dumps(header).encode()
+        return struct.pack("<I", len(text)) + text + blob[4 + header_size:]
+
+    forged = [forge({**header, key: value}) for key in header for value in (0, -1, 1 << 40, 1e308, None, [], {}, "x")]
+    words, bomb = header["sections"][0], zstandard.ZstdCompressor().compress(bytes(1 << 28))
+    text = json.dumps({**header, "sections": [words, len(bomb), *header["sections"][2:]]}).encode()
+    tail = blob[4 + header_size + sum(header["sections"][:2]):]
+    forged = [struct.pack("<I", len(text)) + text + blob[4 + header_size:][:words] + bomb + tail] + forged
+    sizes = [key for key, value in header["config"].items() if type(value) is int]
+    forged += [forge({**header, "config": {**header["config"], key: 1 << 30}}) for key in sizes]
+    for _ in range(10):
+        bad = bytearray(blob)
+        bad[int(rng.integers(len(bad)))] ^= 1 << int(rng.integers(8))
+        forged += [bytes(bad), bytes(bad[:int(rng.integers(len(bad)))])]
+    tracemalloc.start()
+    for bad in forged:
+        path.write_bytes(pack.build_artifact(files, bad))
+        try:
+            pack.load(path)
+        except BadInput:
+            refused += 1
+    assert refused > 0.7 * len(forged) and tracemalloc.get_traced_memory()[1] < 1 << 27
+    tracemalloc.stop()
+    data = pack.build_artifact(files, blob)
+    for _ in range(20):                                             # the zip's own structure
+        at = int(rng.integers(len(data) - 400, len(data) - 32))
+        bad = data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1:-32]
+        path.write_bytes(bad + hashlib.sha256(bad).digest())
+        try:
+            pack.load(path)
+        except BadInput:
+            pass
+
+
+def test_artifact_runs_and_bad_flags_end_in_one_line(packed_run, tmp_path):
+    for command in ([str(packed_run[0] / "artifact.pyz"), "--data=nowhere"], [str(ROOT / "pack.py"), "no-such-run"],
+                    [str(ROOT / "pack.py"), "--cap_bytes=0"]):
+        out = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert out.returncode == 2 and len(out.stderr.strip().splitlines()) == 1, out.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge and the predictors
+
+
+SMALL = dict(vocab_size=0, n_layer=3, n_embd=16, n_head=2, n_kv_head=1, mlp_dim=32, loop_first=1, loop_last=1,
+             loop_passes=2, two_lane_from=2, rope_dims=4, gate_dims=4, seq_len=24, row_tokens=96, batch_tokens=96)
+TOKENIZER = (ROOT / "data/demo_tokenizer.json").read_bytes()
+ODD = ["x", "", "é", "👩‍👩‍👧 naïve", "a\r\nb\rc\n", "\ufeff\x00\u2028 NASA PDFs", "long " * 60, "tail  "]
+TEXTS = ODD + [f"Document {i}: the quick brown fox number {i * 7919} jumps over " + "the lazy dog, again. " * (i % 5)
+               for i in range(12)]
+# Stands for pack.py: a model with random weights everywhere, so that every gate and every adapter matters.
+PACK = f"""
+import zipfile, torch
+from data.tokenizer import Tokenizer
+from train_gpt import Config, GPT
+def load(path):
+    tokenizer = Tokenizer(zipfile.ZipFile(path).read("tokenizer.json"))
+    cfg = Config(**{{**{SMALL!r}, "vocab_size": tokenizer.vocab_size}})
+    torch.manual_seed(1)
+    model = GPT(cfg)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return cfg, model.eval(), tokenizer
+"""
+# A predictor without a model, for the cheats to build on: two documents a round, every token as likely as any other.
+FLAT = """
+class Flat:
+    def __init__(self, cfg, model, device):
+        self.V = cfg.vocab_size
+    def plan(self, lengths):
+        rows = np.stack([np.arange(len(lengths)), 0 * lengths, lengths], 1)
+        return [rows[i:i + 2] for i in range(0, len(rows), 2)]
+    def predict(self, spans, inputs):
+        self.spans, self.inputs = spans, inputs
+        return torch.zeros(len(inputs), self.V)
+    def learn(self, targets):
+        pass
+"""
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A dataset folder whose validation documents are TEXTS."""
+    folder, tokenizer, seen = tmp_path_factory.mktemp("data") / "odd", Tokenizer(TOKENIZER), DocsHash()
+    folder.mkdir()
+    for text in TEXTS:
+        seen.add(text.encode())
+    tokens = np.concatenate([np.append(0, tokenizer.encode(text)) for text in TEXTS])
+    for name in ("train_000000.bin", "val_000000.bin"):
+        write_shard(folder / name, tokens)
+    (folder / "tokenizer.json").write_bytes(TOKENIZER)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (folder / "val_docs.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    counts = {"docs": len(TEXTS), "bytes": seen.bytes, "tokens": len(tokens)}
+    counts = {f"{split}_{k}": v for split in ("train", "val") for k, v in counts.items()}
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": ""} for p in folder.iterdir()}
+    (folder / "meta.json").write_text(json.dumps({
+        "format": 1, "name": "odd", "text_rule": "raw", "vocab_size": tokenizer.vocab_size, **counts,
+        "tokenizer_sha256": tokenizer.sha256, "val_docs_sha256": seen.hexdigest(), "files": files}))
+    return folder
+
+
+def make_artifact(path: Path, predictor: str = "") -> Path:
+    """An artifact of the root's sources; `predictor` is added to its eval_bpb.py, its class Mine is what predicts."""
+    with zipfile.ZipFile(path, "w") as z:
+        for name in set(eval_bpb.SOURCES) - {"eval_bpb.py"}:
+            z.writestr(name, PACK if name == "pack.py" else (ROOT / name).read_text())
+        main = (ROOT / "eval_bpb.py").read_text().split('\nif __name__ == "__main__":')[0]
+        choice = 'PREDICTORS = {"mine": Mine}' if predictor else 'PREDICTORS |= {"flat": Flat}'
+        z.writestr("eval_bpb.py", f"{main}{FLAT}{predictor}\n{choice}\n")
+        z.writestr("__main__.py", "import eval_bpb, sys\nsys.exit(eval_bpb.main(sys.argv))")
+        z.writestr("tokenizer.json", TOKENIZER)
+    return path
+
+
+@pytest.fixture
+def judge(tmp_path, dataset, capfd):
+    """judge(predictor source, *flags) -> exit code, score.json, output; the artifact's modules go away afterwards."""
+    modules, path = dict(sys.modules), list(sys.path)
+
+    def run(predictor="", *flags):
+        artifact = make_artifact(tmp_path / "artifact.pyz", predictor)
+        (tmp_path / "score.json").unlink(missing_ok=True)
+        code = eval_bpb.main([str(artifact), f"--data={dataset}", "--device=cpu", *flags])
+        return code, json.loads((tmp_path / "score.json").read_text()), capfd.readouterr().out
+    yield run
+    sys.path[:] = path
+    for name in set(sys.modules) - set(modules):
+        del sys.modules[name]
+    sys.modules.update(modules)
+
+
+def n_targets():
+    return sum(len(Tokenizer(TOKENIZER).encode(text)) + 1 for text in TEXTS)
+
+
+def uniform_bpb():
+    return n_targets() * math.log2(Tokenizer(TOKENIZER).vocab_size) / sum(len(text.encode()) for text in TEXTS)
+
+
+def small_model(seed=1):
+    torch.manual_seed(seed)
+    cfg = train_gpt.Config(**{**SMALL, "vocab_size": 40})
+    model = train_gpt.GPT(cfg)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return cfg, model.eval()
+
+
+def run_predictor(predictor, streams, vocab_size):
+    """-> nats of every target, {document: [nats]}, through the judge's own loop."""
+    lengths, found = np.array([len(s) - 1 for s in streams]), {i: [] for i in range(len(streams))}
+    rounds = eval_bpb.check_plan(predictor.plan(lengths), lengths)
+
+    def watch(i, predictor, spans, inputs, targets):
+        sizes = (spans[:, 2] - spans[:, 1]).tolist()
+        docs = spans[:, 0].tolist()
+        return lambda each: [found[doc].extend(part.tolist()) for doc, part in zip(docs, each.split(sizes))]
+    eval_bpb.score(predictor, streams, rounds, list(range(len(rounds))), vocab_size, eval_bpb.Phases(), watch)
+    return found
+
+
+# ---- exactness
+
+
+def test_a_uniform_model_scores_log2_of_the_vocabulary_per_token_on_documents_of_every_kind(judge):
+    code, result, out = judge("", "--predictor=flat")
+    assert code == 0 and result["val_tokens"] == n_targets()
+    assert result["val_docs"] == len(TEXTS) and result["val_bytes"] == sum(len(t.encode()) for t in TEXTS)
+    assert result["val_bpb"] == pytest.approx(uniform_bpb(), rel=1e-14) and f"val_bpb: {uniform_bpb():.6f}" in out
+    assert set(result["phases"]) >= {"start", "load", "compile", "score", "learn", "total"}
+
+
+def test_nats_match_a_hand_computation_and_an_ideal_arithmetic_coder():
+    nats = eval_bpb.count_nats(torch.tensor([[1.0, 0.0], [0.5, 2.5]]), np.array([0, 0]), 2)
+    assert nats.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(2))], rel=1e-15)
+    counts, width, bits, data = [1] * 256, Fraction(1), 0.0, "naïve café ".encode() * 9  # adaptive, Laplace's rule
+    for byte in data:
+        logits = torch.tensor([counts], dtype=torch.float64).log()
+        bits += eval_bpb.count_nats(logits + 7, np.array([byte]), 256).item() / math.log(2)
+        width *= Fraction(counts[byte], sum(counts))  # the coder's interval
+        counts[byte] += 1
+    assert bits == pytest.approx(math.log2(width.denominator) - math.log2(width.numerator), rel=1e-12)
+
+
+class Unguessed(eval_bpb.Adaptive):
+    """Adaptive without the guesses, so that its logits are the model's own."""
+    def predict(self, spans, inputs):
+        super().predict(spans, inputs)
+        return self.logits
+
+
+def adaptive(cls, cfg, model, learns: bool):
+    model.dtype, model.padded = torch.float32, True
+    predictor = cls(cfg, model.requires_grad_(False), "cpu")
+    predictor.lr *= learns
+    return predictor
+
+
+def test_cached_prediction_is_the_models_own_and_documents_do_not_touch_each_other():
+    cfg, model = small_model()
+    rng = np.random.default_rng(0)
+    streams = [np.concatenate([[0], rng.integers(0, 40, n), [0]]) for n in (0, 1, 5, 22, 17, 9, 22)]
+    cached = adaptive(Unguessed, cfg, model, learns=False)
+    cached.chunk = 4
+    others = [eval_bpb.prepare(name, cfg, model, "cpu") for name in ("plain", "sliding")]
+    found = [run_predictor(p, streams, 40) for p in (cached, *others)]
+    for i, s in enumerate(streams):  # all fit the context: one forward pass over the document alone
+        x, seg = torch.from_numpy(s[:-1]), train_gpt.make_segments(np.array([0]), len(s) - 1, cfg.seq_len)
+        expected = cross_entropy(model.logits(model(x, seg)), torch.from_numpy(s[1:]), reduction="none").tolist()
+        assert all(nats[i] == pytest.approx(expected, abs=2e-5) for nats in found)
+
+
+def test_sliding_gives_every_target_its_context():
+    cfg, model = small_model()
+    stream = np.random.default_rng(1).integers(0, 40, 200)
+    found = run_predictor(eval_bpb.prepare("sliding", cfg, model, "cpu"), [stream], 40)[0]
+    stride, n = cfg.seq_len // 4, cfg.seq_len
+    for end in range(n + stride, 199, stride):  # the window that scores the last `stride` targets before end
+        x = torch.from_numpy(stream[end - n:end])
+        hidden = model(x, train_gpt.make_segments(np.array([0]), n, n))
+        nats = cross_entropy(model.logits(hidden), torch.from_numpy(stream[end - n + 1:end + 1]), reduction="none")
+        assert found[end - stride:end] == pytest.approx(nats[-stride:].tolist(), abs=2e-5)
+
+
+def test_cached_prediction_looks_back_as_far_as_training_did_and_no_further():
+    cfg, model = small_model()
+    stream = np.random.default_rng(3).integers(0, 40, 151)
+    cached = adaptive(Unguessed, cfg, model, learns=False)
+    cached.chunk = 5
+    spans = np.concatenate(cached.plan(np.array([150])))[:, 1:]
+    found = run_predictor(cached, [stream], 40)[0]
+    first = np.concatenate([np.full(b - a, max(0, b - cfg.seq_len)) for a, b in spans])  # oldest key of each place
+    i, j = np.arange(150)[:, None], np.arange(150)[None]
+    mask = torch.from_numpy((j <= i) & (j >= first[:, None]))
+
+    def attend(q, k, v, seg, visit):
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(0, 1)
+    hidden = model(torch.from_numpy(stream[:-1]), train_gpt.make_segments(np.array([0]), 150, 150), attend=attend)
+    nats = cross_entropy(model.logits(hidden), torch.from_numpy(stream[1:]), reduction="none")
+    assert found == pytest.approx(nats.tolist(), abs=3e-5)
+
+
+def test_adaptive_learns_from_what_was_scored_and_each_document_for_itself():
+    cfg, model = small_model()
+    rng = np.random.default_rng(2)
+    streams = [np.concatenate([[0], np.tile(rng.integers(0, 40, 9), 40), [0]]) for _ in range(3)]
+    fixed, learned, guessed = (run_predictor(adaptive(cls, cfg, model, learns), streams, 40)
+                               for cls, learns in ((Unguessed, False), (Unguessed, True), (eval_bpb.Adaptive, False)))
+    tilted = adaptive(eval_bpb.Adaptive, cfg, model, True)
+    run_predictor(tilted, streams, 40)
+    assert tilted.b[-1] == 0 and tilted.b[2] > 2.5  # no guess; the longest context, thrice right
+    first = adaptive(Unguessed, cfg, model, False).plan(np.array([361]))[0][0, 2]
+    assert learned[0][:first] == fixed[0][:first]  # nothing is known before the first chunk is scored
+    assert sum(learned[1][-100:]) < sum(fixed[1][-100:]) - 5 and sum(guessed[1][-100:]) < sum(fixed[1][-100:]) - 50
+    alone = run_predictor(adaptive(Unguessed, cfg, model, True), streams[1:2], 40)[0]
+    assert sum(alone) == pytest.approx(sum(learned[1]), rel=1e-3)
+
+
+def test_guesses_are_what_followed_the_longest_context():
+    guesses, a, b, c = eval_bpb.Guesses(), 7, 8, 9
+    read = guesses.read([a, b, c, a, b])
+    assert read == [(0, guesses.NONE)] * 3 + [(b, 15), (c, 12)]
+    assert guesses.read([a, b, c, a, b]) == read  # not kept: a probe leaves no trace
+    guesses.keep()
+    assert guesses.read([c, a, b])[-1] == (c, 6) and guesses.read([a]) == [(b, 16)]
+    assert eval_bpb.Guesses().read([a, b, a, c, a])[-1] == (c, 15)
+
+
+def test_ranks_share_the_rounds_and_give_the_same_number(judge, dataset, tmp_path):
+    _, result, _ = judge("", "--predictor=sliding")
+    rounds = [np.array([[d, a, a + 5], [d + 1, a, a + 5]]) for a in (0, 5) for d in range(0, 40, 2)]
+    hands = eval_bpb.deal(rounds, 4)
+    assert sorted(sum(hands, [])) == list(range(len(rounds))) and min(map(len, hands)) > 0
+    held = [{doc for i in hand for doc in rounds[i][:, 0].tolist()} for hand in hands]
+    assert sum(map(len, held)) == 40  # no document on two ranks
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [ROOT / "eval_bpb.py", tmp_path / "artifact.pyz", f"--data={dataset}", "--predictor=sliding"]
+    command += ["--device=cpu"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "score.json").read_text())["val_bpb"] == pytest.approx(result["val_bpb"], rel=1e-9)
+
+
+# ---- the zoo
+
+HONEST_PREDICTORS = {
+    "chunked": 'Mine = lambda cfg, model, device: Plain(cfg, model, device)',
+    "sliding": 'Mine = lambda cfg, model, device: Sliding(cfg, model, device)',
+    "score-first learning, batches of like length": 'Mine = Adaptive',
+    "hash of the two inputs before": """
+class Mine(Flat):
+    def predict(self, spans, inputs):
+        before = np.where(np.append(0, inputs[1:]) == 0, 0, np.append(0, inputs[:-1]))
+        before[np.cumsum(spans[:, 2] - spans[:, 1])[:-1]] = 0
+        torch.manual_seed(0)
+        return torch.randn(64, self.V)[torch.from_numpy((inputs * 31 + before) % 64)]
+""",
+}
+
+
+@pytest.mark.parametrize("kind", HONEST_PREDICTORS)
+def test_honest_predictors_pass_every_probe(judge, kind):
+    code, result, out = judge(HONEST_PREDICTORS[kind], "--audit")
+    assert code == 0 and "val_bpb" in result, out
+    assert set(result["audit"]) == {"future", "others", "twice", "lengths", "dataset"}
+    assert all(verdict.startswith("pass") for verdict in result["audit"].values())
+
+
+CHEATS = {
+    "a: reads the target through the inputs": ("future", """
+class Mine(Flat):
+    def predict(self, spans, inputs):
+        logits = Flat.predict(self, spans, inputs)
+        logits[torch.arange(len(inputs) - 1), torch.from_numpy(inputs[1:])] = 9.0
+        return logits
+"""),
+    "c: learns from the round before it is scored": ("future", """
+class Mine(Flat):
+    def predict(self, spans, inputs):
+        counts = torch.bincount(torch.from_numpy(inputs), minlength=self.V)
+        return Flat.predict(self, spans, inputs) + counts.add(1).log()
+"""),
+    "g: the document before leaks across the boundary": ("others", """
+class Mine(Flat):
+    def predict(self, spans, inputs):
+        logits, first = Flat.predict(self, spans, inputs), int(spans[0, 2] - spans[0, 1])
+        logits[first:, torch.from_numpy(inputs[:first])] += 1
+        return logits
+"""),
+    "i: keeps documents on disk": ("twice", """
+class Mine(Flat):
+    def __init__(self, cfg, model, device):
+        super().__init__(cfg, model, device)
+        self.known = torch.load("seen.pt") if os.path.exists("seen.pt") else torch.zeros(self.V)
+    def predict(self, spans, inputs):
+        return Flat.predict(self, spans, inputs) + self.known
+    def learn(self, targets):
+        torch.save(torch.bincount(torch.from_numpy(targets), minlength=self.V).float(), "seen.pt")
+"""),
+    "j: opens the dataset": ("dataset", """
+class Mine(Flat):
+    def plan(self, lengths):
+        self.answers = open("DATASET/val_000000.bin", "rb").read()
+        return Flat.plan(self, lengths)
+"""),
+    "k: knows where a document ends from its length": ("lengths", """
+class Mine(Flat):
+    def predict(self, spans, inputs):
+        logits = Flat.predict(self, spans, inputs)
+        logits[np.cumsum(spans[:, 2] - spans[:, 1]) - 1, 0] = 9.0
+        return logits
+"""),
+}
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_probes_catch(judge, cheat, dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    probe, source = CHEATS[cheat]
+    code, result, out = judge(source.replace("DATASET", str(dataset)), "--audit")
+    assert code == 2 and result["audit"][probe].startswith("FAIL"), out
+    assert "val_bpb" not in result and "\nval_bpb" not in out and "NOT A SCORE" in out
+
+
+PLANS = {"d: skips hard tokens": "[[0, 0, n - 1]]", "e: scores a token twice": "[[0, 0, n]], [[0, n - 1, n]]",
+         "e: twice in one round": "[[0, 0, n], [0, 0, n]]", "f: reorders within a document": "[[0, 5, n]], [[0, 0, 5]]",
+         "spans outside": "[[0, 0, n + 1]]", "no document": "[[99, 0, n]]", "nothing": "",
+         "two parts in one round": "[[0, 0, 5], [0, 5, n]]"}
+
+
+@pytest.mark.parametrize("cheat", PLANS)
+def test_plans_are_refused(cheat):
+    n = 10
+    with pytest.raises(eval_bpb.Refused, match="plan"):
+        eval_bpb.check_plan(eval(f"[{PLANS[cheat]}]", {"n": n}), np.array([n]))
+    with pytest.raises(eval_bpb.Refused, match="leaves"):
+        eval_bpb.check_plan([[[1, 0, n]]], np.array([n, n]))
+    assert len(eval_bpb.check_plan([[[0, 0, 4], [1, 0, 2]], [[0, 4, n]]], np.array([n, 2]))) == 2
+
+
+@pytest.mark.parametrize("logits", [
+    "torch.full((len(inputs), self.V), math.nan)", "torch.full((len(inputs), self.V), math.inf)",
+    "torch.zeros(1, self.V)", "torch.zeros(len(inputs), self.V + 1)", "None",
+    "torch.zeros(len(inputs), self.V, dtype=torch.int64)"])
+def test_h_nan_and_wrong_shapes_are_refused(judge, logits):
+    with pytest.raises(eval_bpb.Refused, match=r"predict\(\)"):
+        judge(f"class Mine(Flat):\n    def predict(self, spans, inputs):\n        return {logits}")
+
+
+def test_b_scores_that_sum_to_more_than_one_are_harmless(judge):
+    code, result, _ = judge("class Mine(Flat):\n    def predict(self, *a):\n        return Flat.predict(self, *a) + 50")
+    assert code == 0 and result["val_bpb"] == pytest.approx(uniform_bpb(), rel=1e-14)
+
+
+# ---- isolation and trust
+
+
+def test_an_isolated_predictor_scores_the_same_to_the_last_bit_and_the_file_scores_itself(
+        judge, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    _, result, _ = judge("Mine = Adaptive")
+    _, isolated, out = judge("Mine = Adaptive", "--isolate")
+    assert isolated["val_bpb"] == result["val_bpb"] and isolated["isolated"] in out and "network" in out
+    assert not list(tmp_path.glob("nanogolf*"))  # the child's folder is gone
+    command = [sys.executable, "artifact.pyz", f"--data={dataset}", "--device=cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert f"val_bpb: {result['val_bpb']:.6f}" in done.stdout, done.stderr
+
+
+def test_isolation_takes_disk_dataset_and_network_away(judge, dataset):
+    source = CHEATS["i: keeps documents on disk"][1] + f"""
+    def plan(self, lengths):
+        import socket
+        for attempt in (lambda: open("{dataset}/val_000000.bin"), lambda: open("{dataset.parent}/x", "w"),
+                        lambda: open("/proc/%d/mem" % os.getppid()),
+                        lambda: socket.create_connection(("127.0.0.1", {{port}}), 1)):
+            try:
+                attempt()
+                self.known[0] += 5.0
+            except OSError:
+                pass
+        assert "{dataset}" not in str(os.environ) + str(sys.argv) + str(os.listdir())
+        return Flat.plan(self, lengths)
+"""
+    import socket
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        source = source.replace("{port}", str(server.getsockname()[1]))
+        results = [judge(source, "--isolate")[1] for _ in range(2)]
+    if "NOT" in results[0]["isolated"]:
+        pytest.skip(results[0]["isolated"])
+    assert results[0]["val_bpb"] == results[1]["val_bpb"]
+    assert results[0]["val_bpb"] == pytest.approx(uniform_bpb(), rel=1e-14)
+
+
+def test_a_broken_child_is_refused(judge):
+    with pytest.raises(eval_bpb.Refused, match=r"predict\(\)"):
+        judge("class Mine(Flat):\n    def predict(self, spans, inputs):\n        return torch.zeros(1, 7)", "--isolate")
+    with pytest.raises(eval_bpb.Refused, match="exit code 3"):
+        judge("class Mine(Flat):\n    def learn(self, targets):\n        os._exit(3)", "--isolate")
+
+
+def test_frames_of_the_wrong_size_are_not_read():
+    import io
+    import struct
+    for header, error in ((struct.pack("<4sQ", b"logi", 1 << 60), ValueError),
+                          (struct.pack("<4sQ", b"what", 1), ValueError),
+                          (struct.pack("<4sQ", b"logi", 8) + b"123", EOFError), (b"lo", EOFError)):
+        with pytest.raises(error):
+            eval_bpb.receive(io.BytesIO(header), {b"logi": 8})
+
+
+def test_a_prefix_is_no_score(judge):
+    code, result, out = judge("", "--predictor=flat", "--limit_docs=3")
+    assert code == 0 and result["limit_docs"] == 3 and "val_bpb" not in result
+    assert "first 3 of 20" in out and "\nval_bpb" not in out
+
+
+def test_bad_input_is_one_line(judge, dataset, tmp_path):
+    artifact = make_artifact(tmp_path / "a.pyz")
+    whole = artifact.read_bytes()
+    for bad in (whole[:-400], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], b"", b"PK"):
+        artifact.write_bytes(bad)
+        with pytest.raises(BadInput, match="a.pyz"):
+            eval_bpb.main([str(artifact), f"--data={dataset}"])
+    artifact.write_bytes(whole)
+    for flag in ("--predictor=best", "--data=nowhere", "--limit_docs=-1", "--device=tpu", "--x=1"):
+        with pytest.raises(BadInput, match=flag[2:] if "data" not in flag else "nowhere"):
+            eval_bpb.main([str(artifact), *([f"--data={dataset}"] if "data" not in flag else []), flag])
+    with pytest.raises(BadInput, match="--data"):
+        eval_bpb.main([str(artifact)])
+
+
+def test_changed_documents_are_refused(judge, dataset, tmp_path):
+    import shutil
+    shutil.copytree(dataset, tmp_path / "other")
+    path = tmp_path / "other/val_docs.jsonl.zst"
+    lines = zstandard.ZstdDecompressor().decompress(path.read_bytes(), 1 << 20).decode().replace("quick", "quack")
+    path.write_bytes(zstandard.compress(lines.encode()))
+    meta = json.loads((tmp_path / "other/meta.json").read_text())
+    meta["files"][path.name]["bytes"] = path.stat().st_size
+    (tmp_path / "other/meta.json").write_text(json.dumps(meta))
+    with pytest.raises(BadInput, match="not those of meta.json"):
+        judge("", f"--data={tmp_path / 'other'}", "--predictor=flat")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+DATASET = {"val_docs_sha256": "d" * 64, "val_tokens": 40_540_160, "val_bytes": 151_078_222}
+NATS_PER_BIT = math.log(2) * 151_078_222 / 40_540_160
+TRAINER = """import torch
+
+LR = 0.02
+
+
+def train(model, loader):
+    for x, y in loader:
+        model(x, y).backward()
+"""
+
+
+def wrap(source):
+    raw = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])
+    return ('import lzma as L,base64 as B\nexec(L.decompress(B.b85decode("' + base64.b85encode(raw).decode()
+            + '"),format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}]))\n')
+
+
+def fake_run(folder, seed=1, val_bpb=1.2, data="fineweb", device="8 x NVIDIA H100", source=TRAINER, lr=0.02, **score):
+    """A run folder as train_gpt.py, pack.py and eval_bpb.py leave it, without the weights."""
+    (folder / "source").mkdir(parents=True)
+    (folder / "source/train_gpt.py").write_text(source)
+    start = {"config": {"seed": seed, "run": folder.name, "lr": lr, "max_seconds": 600.0},
+             "environment": {"device": device}, "dataset": {"name": data, **DATASET},
+             "source_sha256": {"train_gpt.py": hashlib.sha256(source.encode()).hexdigest()}}
+    lines = {"kind": "start", **start}, {"kind": "summary", "steps": 5000, "tokens": 10 ** 9, "train_seconds": 599.5}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "log.txt").write_text("step:1 train_loss:9.0\n---\nval_bpb: 1.0\n")
+    (folder / "score.json").write_text(json.dumps({
+        "val_bpb": val_bpb, "val_loss": val_bpb * NATS_PER_BIT, **DATASET, "val_docs": 50_000, "limit_docs": None,
+        "artifact_bytes": 15_900_000, "artifact_sha256": f"{seed:064d}", "phases": {"total": 400.0},
+        "audit": dict.fromkeys(check.PROBES, "pass"), **score}))
+    return folder
+
+
+def submit_runs(tmp_path, runs, name="x", track=None):
+    args = dict(author="Ann", github_id="ann", blurb="", date="2026-01-02", parent=None)
+    return submit.build(argparse.Namespace(runs=runs, name=name, track=track, **args), tmp_path / "records")
+
+
+def make_record(tmp_path, name="good", **kwargs):
+    runs = [fake_run(tmp_path / f"runs/{name}{s}", s, 1.2 + s / 1e4, **kwargs) for s in (1, 2, 3)]
+    folder = submit_runs(tmp_path, runs, name)
+    replaced("README.md", "(write this)", "Words.")(folder)
+    return folder
+
+
+def levels(folder, strict=True):
+    return {f["rule"]: f["level"] for f in check.review_folder(folder, strict)}
+
+
+def command(*args, code):
+    call = [sys.executable, "records/check.py", *map(str, args)]
+    out = subprocess.run(call, capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == code, out.stdout + out.stderr
+    return out.stdout + out.stderr
+
+
+def load(folder):
+    return json.loads((folder / "submission.json").read_text())
+
+
+# Ways to break a record.
+def json_with(**changes):
+    return lambda f: (f / "submission.json").write_text(json.dumps(load(f) | changes))
+
+
+def seed_with(**changes):
+    def edit(f):
+        j = load(f)
+        j["seed_results"]["2"] |= changes
+        (f / "submission.json").write_text(json.dumps(j))
+    return edit
+
+
+def write(name, text):
+    return lambda f: ((f / name).parent.mkdir(exist_ok=True), (f / name).write_text(text))
+
+
+def code(*lines):
+    return write("train_gpt.py", TRAINER + "\n".join(lines) + "\n")
+
+
+def replaced(name, old, new):
+    return lambda f: (f / name).write_text((f / name).read_text().replace(old, new))
+
+
+BROKEN = {   # rule: how to break it
+    "folder-name": lambda f: f.rename(f.parent / "my record"),
+    "folder-date": json_with(date="2020-01-01"),
+    "missing-file": lambda f: (f / "README.md").unlink(),
+    "log-count": lambda f: (f / "train_seed2.log").unlink(),
+    "json": write("submission.json", "{"),
+    "json-strict": replaced("submission.json", '"author"', '"blurb": NaN, "author"'),
+    "json-field": json_with(github_id=None),
+    "json-value": json_with(val_bpb=-1.0),
+    "forbidden-file": write("sub/CLAUDE.md", "x"),
+    "secret": write("run.sh", "export HF_TOKEN=hf_" + "a" * 34),
+    "link": lambda f: (f / "notes.md").symlink_to("/etc/passwd"),
+    "file-name": write("two words.md", "x"),
+    "file-size": write("big.txt", "x" * (5 << 20) + "x"),
+    "python-syntax": code("def broken(:"),
+    "import": code("import leftpad"),
+    "machine-path": code('PATH = "/home/ann/data"'),
+    "track": json_with(hardware="1xA100"),
+    "readme-words": replaced("README.md", "Words.", "(write this)"),
+    "artifact-cap": seed_with(artifact_bytes=16_000_001),
+    "artifact-headroom": seed_with(artifact_bytes=15_999_999),
+    "artifact-bytes": json_with(bytes_code=1, bytes_model=2),
+    "train-clock": seed_with(train_seconds=733.0),
+    "eval-clock": seed_with(eval_seconds=602.0),
+    "clock-override": code('MAX = os.environ.get("MAX_WALLCLOCK_SECONDS", 0)'),
+    "network": code("import requests"),
+    "train-data-late": write("pack.py", "def quantise(model, train_loader):\n    return train_loader.next()\n"),
+    "val-in-training": code('train_files = "data/fineweb_val_*.bin"'),
+    "score-first": code("def ttt(m, val_data):", "    m(val_data).backward()", "    with no_grad():", "        m(1)"),
+    "pre-quant-ttt": code("def prequant_ttt(m): pass"),
+    "val-calibration": code("collect_hessians(model, val_tokens)"),
+    "target-in-key": code("def ngram_key(ctx, tgt):", "    return (ctx * 36313 ^ tgt) % 4096"),
+    "target-gate": code("within_gate = 1"),
+    "mixture": code("ngram_cache = {}"),
+    "best-of": code("final = min(val_loss, ttt_loss)"),
+    "byte-lut": code("def luts(sp):", "    base_bytes = len(sp.piece(0).lstrip('\u2581').encode())"),
+    "byte-count": code("TOTAL = 164_594_398"),
+    "bpb-arithmetic": seed_with(val_loss=3.0),
+    "val-count": json_with(dataset={"name": "fineweb", "val_docs": 10_000, **DATASET}),
+    "data-overlap": replaced("train_seed1.log", "step:1", "train_shards:1499"),
+    "limited-score": seed_with(limit_docs=100),
+    "audit": seed_with(audit={**dict.fromkeys(check.PROBES, "pass"), "future": "FAIL: moved"}),
+    "dynamic-code": code("exec(open('other.txt').read())"),
+    "encoded-source": code(wrap(TRAINER)),
+    "payload": code('exec(decode("' + "Zz9!" * 80 + '"))'),
+    "judge-changed": write("data/dataset.py", "def read_val_docs(folder, meta, limit=None):\n    return []\n"),
+    "unruled": code("slot_delta = 0"),
+    "score-range": json_with(val_bpb=0.9),
+    "seeds": json_with(seeds=[1, 1, 2]),
+    "seed-mean": json_with(val_bpb=1.19),
+    "seed-spread": lambda f: [replaced("submission.json", f"1.200{s}", "1.2")(f) for s in (1, 2, 3)],
+    "log-score": replaced("train_seed3.log", "1.2003", "1.1502"),
+    "readme-score": replaced("README.md", "1.2002", "1.1502"),
+    "source-hash": replaced("train_gpt.py", "0.02", "0.03"),
+    "environment": replaced("train_seed3.log", "step:1", "torch 2.9.1 torch 2.8.0"),
+    "parent": json_with(parent="2026-01-01_nobody"),
+    "tainted-parent": json_with(parent_pr="#1376"),
+    "code-bytes": json_with(bytes_code=10),
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_record_is_caught_by_the_name_of_its_rule(rule, tmp_path):
+    BROKEN[rule](make_record(tmp_path))
+    strict = rule != "code-bytes"   # a rule for the public challenge's way of counting only
+    folder = next((tmp_path / "records/track_10min_16mb").iterdir())
+    assert levels(folder, strict).get(rule) == rules.RULES[rule][0 if strict else 1]
+
+
+def test_every_rule_has_a_test_and_what_was_never_ruled_on_never_fails():
+    others = {"change-set", "rescore", "review-limit", "near-copy", "nearest", "significance"}   # by the tests below
+    assert rules.RULES.keys() == BROKEN.keys() | others
+    assert not [r for r, levels in rules.RULES.items() if "unruled" in levels[2] and "FAIL" in levels[:2]]
+
+
+def test_a_submitted_record_is_clean_and_says_what_the_runs_said(tmp_path):
+    folder = make_record(tmp_path)
+    j = load(folder)
+    assert folder == tmp_path / "records/track_10min_16mb/2026-01-02_good"
+    assert (folder / "train_gpt.py").read_text() == TRAINER
+    assert (j["val_bpb"], j["seeds"], j["bytes_total"]) == (pytest.approx(1.2002), [1, 2, 3], 15_900_000)
+    assert "0 FAIL, 0 FLAG, 0 INFO" in command(folder, "--mode=strict", code=0)
+    with pytest.raises(BadInput, match="exists; nothing is overwritten"):
+        submit_runs(tmp_path, sorted((tmp_path / "runs").iterdir()), "good")
+
+
+HONEST = '''
+import os, glob, math, torch, sentencepiece as spm
+try:
+    import some_compressor
+except ImportError:
+    import zlib
+
+
+def bigram_hash(t):
+    return torch.bitwise_xor(36313 * t[..., 1:], 27191 * t[..., :-1]) % 10239
+
+
+def build_luts(sp, vocab_size):
+    base_bytes, has_leading_space = [0] * vocab_size, [0] * vocab_size
+    for i in range(vocab_size):
+        piece = sp.id_to_piece(i)
+        if piece.startswith("\\u2581"):
+            has_leading_space[i], piece = 1, piece[1:]
+        base_bytes[i] = 1 if sp.is_byte(i) else len(piece.encode("utf-8"))
+    return base_bytes, has_leading_space
+
+
+def eval_val_ttt(args, model, val_tokens, optimizer):
+    for chunk in range(0, len(val_tokens), args.ttt_chunk):
+        with torch.no_grad():
+            loss_sum = model(val_tokens[chunk:])[-args.stride:].sum()
+        model(val_tokens[chunk:chunk + args.ttt_chunk]).mean().backward()
+        optimizer.step()
+    clip = torch.minimum(model.weight.abs(), torch.quantile(model.weight.abs(), 0.999))
+
+
+def main():
+    max_wallclock = float(os.environ.get("MAX_WALLCLOCK_SECONDS", 600.0))
+    model = torch.compile(torch.nn.Linear(4, 4)).eval()
+    train_files, val_files = glob.glob("data/fineweb_train_*.bin"), glob.glob("data/fineweb_val_*.bin")
+'''
+
+
+@pytest.mark.parametrize("text", [HONEST, wrap(HONEST)], ids=["plain", "wrapped"])
+def test_honest_look_alikes_from_elsewhere_never_fail(text, tmp_path):
+    folder = make_record(tmp_path)
+    (folder / "train_gpt.py").write_text(text)
+    kept = {k: v for k, v in load(folder).items() if k not in ("source_sha256", "config", "dataset")}
+    (folder / "submission.json").write_text(json.dumps(kept))
+    found = levels(folder, strict=False)
+    assert {r for r, level in found.items() if level != "INFO"} == ({"dynamic-code"} if text != HONEST else set())
+
+
+def test_a_wrapped_source_is_read_as_if_it_were_plain(tmp_path):
+    folder = make_record(tmp_path)
+    packed = base64.b64encode(zlib.compress(wrap('train_files = "data/fineweb_val_*.bin"\n').encode())).decode()
+    (folder / "train_gpt.py").write_text(f'import zlib, base64\nexec(zlib.decompress(base64.b64decode("{packed}")))\n')
+    found = [f for f in check.review_folder(folder, strict=False) if f["level"] == "FAIL"]
+    bomb = b"import os\n" * 100_000
+    for packed in (zlib.compress(bomb), lzma.compress(bomb), bz2.compress(bomb), zstandard.compress(bomb)):
+        assert len(sources.unwrap(packed, 5000)) == 5000   # never more than asked for
+    assert [(f["rule"], f["file"], f["line"]) for f in found] == [("val-in-training", "train_gpt.py!1!1", 1)]
+
+
+def test_hostile_folders_end_in_a_verdict_in_bounded_time_and_nothing_of_them_runs(tmp_path):
+    folder, marker = make_record(tmp_path), tmp_path / "executed"
+    evil = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n"
+    bomb = zlib.compress(b"import os\n" + b"#" * 200_000_000, 9)
+    texts = {"a.py": "exec(decompress(" + repr(bomb) + "))", "b.py": "x = " + "(" * 5000 + ")" * 5000,
+             "c.py": "x = " + "-" * 200_000 + "1", "d.py": "x = a" + ".b" * 100_000, "e.py": "x = 1" + " + 1" * 100_000,
+             "f.py": "\0\ufffd" * 1000, "json.py": evil, "sitecustomize.py": evil, "numpy/__init__.py": evil,
+             "name\nFAIL forged rule.py": evil, os.fsdecode(b"\xff\x1b[31m.txt"): "x",
+             "submission.json": '{"seeds":' + "[" * 100_000 + "]" * 100_000 + "}"}
+    for name, text in texts.items():
+        write(name, text)(folder)
+    (folder / "up").symlink_to("..")
+    (folder / "dev.txt").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.log")
+    with open(folder / "sparse.log", "wb") as f:
+        f.truncate(2 << 30)
+    (folder / "link.txt").symlink_to("README.md")
+    for name in ("link.txt", "dev.txt", "pipe.log", "sparse.log"):
+        with pytest.raises(OSError):
+            ledger.read_regular(folder / name, 1 << 20)
+    begin = time.monotonic()
+    lines = command(folder, "--mode=lenient", code=1).splitlines()
+    assert time.monotonic() - begin < 60 and not marker.exists()
+    assert all(line.isprintable() and line.startswith(("FAIL ", "FLAG ", "INFO ", str(folder))) for line in lines)
+    found = {line.split()[1] for line in lines}
+    assert {"json", "link", "file-size", "file-name", "review-limit", "encoded-source"} <= found
+    assert not [line for line in lines if line.startswith("FAIL forged")]
+
+
+def test_a_reader_that_dies_is_a_finding_not_a_pass(tmp_path, monkeypatch):
+    (tmp_path / "dies.py").write_text("import os; os.abort()\n")
+    monkeypatch.setattr(check, "__file__", str(tmp_path / "dies.py"))
+    assert [f["rule"] for f in check.review_in_child(tmp_path, True)] == ["review-limit"]
+
+
+def test_the_exit_code_is_that_of_the_worst_finding(tmp_path):
+    folder = make_record(tmp_path)
+    seed_with(artifact_bytes=15_999_999)(folder)
+    assert [f["level"] for f in json.loads(command(folder, "--json", code=0))] == ["INFO"]
+    replaced("README.md", "Words.", "(write this)")(folder)
+    command(folder, code=4)
+    write("submission.json", "{")(folder)
+    command(folder, code=1)
+    assert "not a folder" in command(tmp_path / "nowhere", code=2)
+
+
+def test_copies_and_parents_are_found_with_what_changed(tmp_path, monkeypatch):
+    text = TRAINER + "".join(f"def f{i}(a, b):\n    return a * {i} + b ** 2 - [a, b]\n" for i in range(20))
+    parent = make_record(tmp_path, "parent", source=text)
+    monkeypatch.setattr(check, "known_records", lambda records=None: [parent])
+    copy = make_record(tmp_path, "copy", source=text.replace("LR = 0.02", "LR = 0.03").replace("loader", "stream"))
+    found = {f["rule"]: f["message"] for f in check.review_folder(copy, True)}
+    assert found.keys() == {"nearest", "significance"}   # the parent's scores again: no gain to show
+    assert "LR 0.02 -> 0.03" in found["nearest"] and "changed train;" in found["nearest"]
+    json_with(parent=None)(copy)
+    assert levels(copy).keys() == {"nearest", "near-copy"}
+
+
+def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):
+    folder, source = make_record(tmp_path), (ROOT / "eval_bpb.py").read_text()
+    for at, level in (("class Sliding:", None), ("class Phases:", "FLAG")):
+        assert source.count(at) == 1
+        (folder / "eval_bpb.py").write_text(source.replace(at, f"def mine():\n    return 1\n\n\n{at}"))
+        assert levels(folder).get("judge-changed") == level
+
+
+def test_rescore_runs_the_roots_judge_on_the_artifact_that_the_record_names(tmp_path, monkeypatch):
+    folder, artifact = make_record(tmp_path), tmp_path / "artifact.pyz"
+    artifact.write_bytes(b"artifact")
+    (tmp_path / "eval_bpb.py").write_text(
+        "import sys, pathlib\nassert {'--isolate', '--audit'} <= set(sys.argv)\n"
+        "pathlib.Path(sys.argv[1]).with_name('score.json').write_text('{\"val_bpb\": 1.2002}')\n")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    assert "no seed has an artifact" in check.rescore(folder, artifact, None, True)[0]["message"]
+    seed_with(artifact_sha256=hashlib.sha256(b"artifact").hexdigest())(folder)
+    assert check.rescore(folder, artifact, None, True) == []
+    seed_with(val_bpb=1.1)(folder)
+    assert "claimed 1.1, the judge finds 1.2002" in check.rescore(folder, artifact, None, True)[0]["message"]
+
+
+def test_the_p_value_is_students():
+    table = (6.313752, 1, 0.05), (2.919986, 2, 0.05), (2.131847, 4, 0.05), (3.746947, 4, 0.01), (1.660234, 100, 0.05)
+    for t, df, p in table:
+        assert stats.t_upper(t, df) == pytest.approx(p, abs=1e-7)
+        assert stats.t_upper(-t, df) == pytest.approx(1 - p, abs=1e-7)
+        assert stats.t_critical(p, df) == pytest.approx(t, abs=1e-5)
+    # closed forms at one and two degrees of freedom
+    assert stats.t_upper(3.7, 1) == pytest.approx(0.5 - math.atan(3.7) / math.pi, rel=1e-11)
+    assert stats.t_upper(60, 2) == pytest.approx(0.5 - 60 / (2 * math.sqrt(2 + 3600)), rel=1e-9)
+    t, df, p = stats.welch(2.0, 4.0, 4, 9.0, 9)   # by hand: sqrt(1 + 1) and (1 + 1)^2 / (1/3 + 1/8)
+    assert (t, df) == (pytest.approx(math.sqrt(2)), pytest.approx(96 / 11)) and stats.welch(0.0, 0, 3, 0, 3)[2] == 0.5
+
+
+def test_compare_takes_nats_from_the_dataset_and_refuses_what_does_not_compare(tmp_path):
+    a, b = ([fake_run(tmp_path / f"{side}{s}", s, base + s / 1e4) for s in (1, 2, 3)]
+            for side, base in (("a", 1.19), ("b", 1.2)))
+    c = json.loads(command("compare", *a, "--", *b, "--json", code=0))
+    assert c["gain_bpb"] == pytest.approx(0.01) and c["gain_nats"] == pytest.approx(0.01 * NATS_PER_BIT)
+    assert c["written_rule"] and c["practised_rule"] and c["p"] < c["p_written"] < 1e-3
+    assert 0 < c["noise_floor_bpb"] < 0.01
+    worse = json.loads(command("compare", *b, "--", *a, "--json", code=0))
+    assert not worse["practised_rule"] and worse["runs_for_any_gain"] is None and worse["p"] > 0.99
+    assert "at least one side needs two" in command("compare", a[0], "--", b[0], code=2)
+    other = fake_run(tmp_path / "d", dataset={"val_docs_sha256": "f" * 64})
+    assert "different documents" in command("compare", *a, "--", other, code=2)
+    assert "no whole score" in command("compare", fake_run(tmp_path / "c", limit_docs=10), "--", *b, code=2)
+
+
+@pytest.mark.parametrize("change, why", [
+    ({"source": TRAINER + "#\n"}, "another source"), ({"artifact_bytes": 16_000_001}, "over the cap"),
+    ({"limit_docs": 5}, "documents only"), ({"seed": 1}, "a seed of its own"), ({"lr": 0.3}, "another config"),
+    ({"data": "demo"}, "another dataset"), ({"device": "cpu"}, "not 8 x H100")])
+def test_submit_refuses_runs_that_are_not_one_record(change, why, tmp_path):
+    runs = [fake_run(tmp_path / "a", 1), fake_run(tmp_path / "b", 2), fake_run(tmp_path / "c", **{"seed": 3, **change})]
+    with pytest.raises(BadInput, match=why):
+        submit_runs(tmp_path, runs, track="track_10min_16mb")
+    assert not list(tmp_path.glob("records/*/*"))
+
+
+def test_the_leaderboard_is_up_to_date():
+    for name, text in submit.leaderboard().items():
+        assert (ROOT / "records" / name).read_text() == text, "run: python records/submit.py --leaderboard"
+
+
+def test_the_leaderboard_ranks_records_and_draws_them(tmp_path):
+    assert "None yet" in submit.leaderboard(tmp_path / "records")["README.md"]
+    make_record(tmp_path, "worse")
+    json_with(val_bpb=1.1, author="A|<b>")(make_record(tmp_path, "best"))
+    board = submit.leaderboard(tmp_path / "records")
+    text = board["README.md"]
+    assert text.index("[best]") < text.index("[worse]") and "A&#124;&lt;b&gt;" in text
+    assert board["leaderboard.svg"].count("<circle") == 2 and "prefers-color-scheme:dark" in board["leaderboard.svg"]
+    minidom.parseString(board["leaderboard.svg"])
+
+
+def test_the_ledger_gets_one_line_a_run_with_its_parent_and_status(tmp_path):
+    ledger.append(fake_run(tmp_path / "runs/first", 1, 1.3))
+    line = ledger.append(fake_run(tmp_path / "runs/second", 1, 1.2, lr=0.05))
+    assert [line[k] for k in ("parent", "config_differences", "val_bpb", "status")] == ["first", "lr=0.05", 1.2, "ok"]
+    broken = fake_run(tmp_path / "runs/nan", 2)
+    (broken / "score.json").unlink()
+    (broken / "crash.json").write_text('{"reason": "the loss is nan", "type": "Stopped", "exit_code": 3}')
+    assert ledger.append(broken)["status"] == "nan"
+    assert ledger.append(fake_run(tmp_path / "runs/other", 1, dataset={"val_docs_sha256": "f" * 64}))["parent"] is None
+    rows = [(r["run"], r["parent"], r["val_bpb"]) for r in ledger.read_ledger(tmp_path / "runs/ledger.tsv")]
+    assert rows == [("first", "-", "1.3"), ("second", "first", "1.2"), ("nan", "second", "-"), ("other", "-", "1.2")]
+
+
+def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
+    def git(*args):
+        call = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args]
+        subprocess.run(call, cwd=tmp_path, check=True, capture_output=True)
+    write("train_gpt.py", TRAINER)(tmp_path)
+    write(".gitignore", "runs\n")(tmp_path)
+    git("init", "-q"), git("add", "-A"), git("commit", "-qm", "x")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    with pytest.raises(BadInput, match="nothing has changed"):
+        check.change_set("HEAD")
+    folder = make_record(tmp_path)
+    assert check.change_set("HEAD") == ([], [str(folder)])
+    write("train_gpt.py", "changed")(tmp_path)
+    assert [(f["rule"], f["file"]) for f in check.change_set("HEAD")[0]] == [("change-set", "train_gpt.py")]
+    git("add", "-A"), git("commit", "-qm", "y")
+    replaced("submission.json", "Ann", "Bob")(folder)
+    assert [f["message"] for f in check.change_set("HEAD")[0]] == ["a record is only added, never changed or removed"]
+    with pytest.raises(BadInput, match="git merge-base"):
+        check.change_set("--output=x")
