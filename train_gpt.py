@@ -1144,7 +1144,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def note_in_ledger(folder: Path) -> None:
-    """A line for this run in runs/ledger.tsv, where the project's records/ is at hand (not inside an artifact or a record)."""
+    """A line for this run in runs/ledger.tsv, where records/ is at hand: not inside an artifact or a record."""
     try:
         from records import ledger
     except ImportError:

@@ -5,8 +5,8 @@
     python records/ablate.py --only=relu2,baseline --seeds=1,2,3,4   some of them
 
 A technique is taken out by a patch to the one file, or by a flag; a patch that no longer applies stops the command.
-Prints a table in Markdown: val_bpb without the technique minus val_bpb with it (above 0: it helps), mean and spread over
-the seeds, and what the public records measured at scale. Runs land in runs/ablate/ and are not repeated.
+Prints a table in Markdown: val_bpb without the technique minus val_bpb with it (above 0: it helps), mean and spread
+over the seeds, and what the public records measured at scale. Runs land in runs/ablate/ and are not repeated.
 """
 import json
 import os
@@ -24,12 +24,15 @@ sys.path[:0] = [str(ROOT)]
 from data.dataset import BadInput, Parser, command, find_dataset  # noqa: E402
 
 RELU2 = ("return F.leaky_relu(x, 0.5).square()", "return F.relu(x).square()")
-NO_GATE = ("y = y.reshape(N, cfg.n_head, d) * gate[:, :, None]", "y = y.reshape(N, cfg.n_head, d) * (1 + 0 * gate[:, :, None])")
+NO_GATE = ("y = y.reshape(N, cfg.n_head, d) * gate[:, :, None]",
+           "y = y.reshape(N, cfg.n_head, d) * (1 + 0 * gate[:, :, None])")
 NO_XSA = ("y = y - (y * own).sum(-1, keepdim=True) * own\n", "y = y\n")
-NO_SMEAR = ("x = x + (cast(self.smear_scale) * open_gate)[:, None] * before", "x = x + 0 * cast(self.smear_scale) * open_gate[:, None]")
+NO_SMEAR = ("x = x + (cast(self.smear_scale) * open_gate)[:, None] * before",
+            "x = x + 0 * cast(self.smear_scale) * open_gate[:, None]")
 NO_MIX = ("u = x0_mix[i, 0] * x + x0_mix[i, 1] * x0", "u = x0_mix[i, 0] * x + 0 * x0_mix[i, 1]")
 NO_DEPTH = ("depth = (i + 1) ** -0.5", "depth = 1.0")
-NO_SKIPS = ("x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])", "x = x + 0 * skip_scale[j] * skip_gate[j] * skips.pop()")
+NO_SKIPS = ("x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])",
+            "x = x + 0 * skip_scale[j] * skip_gate[j] * skips.pop()")
 NO_ROW_NORM = ("X = G / G.norm(dim=-1, keepdim=True).clamp(min=1e-7)", "X = G")
 STOCK_NS = ("def orthogonalize(", "POLAR_EXPRESS = [(3.4445, -4.775, 2.0315)] * 5\n\n\ndef orthogonalize(")
 LONG_ONLY = ("return cfg.seq_len * (1 if progress < 0.1 else 2 if progress < 0.7 else 3) // 3", "return cfg.seq_len")
@@ -37,7 +40,7 @@ ACROSS = ("np.concatenate([[0], starts, [n_tokens]])", "np.array([0, n_tokens])"
 FULL_ROPE, NO_LOOP, ONE_LANE = "--rope_dims=HEAD", "--loop_passes=1", "--two_lane_from=LAYERS"
 NO_EMA = ("--ema_decay=0", "--lr_floor=0")
 
-# name: (what is taken out, patches and flags, public gain in bits per byte: facts of openai/parameter-golf, None where never isolated)
+# name: (what is taken out, patches and flags, gain in the public challenge or None where never isolated)
 VARIANTS = {
     "relu2": ("LeakyReLU^2 (relu^2 instead)", [RELU2], "0.002 to 0.003"),
     "xsa": ("XSA", [NO_XSA], "0.0047 with averaged weights"),
@@ -54,20 +57,22 @@ VARIANTS = {
     "rownorm": ("rows of one length before Newton-Schulz", [NO_ROW_NORM], "0.001"),
     "polar": ("Polar Express (Jordan's coefficients instead)", [STOCK_NS], "part of 0.0016"),
     "ema": ("averaged weights (cooldown to 0 instead)", [*NO_EMA], "0.001 to 0.011"),
-    "baseline": ("all of them: the plain baseline", [RELU2, NO_GATE, NO_XSA, NO_SMEAR, NO_MIX, NO_DEPTH, NO_SKIPS, NO_ROW_NORM, STOCK_NS,
-                 LONG_ONLY, ACROSS, FULL_ROPE, NO_LOOP, ONE_LANE, *NO_EMA], None),
+    "baseline": ("all of them: the plain baseline", [
+        RELU2, NO_GATE, NO_XSA, NO_SMEAR, NO_MIX, NO_DEPTH, NO_SKIPS, NO_ROW_NORM, STOCK_NS,
+        LONG_ONLY, ACROSS, FULL_ROPE, NO_LOOP, ONE_LANE, *NO_EMA], None),
 }
 
 
 def patched(changes) -> tuple[str, list[str]]:
-    """-> (the source of train_gpt.py with the patches applied, the flags). Raises BadInput for a patch that does not apply once."""
+    """-> (the source of train_gpt.py, patched; the flags). BadInput where a patch does not apply once."""
     source, flags = (ROOT / "train_gpt.py").read_text(), []
     layers, head = shape()
     for change in changes:
         if isinstance(change, str):
             flags.append(change.replace("HEAD", str(head)).replace("LAYERS", str(layers)))
         elif source.count(change[0]) != 1:
-            raise BadInput(f"train_gpt.py: the patch of {change[0]!r} applies {source.count(change[0])} times, not once")
+            n = source.count(change[0])
+            raise BadInput(f"train_gpt.py: the patch of {change[0]!r} applies {n} times, not once")
         else:
             source = source.replace(*change)
     return source, flags
@@ -80,8 +85,8 @@ def shape() -> tuple[int, int]:
     return preset["n_layer"], preset["n_embd"] // preset["n_head"]
 
 
-def run(name: str, seed: int, changes, flags: list[str], threads: int) -> float:
-    """-> val_bpb of one run, trained or remembered."""
+def run(name: str, seed: int, changes, flags: list[str]) -> float:
+    """-> val_bpb of one run on one thread, trained or remembered."""
     budget = "_".join(re.sub(r"[^\w.]+", "", f) for f in flags if "data" not in f)
     folder = Path("runs/ablate") / f"{name}_{budget}_s{seed}"
     if not (folder / "done").exists():
@@ -90,13 +95,17 @@ def run(name: str, seed: int, changes, flags: list[str], threads: int) -> float:
         source, more = patched(changes)
         (folder / "train_gpt.py").write_text(source)
         for file in ("pack.py", "eval_bpb.py"):
-            (folder / file).write_text("")                                 # copied with the run's sources, never used
-        shutil.copytree(ROOT / "data", folder / "data", ignore=lambda d, names: [n for n in names if not n.endswith((".py", ".json"))])
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "1000"}
-        done = subprocess.run([sys.executable, "train_gpt.py", "--preset=proxy", "--run=r", f"--seed={seed}", "--calib_tokens=0",
-                               "--val_points=1", *flags, *more], cwd=folder, env=env, capture_output=True, text=True)
+            (folder / file).write_text("")  # copied with the run's sources, never used
+        (folder / "data").mkdir()
+        for file in ("__init__.py", "dataset.py", "tokenizer.py"):
+            shutil.copyfile(ROOT / "data" / file, folder / "data" / file)
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+        flags = ["--preset=proxy", "--run=r", f"--seed={seed}", "--calib_tokens=0", "--val_points=1", *flags, *more]
+        done = subprocess.run([sys.executable, "train_gpt.py", *flags], cwd=folder, env=env, text=True,
+                              capture_output=True)
         if done.returncode:
-            raise BadInput(f"{folder}: exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise BadInput(f"{folder}: exit code {done.returncode}: {last}")
         (folder / "done").touch()
     lines = [json.loads(line) for line in (folder / "runs/r/metrics.jsonl").read_text().splitlines()]
     return lines[-1]["val_bpb"]
@@ -119,22 +128,25 @@ def main() -> int:
     flags = [f"--data={find_dataset(args.data).resolve()}",
              f"--max_steps={args.max_steps}" if args.max_steps else f"--max_seconds={args.max_seconds}"]
     for name in names:
-        patched(VARIANTS[name][1])                                         # all patches apply, before hours are spent
+        patched(VARIANTS[name][1])  # all patches apply, before hours are spent
     tasks = [(name, seed) for seed in seeds for name in ("all", *names)]
     begin, results = time.time(), {}
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [(task, pool.submit(run, *task, [] if task[0] == "all" else VARIANTS[task[0]][1], flags, 1)) for task in tasks]
+        changes = {"all": [], **{name: VARIANTS[name][1] for name in names}}
+        futures = [(task, pool.submit(run, *task, changes[task[0]], flags)) for task in tasks]
         for i, (task, future) in enumerate(futures, 1):
             results[task] = future.result()
             left = (time.time() - begin) / i * (len(tasks) - i)
-            print(f"{i}/{len(tasks)} {task[0]} seed {task[1]}: {results[task]:.4f}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+            print(f"{i}/{len(tasks)} {task[0]} seed {task[1]}: {results[task]:.4f}, {left / 60:.0f} min left",
+                  file=sys.stderr, flush=True)
     whole = [results["all", s] for s in seeds]
-    print(f"With everything: val_bpb {statistics.mean(whole):.4f} +- {statistics.stdev(whole):.4f} over {len(seeds)} seeds "
-          f"({flags[1][2:]} each).\n\n| without | val_bpb worse by | spread | public gain at scale |\n|---|--:|--:|---|")
+    print(f"With everything: val_bpb {statistics.mean(whole):.4f} +- {statistics.stdev(whole):.4f}, n = {len(seeds)}, "
+          f"{flags[1][2:]} each.\n\n| without | val_bpb worse by | spread | public gain at scale |\n|---|--:|--:|---|")
     for name in names:
         gains = [results[name, s] - results["all", s] for s in seeds]
         what, _, public = VARIANTS[name]
-        print(f"| {what} | {statistics.mean(gains):+.4f} | {statistics.stdev(gains):.4f} | {public or 'not isolated'} |")
+        change = f"{statistics.mean(gains):+.4f} | {statistics.stdev(gains):.4f}"
+        print(f"| {what} | {change} | {public or 'not isolated'} |")
     return 0
 
 

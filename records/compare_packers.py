@@ -19,7 +19,7 @@ from pack import (TRELLIS, Matrix, bank_shape, dequantise, encode, entropies, ex
 from train_gpt import GPT, environment, make_segments
 
 VAL_TOKENS = 32768
-KL_GOALS = 0.05, 0.02, 0.008, 0.003, 0.0012, 0.0005     # of the tuned, scalar and trellis curves, nats per token, roughly
+KL_GOALS = 0.05, 0.02, 0.008, 0.003, 0.0012, 0.0005    # of the tuned, scalar and trellis curves: roughly
 CLIP_FACTORS = 0.5, 0.7, 1.0, 1.4, 2.0      # of the clips of the other three packers
 PUBLISHED = {"embed.weight": (15, 63), "qkv": (13, 31), "o": (13, 31), "up": (12, 31), "down": (12, 31)}    # k, qmax
 GROUPS = ("embed.weight",), ("qkv", "o"), ("up", "down")
@@ -220,22 +220,21 @@ def plot(curves: dict) -> str:
     y = lambda v: height - bottom - (math.log(max(v, 1e-7)) - y0) / (y1 - y0) * (height - top - bottom)
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
            'font-family="sans-serif" font-size="12" fill="#808080">']
-    marks = [m * 10 ** e for e in range(-7, 10) for m in (1, 2, 5)]
-    for v in marks:
+    for v, m in [(m * 10.0 ** e, m) for e in range(-7, 10) for m in range(1, 10)]:
         if x0 <= math.log(v) <= x1:
             out.append(f'<path d="M{x(v):.1f} {top}V{height - bottom}" stroke="#808080" stroke-opacity=".25"/>'
                        f'<text x="{x(v):.1f}" y="{height - 30}" text-anchor="middle">{v / 1000:,.0f} kB</text>')
-        if y0 <= math.log(v) <= y1:
+        if y0 <= math.log(v) <= y1 and m in (1, 2, 5):
             out.append(f'<path d="M{left} {y(v):.1f}H{width - right}" stroke="#808080" stroke-opacity=".25"/>'
                        f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:g}</text>')
-    out.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">matrices</text>'
+    out.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">bytes</text>'
                f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">KL, nats</text>')
     for i, ((name, curve), colour) in enumerate(zip(curves.items(), colours)):
         path = "L".join(f"{x(p[0]):.1f} {y(p[1]):.1f}" for p in sorted(curve))
         dash = ' stroke-dasharray="6 4"' if "granted" in name else ""
         out.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
         out += [f'<circle cx="{x(p[0]):.1f}" cy="{y(p[1]):.1f}" r="3" fill="{colour}"/>' for p in curve]
-        line = top + 16 + 18 * i
-        out.append(f'<path d="M{width - 330} {line - 4}h24" stroke="{colour}" stroke-width="2"{dash}/>'
-                   f'<text x="{width - 300}" y="{line}">{name}</text>')
+        line = height - bottom - 8 - 18 * (len(curves) - 1 - i)
+        out.append(f'<path d="M{left + 10} {line - 4}h24" stroke="{colour}" stroke-width="2"{dash}/>'
+                   f'<text x="{left + 40}" y="{line}">{name}</text>')
     return "\n".join([*out, "</svg>", ""])
