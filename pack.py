@@ -741,7 +741,10 @@ def main(argv: list[str] | None = None) -> int:
     print(text, "---", f"artifact_bytes: {len(data)}", f"pack_seconds: {ledger['pack_seconds']:.1f}",
           f"artifact: {run / 'artifact.pyz'}", sep="\n")
     if args.compare:
-        from records.compare_packers import compare                        # evidence only: no part of the artifact
+        try:
+            from records.compare_packers import compare                    # evidence only: no part of the artifact
+        except ImportError:
+            raise BadInput("--compare: records/compare_packers.py is not beside this pack.py") from None
         compare(run, checkpoint, matrices)
     return 0
 

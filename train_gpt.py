@@ -899,12 +899,12 @@ def looped_at(cfg: Config, progress: float) -> bool:
 # Calibration and checkpoint
 
 
-def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed: int) -> dict[str, Tensor]:
+def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed: int, late=lambda: False) -> dict:
     """Sums over n_chunks * chunk_tokens training tokens, with labels sampled from the model (the true Fisher) ->
 
     bank.H (L, in, in) of x x^T and bank.g (L, out) of (dL/dy)^2 for each y = W x, over all visits of a looped block;
     for the tied embedding embed.H (D, D) and embed.g (V,) as the head, embed.S (D, D) of (dL/dx)(dL/dx)^T as the input;
-    tokens (1,). embed.g is exact: p (1 - p) times the softcap's slope squared.
+    tokens (1,). embed.g is exact: p (1 - p) times the softcap's slope squared. Ends after a chunk once late() is true.
     """
     device, cap = model.embed.weight.device, model.cfg.softcap
     V, D = model.embed.weight.shape
@@ -933,7 +933,9 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
 
     model.requires_grad_(False)  # only activations need gradients here
     hook = model.embed.register_forward_hook(tap_embedding)
-    for _ in range(n_chunks):
+    for i in range(n_chunks):
+        if i and late():
+            break
         tokens, _, seg = loader.next(model.cfg.seq_len)
         if chunk_tokens < len(tokens):
             tokens, starts = tokens[:chunk_tokens], (seg.pos[:chunk_tokens] == 0).nonzero()[:, 0].cpu().numpy()
@@ -1283,7 +1285,8 @@ def train(cfg, preset, data, curve, folder, log, device, rank, world_size, contr
         last = report(*in_flight.pop(0), last, clock, cfg, limit, peak_flops, log)
     with torch.no_grad():
         torch._foreach_copy_(params, ema)
-    stats = calibrate(model, loader, n_chunks, chunk, cfg.seed + rank) if n_chunks else {}
+    late = lambda: cfg.max_seconds and clock.seconds() >= cfg.max_seconds  # the estimate was too low: fewer tokens do
+    stats = calibrate(model, loader, n_chunks, chunk, cfg.seed + rank, late) if n_chunks else {}
     for x in stats.values() if world_size > 1 else ():
         dist.all_reduce(x)
     clock.stop()
