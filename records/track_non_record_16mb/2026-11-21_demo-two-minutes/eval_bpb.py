@@ -1,0 +1,862 @@
+"""Score an artifact: bits per byte on the validation documents.
+
+    python eval_bpb.py                    the newest run's artifact, runs/latest/artifact.pyz
+    python eval_bpb.py ARTIFACT --audit   with probes that catch a predictor that sees what it must not see
+    python eval_bpb.py ARTIFACT --isolate   a stranger's: its code in a confined process, sent only what is revealed
+    torchrun --standalone --nproc_per_node=8 eval_bpb.py      the documents shared among 8 GPUs
+    python artifact.pyz --data=NAME       the same score from the file alone
+
+bits per byte = nats of all targets / ln 2 / UTF-8 bytes of all documents. A document of n tokens has n + 1 targets: its
+tokens, then the boundary that closes it, which carries 0 bytes but is charged, as the public scorer charges it. Its
+inputs are the boundary that opens it and its tokens. The bytes are counted on the documents, never through a table of
+token lengths.
+
+Two halves. A predictor belongs to the submission and may be forked: the artifact's own copy of this file is what
+predicts. The judge does not: the official score is the root's judge driving the artifact's predictor. Writes
+score.json beside the artifact.
+"""
+import time
+BEGIN = time.perf_counter() - time.process_time()  # of the process: up to here all its time was CPU time
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import secrets
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: see train_gpt.py
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from data.dataset import BadInput, Parser, Progress, atomic_write, command, find_dataset, read_meta, read_val_docs
+from data.tokenizer import Tokenizer
+from train_gpt import SOURCES, Segments, block_order, environment, make_segments, note_in_ledger, pick_attention
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Predictors: the half that belongs to the submission. The judge calls
+#   plan(lengths (n_docs,) int64) -> [spans (S, 3) int: document, start, stop], one array a round, from the numbers of
+#       targets alone;
+#   predict(spans, inputs (N,) int64) -> logits (N, V) over the whole vocabulary, for the spans of the next round one
+#       after the other. They may depend on the inputs up to their place in their own document and on what learn() has
+#       shown. The judge may ask for a round several times with different inputs: the last time before learn() counts;
+#   learn(targets (N,) int64): the round's targets, once it is scored.
+# With several ranks each has its own predictor and sees the rounds of its own documents only.
+
+
+class Sliding:
+    """Windows of seq_len tokens every `stride`: each target has seq_len - stride to seq_len tokens to its left."""
+
+    def __init__(self, cfg, model, device, stride=None):
+        self.seq_len, self.row_tokens, self.model, self.device = cfg.seq_len, cfg.row_tokens, model, device
+        self.stride = stride or max(1, cfg.seq_len // 4)
+        self.past = {}  # document -> the inputs before its next span
+
+    def windows(self, start: int, stop: int):
+        """Yields (begin, first, end) of each window: it reads begin..end and scores first..end. start ends a window."""
+        while start < stop:
+            end = min(start + (self.stride if start else self.seq_len), stop)
+            yield max(0, start + self.stride - self.seq_len), start, end
+            start = end
+
+    def plan(self, lengths):
+        rounds, size = [], self.row_tokens
+        for doc, length in enumerate(lengths.tolist()):
+            for begin, first, end in self.windows(0, length):
+                if size + end - begin > self.row_tokens:
+                    rounds.append([])
+                    size = 0
+                size += end - begin
+                if rounds[-1] and rounds[-1][-1][0] == doc:
+                    rounds[-1][-1][2] = end
+                else:
+                    rounds[-1].append([doc, first, end])
+        return [np.array(spans) for spans in rounds]
+
+    @torch.inference_mode()
+    def predict(self, spans, inputs):
+        self.known, row, starts, scored, at, size = {}, [], [], [], 0, 0
+        for doc, start, stop in spans.tolist():
+            known = np.concatenate([self.past.get(doc, inputs[:0]), inputs[at:at + stop - start]])
+            self.known[doc], at = known[-self.seq_len:], at + stop - start
+            for begin, first, end in self.windows(start, stop):
+                row.append(known[len(known) - stop + begin:len(known) - stop + end])
+                starts.append(size)
+                scored.append(np.arange(size + first - begin, size + end - begin))
+                size += end - begin
+        seg = make_segments(np.array(starts), size, self.seq_len, self.device, self.model.padded)
+        hidden = self.model(torch.from_numpy(np.concatenate(row)).to(self.device), seg)
+        return self.model.logits(hidden[torch.from_numpy(np.concatenate(scored)).to(self.device)])
+
+    def learn(self, targets):
+        self.past |= self.known
+
+
+class Plain(Sliding):
+    """Chunks of seq_len tokens, each without what came before it."""
+
+    def __init__(self, cfg, model, device):
+        super().__init__(cfg, model, device, stride=cfg.seq_len)
+
+
+class Guesses:
+    """What followed in this document when its last tokens stood there before: one guess a place, longest context first.
+
+    A guess has a kind: which length its context has, and how often in a row the context was followed so (1, 2, more).
+    """
+    LENGTHS = 16, 8, 5, 3, 2, 1
+    NONE = 3 * len(LENGTHS)  # the kind of no guess
+
+    def __init__(self):
+        self.followed = {}  # context -> the token after it, how often in a row
+        self.state = (), ()  # the last tokens, the contexts that they end
+
+    def read(self, tokens: list[int]) -> list[tuple[int, int]]:
+        """-> for the place after each token (guess, kind), from the tokens so far. keep() makes the reading last."""
+        new, (tail, contexts), found = {}, self.state, []
+        for token in tokens:
+            for context in contexts:
+                before = new.get(context) or self.followed.get(context)
+                new[context] = token, min(before[1] + 1, 2) if before and before[0] == token else 0
+            tail = (*tail[1 - self.LENGTHS[0]:], token)
+            contexts = [tail[-n:] for n in self.LENGTHS if n <= len(tail)]
+            found.append((0, self.NONE))
+            for i, context in enumerate(contexts, len(self.LENGTHS) - len(contexts)):
+                if before := new.get(context) or self.followed.get(context):
+                    found[-1] = before[0], 3 * i + before[1]
+                    break
+        self.reading = new, (tail, contexts)
+        return found
+
+    def keep(self):
+        self.followed |= self.reading[0]
+        self.state = self.reading[1]
+
+
+class Adaptive:
+    """Batches of documents of like length, a chunk a round, keys and values of the past cached. Two things learn, each
+    document from what was scored of it:
+
+    LoRA: y = x W^T + x A B with A (in, rank), B (rank, out), B = 0 at the document's start, one pair for each visit of
+    a looped block and one on the last hidden state. One RMSprop step a chunk on its mean loss, through the graph that
+    scored it. The public records (#1855) compute a window of 2048 tokens for each 48; here each token is computed once.
+    Guesses: the logit of a guess is raised by b[kind], b by Newton steps on the loss, shared by the batch.
+    """
+    rank, decay, chunk = 8, 0.99, 48  # rank 16 and 32, chunk 24 and 96 within 0.004 on two small models
+    targets = "qkv", "up"  # with o and down: a fifth more time for nothing
+
+    def __init__(self, cfg, model, device):
+        self.seq_len, self.model, self.device = cfg.seq_len, model, device
+        self.lr = 8 / cfg.n_embd / self.rank  # the best for 128 wide; for 512 wide what #1855 comes to
+        self.batch_docs = max(1, 2 * cfg.row_tokens // cfg.seq_len)  # the largest chunks of a batch fill a row
+        shapes = {(name, visit): getattr(model, name).shape[1:]
+                  for visit in range(len(block_order(cfg, True))) for name in self.targets}
+        shapes["head", 0] = (cfg.n_embd, cfg.n_embd)
+        random = torch.Generator().manual_seed(0)
+        self.new = {}
+        for key, (n_out, n_in) in shapes.items():
+            A = (torch.rand(n_in, self.rank, generator=random) * 2 - 1) * n_in ** -0.5
+            self.new |= {("A", key): A.to(device), ("B", key): torch.zeros(self.rank, n_out, device=device)}
+
+    def plan(self, lengths):
+        """The longest documents first. Chunks grow with the document, up to half of the context."""
+        rounds, order = [], np.argsort(-lengths, kind="stable")
+        for docs in np.split(order, range(self.batch_docs, len(order), self.batch_docs)):
+            start = 0
+            while len(docs):
+                stop = start + max(1, min(max(self.chunk, start // 8), self.seq_len // 2))
+                rounds.append(np.stack([docs, np.full(len(docs), start), np.minimum(lengths[docs], stop)], 1))
+                start, docs = stop, docs[lengths[docs] > stop]
+        return rounds
+
+    def begin(self, n: int):
+        """State of n new documents."""
+        self.guesses, self.cache, self.n_steps = [Guesses() for _ in range(n)], {}, 0
+        self.adapters = {key: x.expand(n, -1, -1).clone() for key, x in self.new.items()}
+        self.squares = {key: torch.zeros_like(x) for key, x in self.adapters.items()}  # mean squared gradients
+        self.before = torch.zeros(n, 1, dtype=torch.long, device=self.device)  # the token before the chunk
+        self.b = torch.full((Guesses.NONE + 1,), 2.0, dtype=torch.float64)
+        self.b[-1], self.curvature = 0.0, torch.full_like(self.b, 50.0)
+
+    def keep(self, n: int):
+        """The state of the first n documents; the others, the shortest, have ended."""
+        self.guesses, self.before = self.guesses[:n], self.before[:n]
+        self.adapters = {key: x[:n] for key, x in self.adapters.items()}
+        self.squares = {key: x[:n] for key, x in self.squares.items()}
+        self.cache = {visit: (k[:n], v[:n]) for visit, (k, v) in self.cache.items()}
+
+    def predict(self, spans, inputs):
+        start, sizes = int(spans[0, 1]), spans[:, 2] - spans[:, 1]
+        if start == 0:
+            self.begin(len(spans))
+        elif len(spans) < len(self.guesses):
+            self.keep(len(spans))
+        B, T, device, adapters = len(spans), int(sizes.max()), self.device, self.adapters
+        self.sizes, self.seen = torch.from_numpy(sizes).to(device), {}
+        self.real = torch.arange(T, device=device) < self.sizes[:, None]  # (B, T), the rest is padding at the end
+        self.tokens = torch.zeros(B, T, dtype=torch.long, device=device)
+        self.tokens[self.real] = torch.from_numpy(inputs).to(device)
+        pos = (start + torch.arange(T, dtype=torch.int32, device=device)).repeat(B)
+        prev = torch.cat([self.before, self.tokens[:, :-1]], 1).view(-1)
+        for x in adapters.values():
+            x.requires_grad_()
+
+        def adapt(x, y, key):
+            if ("A", key) not in adapters:
+                return y
+            A, B_ = (adapters[part, key].to(x.dtype) for part in "AB")
+            return y + (x.view(B, T, -1) @ A @ B_).view(y.shape)
+
+        def linear(x, W, name, layer, visit):
+            return adapt(x, F.linear(x, W.to(x.dtype)), (name, visit))
+
+        def attend(q, k, v, seg, visit):
+            q, k, v = (x.view(B, T, -1, x.size(-1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d)
+            if visit in self.cache:  # no further back than the model was trained to look
+                k, v = (torch.cat([old[:, :, T - self.seq_len:], x], 2) for old, x in zip(self.cache[visit], (k, v)))
+            self.seen[visit] = k.detach(), v.detach()
+            y = F.scaled_dot_product_attention(q, k, v, causal_lower_right(T, k.size(2)), enable_gqa=True)
+            return y.transpose(1, 2).reshape(B * T, -1, q.size(-1))
+
+        hidden = self.model(self.tokens.view(-1), Segments(None, pos, 0, None, None), True, linear, attend, prev)
+        self.logits = self.model.logits(adapt(hidden, hidden, ("head", 0))[self.real.view(-1)])
+        parts = zip(self.guesses, np.split(inputs, np.cumsum(sizes)[:-1]))
+        found = torch.tensor([x for guesses, part in parts for x in guesses.read(part.tolist())])
+        self.guess, self.kind = found[:, :1].to(device), found[:, 1]
+        return self.logits.detach().scatter_add(1, self.guess, self.b[self.kind, None].float().to(device))
+
+    def learn(self, targets):
+        targets = torch.from_numpy(targets).to(self.device)[:, None]
+        log_p = self.logits.log_softmax(-1)
+        weights = (1 / self.sizes)[:, None].expand(self.real.shape)[self.real]  # each document's mean loss, summed
+        loss = -(log_p.gather(1, targets)[:, 0] * weights).sum()
+        grads = torch.autograd.grad(loss, list(self.adapters.values()))
+        with torch.no_grad():
+            # The loss of a raised guess is log(1 + p (e^b - 1)) - b [hit]: slope q - [hit], curvature q (1 - q).
+            p, hit = (x[:, 0].double().cpu() for x in (log_p.gather(1, self.guess).exp(), self.guess == targets))
+            b = self.b[self.kind]
+            q = p * b.exp() / (1 + p * b.expm1())
+            self.curvature.index_add_(0, self.kind, q * (1 - q))
+            self.b -= torch.zeros_like(self.b).index_add_(0, self.kind, q - hit) / self.curvature
+            self.b[-1] = 0.0
+            self.n_steps += 1
+            params, squares = ([x.detach() for x in state.values()] for state in (self.adapters, self.squares))
+            torch._foreach_mul_(squares, self.decay)
+            torch._foreach_addcmul_(squares, grads, grads, 1 - self.decay)
+            rms = torch._foreach_sqrt(torch._foreach_div(squares, 1 - self.decay ** self.n_steps))
+            torch._foreach_add_(rms, 1e-10)
+            torch._foreach_addcdiv_(params, grads, rms, -self.lr)
+        self.adapters, self.cache = dict(zip(self.adapters, params)), self.seen
+        self.before, self.logits = self.tokens[:, -1:], None
+        for guesses in self.guesses:
+            guesses.keep()
+
+
+PREDICTORS = {"adaptive": Adaptive, "sliding": Sliding, "plain": Plain}  # the first is the default
+
+
+def build(path: str, name: str, device: str):
+    """The artifact at path -> its predictor, the predictor's name. name "": the artifact's choice. Raises BadInput."""
+    from pack import load  # here, for the judge needs nothing of pack.py
+    name = name or next(iter(PREDICTORS))
+    if name not in PREDICTORS:
+        raise BadInput(f"--predictor={name}: this artifact has {', '.join(PREDICTORS)}")
+    cfg, model, _ = load(path)
+    return prepare(name, cfg, model, device), name
+
+
+def prepare(name: str, cfg, model, device: str):
+    """Model in float32 on the CPU -> the predictor `name`, the model on the device, in bf16 on a GPU that has it."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    model.dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    attention, model.attend = pick_attention(device, model.dtype)
+    model.padded = attention == "sdpa"
+    return PREDICTORS[name](cfg, model.to(device).requires_grad_(False), device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge: documents, plan, score.
+
+PLACE_TOLERANCE = 1e-4  # nats that hidden inputs may move one place: rounding
+CLOSING_TOLERANCE = 0.25  # nats that a wrong length may move the end of a document: what was learned elsewhere
+AGAIN_TOLERANCE = {"cpu": 1e-6, "cuda": 1e-3, "mps": 1e-3}  # nats per token between two runs: GPUs add in any order
+
+
+class Refused(BadInput):
+    """The predictor broke a rule: there is no score."""
+
+
+def open_artifact(path: Path) -> tuple[bytes, Tokenizer]:
+    """-> the file's bytes, the Tokenizer of its tokenizer.json; all parts match their checksums. Raises BadInput."""
+    try:
+        blob = path.read_bytes()
+        with zipfile.ZipFile(path) as z:
+            missing = {*SOURCES, "tokenizer.json"} - set(z.namelist())
+            if missing or max(part.file_size for part in z.infolist()) > 1 << 28:
+                raise ValueError(f"it has no {', '.join(missing)}" if missing else "it claims more than 2^28 bytes")
+            if (bad := z.testzip()) is not None:
+                raise ValueError(f"{bad} does not match its checksum")
+            return blob, Tokenizer(z.read("tokenizer.json"))
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror or e}: pack a run first, python pack.py") from None
+    except Exception as e:  # zipfile has many errors for bad bytes
+        raise BadInput(f"{path} is not a whole artifact: {e}") from None
+
+
+def find_data(artifact: Path, data: str) -> Path:
+    """--data, or the dataset of the run beside the artifact -> its folder."""
+    try:
+        with open(artifact.parent / "metrics.jsonl", encoding="utf-8") as f:
+            data = data or str(json.loads(f.readline())["config"]["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        if not data:
+            raise BadInput(f"--data=NAME is needed: no metrics.jsonl beside {artifact} names one") from None
+    return find_dataset(data)
+
+
+def gather(value, world_size: int) -> list:
+    """-> every rank's value, in order."""
+    values = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def read_documents(folder: Path, meta: dict, limit, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1):
+    """-> streams [int64 (n + 2,): boundary, tokens, boundary], UTF-8 bytes of all documents. Ranks share the encoding.
+
+    The judge's own Tokenizer encodes: the artifact's tokenizer.json is data, and none of its code sees a document.
+    Raises Refused unless the tokens of every document decode to exactly the document.
+    """
+    mine, n_bytes = [], 0
+    for i, text in enumerate(read_val_docs(folder, meta, limit)):
+        n_bytes += len(text.encode())
+        if i % world_size == rank:
+            tokens = tokenizer.encode(text)
+            if tokenizer.decode(tokens) != text:
+                raise Refused(f"the tokenizer does not give document {i} back: its bits are not bits of this text")
+            mine.append(np.concatenate([[tokenizer.boundary], tokens, [tokenizer.boundary]]).astype(np.int64))
+    shares = gather(mine, world_size)
+    return [shares[i % world_size][i // world_size] for i in range(sum(map(len, shares)))], n_bytes
+
+
+def check_plan(rounds, lengths: np.ndarray) -> list[np.ndarray]:
+    """-> the rounds as int64 (S, 3). Raises Refused unless every target is scored once, left to right."""
+    try:
+        rounds = [np.array(spans, dtype=np.int64).reshape(-1, 3) for spans in rounds]
+    except (TypeError, ValueError, OverflowError) as e:
+        raise Refused(f"the plan is not a list of (document, start, stop) arrays: {e}") from None
+    if not rounds or min(map(len, rounds)) == 0:
+        raise Refused("the plan has no rounds, or a round without spans")
+    doc, start, stop = np.concatenate(rounds).T
+    if doc.min() < 0 or doc.max() >= len(lengths) or ((start < 0) | (stop <= start) | (stop > lengths[doc])).any():
+        raise Refused("the plan has empty spans or spans outside the documents")
+    index = np.repeat(np.arange(len(rounds)), [len(spans) for spans in rounds])
+    order = np.lexsort((index, doc))  # by document, then in the order of the rounds
+    doc, start, stop, index = doc[order], start[order], stop[order], index[order]
+    same = doc[1:] == doc[:-1]
+    first, last = np.append(True, ~same), np.append(~same, True)
+    if (same & (index[1:] == index[:-1])).any():
+        raise Refused("the plan has two spans of one document in one round")
+    if start[first].any() or (start[1:] != stop[:-1])[same].any():
+        raise Refused("the plan skips, repeats or reorders targets of a document")
+    if first.sum() != len(lengths) or (stop != lengths[doc])[last].any():
+        raise Refused("the plan leaves targets out")
+    return rounds
+
+
+def count_targets(rounds) -> list[int]:
+    return [int((spans[:, 2] - spans[:, 1]).sum()) for spans in rounds]
+
+
+def find_groups(rounds: list[np.ndarray]) -> list[list[int]]:
+    """-> the rounds in groups that share no document with each other, in order of the first round."""
+    parent, seen, groups = list(range(len(rounds))), {}, defaultdict(list)
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for i, spans in enumerate(rounds):
+        for doc in spans[:, 0].tolist():
+            parent[root(i)] = root(seen.setdefault(doc, i))
+    for i in range(len(rounds)):
+        groups[root(i)].append(i)
+    return list(groups.values())
+
+
+def deal(rounds: list[np.ndarray], world_size: int) -> list[list[int]]:
+    """-> the rounds of each rank, in order: group by group, the largest first, to the rank with the least so far."""
+    sizes, hands = count_targets(rounds), [[] for _ in range(world_size)]
+    size = lambda some: sum(sizes[i] for i in some)
+    load = [0] * world_size
+    for group in sorted(find_groups(rounds), key=size, reverse=True):
+        rank = load.index(min(load))
+        hands[rank] += group
+        load[rank] += size(group)
+    return [sorted(hand) for hand in hands]
+
+
+def count_nats(logits, targets: np.ndarray, vocab_size: int) -> Tensor:
+    """logits (N, V), targets (N,) -> nats of each target, float64 (N,) on the CPU.
+
+    The judge's own log-softmax in float64: whatever the predictor returns, its probabilities sum to one. Raises Refused
+    for another shape or numbers that are not finite.
+    """
+    shape = (len(targets), vocab_size)
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != shape or not logits.is_floating_point():
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise Refused(f"predict() must return floating-point logits {shape}, not {found}")
+    logits = logits.detach().cpu() if logits.device.type == "mps" else logits.detach()  # MPS has no float64
+    targets = torch.from_numpy(targets).to(logits.device)[:, None]
+    rows = max(1, (1 << (19 if logits.device.type == "cpu" else 26)) // vocab_size)  # blocks that stay in the cache
+    nats = torch.cat([z.logsumexp(-1) - z.gather(1, t)[:, 0] for z, t in
+                      zip(map(Tensor.double, logits.split(rows)), targets.split(rows))]).cpu()
+    if not torch.isfinite(nats).all():
+        raise Refused("predict() returned logits that are not finite")
+    return nats
+
+
+class Phases:
+    """Seconds since the process started, by phase: `with phases("score"):` adds to one."""
+
+    def __init__(self):
+        self.seconds = {"start": time.perf_counter() - BEGIN}
+
+    def __call__(self, name: str):
+        self.name = name
+        return self
+
+    def __enter__(self):
+        self.since = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.since
+
+    def report(self) -> dict:
+        return {k: round(v, 3) for k, v in self.seconds.items()} | {"total": round(time.perf_counter() - BEGIN, 3)}
+
+
+def score(predictor, streams, rounds, mine: list[int], vocab_size: int, phases: Phases, probe=None):
+    """Score first, then reveal, round after round. -> {round: nats}, {document: nats of its closing boundary}.
+
+    probe(i, predictor, spans, inputs, targets) may question the predictor before a round; it returns a function that
+    is given the round's nats (N,), or None.
+    """
+    nats, closing = {}, {}
+    with Progress("scoring", sum(count_targets(rounds[i] for i in mine)), "tokens") as progress:
+        for i in mine:
+            spans = rounds[i].tolist()
+            inputs, targets = (np.concatenate([streams[doc][a + k:b + k] for doc, a, b in spans]) for k in (0, 1))
+            with phases("audit"):
+                check = probe(i, predictor, rounds[i].copy(), inputs, targets) if probe else None
+            with phases("score"):
+                each = count_nats(predictor.predict(rounds[i].copy(), inputs.copy()), targets, vocab_size)
+            with phases("learn"):
+                predictor.learn(targets.copy())
+            if check:
+                check(each)
+            nats[i] = each.sum().item()
+            for (doc, a, b), last in zip(spans, np.cumsum(rounds[i][:, 2] - rounds[i][:, 1]) - 1):
+                if b == len(streams[doc]) - 1:
+                    closing[doc] = each[last].item()
+            progress.add(len(targets))
+    return nats, closing
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge: probes of what construction cannot forbid, at places drawn from the system's randomness at run time.
+
+
+class Audit:
+    """Asks for some rounds with changed inputs before it asks with the real ones, and compares where nothing may move.
+
+    future: the inputs behind a cut change, places before it must not move. others: some documents of the round change,
+    the others must not move.
+    """
+
+    def __init__(self, mine: list[int], vocab_size: int):
+        self.random, self.vocab_size, self.moves = secrets.SystemRandom(), vocab_size, {"future": [], "others": []}
+        self.rounds = {*mine[:1], *self.random.sample(mine, min(12, len(mine)))}
+
+    def __call__(self, i, predictor, spans, inputs, targets):
+        if i not in self.rounds:
+            return None
+        sizes = (spans[:, 2] - spans[:, 1]).tolist()
+        chosen = self.random.sample(range(len(sizes)), len(sizes) // 2)
+        changed = np.repeat(np.isin(range(len(sizes)), chosen), sizes)
+        before = np.concatenate([np.arange(n) < self.random.randrange(1, n + 1) for n in sizes])
+        opening = np.concatenate([np.arange(a, b) == 0 for _, a, b in spans.tolist()])
+        answers = []
+        for name, kept, judged in (("future", before, before), ("others", ~changed | opening, ~changed)):
+            noise = np.frombuffer(secrets.token_bytes(8 * len(inputs)), np.uint64) % self.vocab_size
+            asked = np.where(kept, inputs, noise.astype(np.int64))
+            answers.append((name, judged, count_nats(predictor.predict(spans, asked), targets, self.vocab_size)))
+
+        def check(nats):
+            for name, judged, answer in answers:
+                self.moves[name] += (answer - nats).abs().numpy()[judged].tolist()
+        return check
+
+    def verdicts(self) -> dict:
+        return {k: verdict(max(v, default=0.0), PLACE_TOLERANCE, f"{len(v)} places") for k, v in self.moves.items()}
+
+
+def verdict(move: float, allowed: float, of: str) -> str:
+    return f"{'pass' if move <= allowed else 'FAIL'}: moved {move:.1e} nats, allowed {allowed}, over {of}"
+
+
+def audit_again(make, streams, rounds, nats: dict, closing: dict, vocab_size: int, device: str) -> dict:
+    """-> verdicts of the probes that need a new predictor, make(), which must know nothing of what the first one saw.
+
+    twice: it plans and scores the first rounds as before. lengths: it is told that some documents go on (and they do,
+    with noise); what it pays for the boundary that closes them must stay, for only the plan can have told it.
+    """
+    random, sizes, mine = secrets.SystemRandom(), count_targets(rounds), sorted(nats)
+    lengths = np.array([len(s) - 1 for s in streams])
+    again = make()
+    plan = check_plan(again.plan(lengths.copy()), lengths)
+    if len(plan) != len(rounds) or not all(map(np.array_equal, plan, rounds)):
+        return {"twice": "FAIL: a new predictor plans other rounds from the same lengths"}
+    few = 2 + int(np.searchsorted(np.cumsum([sizes[i] for i in mine]), sum(sizes) / 20)) + random.randrange(3)
+    second, _ = score(again, streams, rounds, mine[:few], vocab_size, Phases())
+    move = max(abs(second[i] - nats[i]) / sizes[i] for i in second)
+    verdicts = {"twice": verdict(move, AGAIN_TOLERANCE[device.split(":")[0]], f"{len(second)} rounds, per token")}
+
+    longer = set(random.sample(range(len(streams)), -(-len(streams) // 2)))
+    altered = [np.append(s, random.choices(range(vocab_size), k=random.randrange(1, 33))) if i in longer else s
+               for i, s in enumerate(streams)]
+    lengths = np.array([len(s) - 1 for s in altered])
+    again = make()
+    plan = check_plan(again.plan(lengths.copy()), lengths)
+    groups, few, told, moves = find_groups(plan), [], set(), []
+    random.shuffle(groups)
+    while groups and len(told) < 8:
+        few += groups.pop()
+        told |= {doc for i in few for doc in plan[i][:, 0].tolist()} & longer & set(closing)
+
+    def watch(i, predictor, spans, inputs, targets):
+        places, at = {}, 0
+        for doc, a, b in spans.tolist():
+            end = len(streams[doc]) - 2  # the true closing boundary among the document's targets
+            if doc in told and a <= end < b:
+                places[doc] = at + end - a
+            at += b - a
+        return lambda each: moves.extend(each[place].item() - closing[doc] for doc, place in places.items())
+
+    score(again, altered, plan, sorted(few), vocab_size, Phases(), watch)
+    move = abs(sum(moves)) / max(len(moves), 1)
+    verdicts["lengths"] = verdict(move, CLOSING_TOLERANCE, f"the ends of {len(moves)} documents, on average")
+    return verdicts
+
+
+def watch_files(folder: Path):
+    """Notes whoever opens a file of the folder in this process. -> stop() -> the files opened until then."""
+    opened, inside = [], [os.path.realpath(folder) + os.sep]
+
+    def hook(event, args):
+        if inside and event == "open" and isinstance(args[0], str) and os.path.realpath(args[0]).startswith(inside[0]):
+            opened.append(args[0])
+
+    def stop():
+        inside.clear()  # an audit hook cannot be taken away again
+        return opened
+    sys.addaudithook(hook)
+    return stop
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge: the predictor in this process, or isolated in a child. Frames on the child's stdin and stdout: 4 bytes of
+# name, 8 bytes of length, content.
+
+
+def import_artifact(path: Path, name: str, device: str):
+    """-> the artifact's own predictor, its name. From here on `import train_gpt` and its like give the artifact's."""
+    for module in [m for m in sys.modules if m in ("eval_bpb", "train_gpt", "pack", "data") or m.startswith("data.")]:
+        del sys.modules[module]
+    if sys.path[0] != str(path):
+        sys.path.insert(0, str(path))
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module("eval_bpb").build(str(path), name, device)
+    except Exception as e:
+        if type(e).__name__ == "BadInput":  # the artifact's own class of that name
+            raise BadInput(str(e)) from None
+        raise
+
+
+def send(pipe, name: bytes, *arrays) -> None:
+    parts = [memoryview(np.ascontiguousarray(a)).cast("B") for a in arrays if a.size]
+    pipe.write(struct.pack("<4sQ", name, sum(part.nbytes for part in parts)))
+    for part in parts:
+        pipe.write(part)
+    pipe.flush()
+
+
+def receive(pipe, limits: dict) -> tuple[bytes, bytearray]:
+    """-> (name, content) of the next frame. limits: {name: most bytes}. Raises EOFError at the end, else ValueError."""
+    header = pipe.read(12)
+    if len(header) < 12:
+        raise EOFError
+    name, size = struct.unpack("<4sQ", header)
+    if size > limits.get(name, -1):
+        raise ValueError(f"a frame {name!r} of {size} bytes where {limits} may come")
+    content = bytearray(size)
+    if pipe.readinto(content) < size:
+        raise EOFError
+    return name, content
+
+
+def confine(readable: list) -> str:
+    """Takes from this process the network and all files but `readable` (to read) and its folder (to write), as far as
+    Linux lets an ordinary user: a user and a network namespace, Landlock. -> what was achieved."""
+    import ctypes
+    import os
+    import struct
+    uid, gid = os.getuid(), os.getgid()
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        network = libc.unshare(0x10000000 | 0x40000000) == 0  # CLONE_NEWUSER | CLONE_NEWNET
+    except (OSError, AttributeError):
+        return "network NOT removed, files NOT confined: this system has no way"
+    maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
+    for name, line in maps.items() if network else ():
+        try:
+            with open(f"/proc/self/{name}", "w") as f:
+                f.write(line)
+        except OSError:
+            pass  # the process then has no name for its user, no more
+    # Landlock is system calls 444 to 446 on every processor. Rights by bit: 0 execute, 1 write, 2 read, 3 list, 4 to 12
+    # make and remove, 13 move (since version 2), 14 truncate (since version 3).
+    version = libc.syscall(444, None, ctypes.c_size_t(0), 1)
+    rights = (1 << min(12 + version, 15)) - 1
+    ruleset = libc.syscall(444, struct.pack("<Q", rights), ctypes.c_size_t(8), 0) if version > 0 else -1
+    files = ruleset >= 0
+    for path, allowed in [(p, 0b1101) for p in readable] + [("/dev", 0b1110), (".", rights)]:
+        if files and os.path.isdir(path):
+            fd = os.open(path, os.O_PATH)
+            files = libc.syscall(445, ruleset, 1, struct.pack("<Qi", allowed, fd), 0) == 0
+            os.close(fd)
+    files = files and libc.prctl(38, 1, 0, 0, 0) == 0 and libc.syscall(446, ruleset, 0) == 0  # 38: no new privileges
+    return (f"network {'removed' if network else 'NOT removed: namespaces are not permitted here'}, "
+            f"files {'confined to Python and an empty folder' if files else 'NOT confined: no Landlock here'}")
+
+
+class Remote:
+    """A predictor in a child process, in an empty folder: plan, predict and learn send it what is revealed, no more.
+
+    The child is told no path but those of Python. It runs confine() from this file before any code of the artifact.
+    """
+
+    def __init__(self, blob: bytes, name: str, device: str, vocab_size: int):
+        self.folder, self.vocab_size = tempfile.mkdtemp(prefix="nanogolf"), vocab_size
+        (Path(self.folder) / "artifact.pyz").write_bytes(blob)
+        packages = str(Path(torch.__file__).resolve().parents[1])
+        readable = ["/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", sys.prefix, sys.base_prefix, packages]
+        code = (f"{inspect.getsource(confine)}\nimport sys\nstate = confine({readable!r})\n"
+                f"sys.path[:0] = ['artifact.pyz']\nimport eval_bpb\neval_bpb.serve({name!r}, {device!r}, state)")
+        env = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
+                                                            "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT")}
+        env |= {"HOME": self.folder, "TMPDIR": self.folder, "PYTHONPATH": packages}
+        self.child = subprocess.Popen([sys.executable, "-c", code], cwd=self.folder, env=env,
+                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def open(self) -> list[str]:
+        """-> [what isolation was achieved, the predictor's name], once the artifact is loaded."""
+        return self.receive({b"open": 1 << 10}).decode("utf-8", "replace").split("\n", 1)
+
+    def receive(self, limits: dict) -> bytearray:
+        try:
+            name, content = receive(self.child.stdout, limits | {b"bad!": 1 << 12})
+        except EOFError:
+            raise Refused(f"the predictor's process ended in the middle (exit code {self.child.wait()})") from None
+        except ValueError as e:
+            raise Refused(f"the predictor's process sent {e}") from None
+        if name == b"bad!":
+            raise BadInput(content.decode("utf-8", "replace"))
+        return content
+
+    def ask(self, limits: dict, name: bytes, *arrays) -> bytearray:
+        with suppress(BrokenPipeError):  # then there is no answer either
+            send(self.child.stdin, name, *arrays)
+        return self.receive(limits)
+
+    def plan(self, lengths):
+        content = self.ask({b"plan": 32 * int(lengths.sum())}, b"plan", lengths)
+        if len(content) % 32:
+            raise Refused("the predictor's process sent a plan cut short")
+        table = np.frombuffer(content, np.int64).reshape(-1, 4)  # round, document, start, stop
+        return np.split(table[:, 1:], np.flatnonzero(np.diff(table[:, 0])) + 1)
+
+    def predict(self, spans, inputs):
+        size = 4 * len(inputs) * self.vocab_size
+        content = self.ask({b"logi": size}, b"pred", np.array([len(spans)]), spans, inputs)
+        if len(content) != size:
+            raise Refused(f"predict() must return logits {(len(inputs), self.vocab_size)}, not {len(content)} bytes")
+        return torch.frombuffer(content, dtype=torch.float32).view(len(inputs), self.vocab_size)
+
+    def learn(self, targets):
+        self.ask({b"done": 0}, b"lern", targets)
+
+    def close(self):
+        self.child.kill()
+        self.child.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def serve(name: str, device: str, state: str) -> None:
+    """The child's side of Remote, in the artifact's copy of this file, until its stdin ends. Prints go to stderr."""
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    text = lambda s: np.frombuffer(s.encode(), np.uint8)
+    try:
+        predictor, name = build("artifact.pyz", name, device)
+    except BadInput as e:
+        return send(answers, b"bad!", text(str(e))[:1 << 12])
+    send(answers, b"open", text(f"{state}\n{name}"))
+    with suppress(EOFError):
+        while True:
+            ask, content = receive(requests, dict.fromkeys((b"plan", b"pred", b"lern"), 1 << 40))
+            values = np.frombuffer(content, np.int64)
+            if ask == b"plan":
+                rounds = enumerate(predictor.plan(values))
+                send(answers, b"plan", np.concatenate([np.insert(np.asarray(r, np.int64), 0, i, 1) for i, r in rounds]))
+            elif ask == b"pred":
+                spans, inputs = np.split(values[1:], [3 * values[0]])
+                send(answers, b"logi", predictor.predict(spans.reshape(-1, 3), inputs).detach().float().cpu().numpy())
+            else:
+                predictor.learn(values)
+                send(answers, b"done")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse(argv):
+    parser = Parser(prog="eval_bpb.py", description=__doc__)
+    add = parser.add_argument
+    add("artifact", nargs="?", default="runs/latest/artifact.pyz", metavar="ARTIFACT", help="file made by pack.py")
+    add("--data", default="", metavar="NAME", help="dataset: a name under data/ or a folder; empty: that of the run")
+    add("--limit_docs", type=int, default=0, metavar="N", help="documents: only the first N, no score; 0: all")
+    add("--predictor", default="", metavar="NAME", help="one of the artifact's predictors; empty: its own choice")
+    add("--device", default="", metavar="NAME", help="cuda, mps or cpu; empty: the best there is")
+    add("--audit", action="store_true", help="question the predictor; exit code 2 if a probe fails")
+    add("--isolate", action="store_true", help="run the artifact's code in a confined child process")
+    args = parser.parse_args(argv)
+    if args.limit_docs < 0:
+        raise BadInput(f"--limit_docs={args.limit_docs} must be 0 or more")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    args.device = args.device or next(device for device, there in available.items() if there)
+    if not available.get(args.device):
+        raise BadInput(f"--device={args.device}: this machine or this build of torch has none")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line -> exit code: 0, or 2 for a failed probe. Raises BadInput."""
+    phases, args = Phases(), parse(argv)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+    artifact = Path(args.artifact)
+    blob, tokenizer = open_artifact(artifact)
+    folder = find_data(artifact, args.data)
+    meta, vocab_size, remotes = read_meta(folder), tokenizer.vocab_size, []
+    about = {"isolated": ""}
+
+    def make():
+        """A predictor of the artifact that knows of nothing yet."""
+        if not args.isolate:
+            predictor, about["predictor"] = import_artifact(artifact, args.predictor, device)
+            return predictor
+        remotes.append(Remote(blob, args.predictor, device, vocab_size))
+        about["isolated"], about["predictor"] = remotes[-1].open()
+        return remotes[-1]
+
+    if world_size > 1:
+        dist.init_process_group("gloo")  # the judge's small talk, between the CPUs
+    try:
+        with phases("load"):
+            predictor = make()
+        with phases("text"):
+            streams, n_bytes = read_documents(folder, meta, args.limit_docs or None, tokenizer, rank, world_size)
+            lengths = np.array([len(s) - 1 for s in streams])
+        files_opened = watch_files(folder)
+        with phases("compile"):  # a predictor may compile in plan()
+            rounds = check_plan(predictor.plan(lengths.copy()), lengths)
+            mine = deal(rounds, world_size)[rank]
+        audit = Audit(mine, vocab_size) if args.audit else None
+        nats, closing = score(predictor, streams, rounds, mine, vocab_size, phases, audit)
+        verdicts = audit.verdicts() if audit else {}
+        if audit and mine:
+            with phases("audit"):
+                verdicts |= audit_again(make, streams, rounds, nats, closing, vocab_size, device)
+        opened = files_opened()
+        if opened or audit:
+            verdicts["dataset"] = f"FAIL: the predictor opened {opened[0]}" if opened else "pass: nothing opened it"
+        shares = gather((nats, verdicts), world_size)
+    except Refused as e:
+        raise Refused(f"{artifact}: {e}") from None
+    finally:
+        for remote in remotes:
+            remote.close()
+        if world_size > 1:
+            dist.destroy_process_group()
+    nats = math.fsum(x for share, _ in shares for _, x in sorted(share.items()))
+    for _, others in shares:  # a probe that failed on any rank has failed
+        verdicts |= {k: v for k, v in others.items() if v.startswith("FAIL")}
+    if rank == 0:
+        about |= {"audit": verdicts, "phases": phases.report()}
+        about["environment"] = environment(torch.device(device), world_size)
+        report(artifact, blob, meta, streams, n_bytes, nats, about)
+    return 2 if any(v.startswith("FAIL") for v in verdicts.values()) else 0
+
+
+def report(artifact: Path, blob: bytes, meta: dict, streams, n_bytes: int, nats: float, about: dict) -> None:
+    """Prints the summary and writes score.json. A number that cannot be trusted is never called val_bpb."""
+    n_tokens, n_docs = sum(len(s) - 1 for s in streams), len(streams)
+    doubts = [f"the probe {k} failed" for k, v in about["audit"].items() if v.startswith("FAIL")]
+    doubts += [f"only the first {n_docs} of {meta['val_docs']} documents"] if n_docs < meta["val_docs"] else []
+    doubts += ["the documents have no bytes"] if not n_bytes else []
+    bpb = nats / math.log(2) / n_bytes if n_bytes else 0.0
+    result = {"untrusted": "; ".join(doubts), "untrusted_bpb": bpb} if doubts else {"val_bpb": bpb}
+    result |= {"val_loss": nats / n_tokens, "val_tokens": n_tokens, "val_bytes": n_bytes, "val_docs": n_docs,
+               "limit_docs": n_docs if n_docs < meta["val_docs"] else 0, "artifact_bytes": len(blob),
+               "artifact_sha256": hashlib.sha256(blob).hexdigest(),
+               "dataset": {k: v for k, v in meta.items() if k != "files"}, **about,
+               "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    print(f"artifact: {artifact}\ndataset: {meta['name']}: {n_docs} documents, {n_bytes} bytes, {n_tokens} targets")
+    print(f"predictor: {about['predictor']} on {about['environment']['device']}")
+    if about["isolated"]:
+        print(f"isolated: {about['isolated']}")
+    for probe, text in about["audit"].items():
+        print(f"audit {probe}: {text}")
+    print("phases: " + " ".join(f"{k}:{v:.1f}" for k, v in about["phases"].items()) + "\n---")
+    print(f"NOT A SCORE: {result['untrusted']}\nuntrusted_bpb: {bpb:.6f}" if doubts else f"val_bpb: {bpb:.6f}")
+    print(f"val_loss: {result['val_loss']:.6f}\nartifact_bytes: {len(blob)}\neval_seconds: {about['phases']['total']}")
+    with atomic_write(artifact.parent / "score.json", "w") as f:
+        json.dump(result, f, indent=1)
+    if doubts:
+        print(f"eval_bpb.py: {artifact}: not a score: {result['untrusted']}", file=sys.stderr)
+    elif (artifact.parent / "metrics.jsonl").exists():
+        note_in_ledger(artifact.parent)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

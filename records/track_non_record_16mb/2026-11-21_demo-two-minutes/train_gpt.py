@@ -1,0 +1,1353 @@
+"""Train the best language model that fits in 16,000,000 bytes, in ten minutes on 8xH100, scored in bits per byte.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py     the record run (needs data/fineweb, see data/README.md)
+    python train_gpt.py                                       the same file on whatever this machine has; without a GPU
+                                                              and a dataset: a small model in two minutes on two cores
+    python train_gpt.py --help                                every setting, its unit and its default
+
+Writes runs/<run>/: log.txt, metrics.jsonl, checkpoint.pt (averaged weights and what pack.py needs to know), source/.
+Then `python pack.py` makes the one file that counts and `python eval_bpb.py` scores it.
+"""
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from argparse import SUPPRESS
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: spinning OpenMP barriers cost 4-20x on busy cores
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.dataset import BadInput, Parser, atomic_write, command, find_dataset, read_meta, read_shard
+from data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/dataset.py", "data/tokenizer.py")
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}              # dense bf16, by name of the GPU, for MFU
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config. The defaults are the record run; the comments are what --help prints; #N are pull requests of Parameter Golf.
+
+
+@dataclass
+class Config:
+    # run
+    data: str = "fineweb"           # dataset: a name under data/, a folder, or "synthetic": random tokens, for speed
+    run: str = ""                   # name of the folder under runs/; empty: preset, date and seed
+    seed: int = 1337                # initial weights, data order, calibration samples
+    device: str = ""                # cuda, mps or cpu; empty: the best there is
+    max_seconds: float = 600.0      # s, the training clock: steps, averaging and calibration; 0: no limit
+    max_steps: int = 0              # steps; progress is then step / max_steps and the run is deterministic; 0: no limit
+    # model (11 x 512 with 17 block applications: #1493, #1855)
+    vocab_size: int = 0             # tokens; 0: the dataset's
+    n_layer: int = 11               # blocks
+    n_embd: int = 512               # width of the residual stream
+    n_head: int = 8                 # query heads
+    n_kv_head: int = 4              # key and value heads
+    mlp_dim: int = 2048             # hidden width of the MLP
+    loop_first: int = 3             # first block that is repeated
+    loop_last: int = 5              # last block that is repeated
+    loop_passes: int = 3            # how often the repeated blocks run in all; 1: no recurrence
+    loop_at: float = 0.35           # progress at which the recurrence is switched on (#1493)
+    two_lane_from: int = 8          # first block with parallel attention and MLP lanes; n_layer: none (#1529)
+    rope_dims: int = 16             # rotated dimensions of each head
+    rope_base: float = 10000.0      # base of the rotary frequencies
+    gate_dims: int = 12             # input dimensions that steer the attention gate and the smear gate (#1667, #1787)
+    qk_gain: float = 5.0            # initial gain of the normalised queries (#1855)
+    softcap: float = 30.0           # logits = softcap * tanh(logits / softcap)
+    # batch
+    batch_tokens: int = 786432      # tokens per optimizer step
+    row_tokens: int = 98304         # tokens per forward pass: one packed row of documents
+    seq_len: int = 3072             # tokens, longest context; a third of it up to 10 %, two thirds up to 70 % (#2014)
+    # optimizer (#1855)
+    matrix_lr: float = 0.026        # Muon learning rate, in units of spectral norm per update
+    embed_lr: float = 0.03          # AdamW learning rate of the embedding
+    scalar_lr: float = 0.02         # AdamW learning rate of gains, mixes and gates
+    matrix_wd: float = 0.095        # decoupled weight decay of the matrices, times the learning rate
+    embed_wd: float = 0.085         # decoupled weight decay of the embedding
+    scalar_wd: float = 0.02         # decoupled weight decay of gains, mixes and gates
+    momentum: float = 0.97          # Muon momentum, reached at 30 % of progress from 0.92
+    adam_beta1: float = 0.9         # AdamW decay of the first moment
+    adam_beta2: float = 0.99        # AdamW decay of the second moment
+    grad_clip: float = 0.3          # largest global gradient norm
+    cooldown: float = 0.85          # share of the run at its end in which the learning rate falls linearly
+    lr_floor: float = 0.10          # learning rate at the end, relative to its peak (#1787)
+    ema_decay: float = 0.9965       # per step; the averaged weights are the ones that are saved
+    # measuring
+    val_points: int = 4             # validations, evenly spaced in progress, the last at the end; the clock is stopped
+    val_tokens: int = 0             # tokens of the validation documents used in training runs; 0: all
+    calib_tokens: int = 524288      # tokens for the statistics that pack.py needs, inside the clock, over all ranks
+    log_every: int = 25             # steps between log lines
+    compare_to: str = ""            # another run's folder: stop when this run is behind its curve twice in a row
+    compare_margin: float = 0.01    # bits per byte that count as behind
+
+
+PRESETS = {
+    "record": {},
+    # A small model for two CPU cores and two minutes.
+    "demo": dict(data="demo", max_seconds=120.0, n_layer=4, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512,
+                 loop_passes=1, two_lane_from=3, rope_dims=8, batch_tokens=2048, row_tokens=1024, seq_len=384,
+                 scalar_lr=0.04, ema_decay=0.985, val_tokens=65536, calib_tokens=8192, log_every=50),
+    # The record's architecture made small, for paired experiments on a CPU.
+    "proxy": dict(data="proxy", max_seconds=300.0, n_layer=8, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512,
+                  loop_first=2, loop_last=3, two_lane_from=6, rope_dims=8, batch_tokens=4096, row_tokens=4096,
+                  seq_len=384, scalar_lr=0.04, ema_decay=0.98, val_tokens=131072, calib_tokens=32768, log_every=20),
+}
+
+
+POSITIVE = ("n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "gate_dims", "loop_passes", "batch_tokens",
+            "row_tokens", "val_points", "log_every", "softcap", "rope_base", "grad_clip", "cooldown")
+BELOW_ONE = ("ema_decay", "momentum", "adam_beta1", "adam_beta2")
+
+
+def check_config(cfg: Config) -> None:
+    """Raise BadInput, naming the flag, for a combination of values that cannot run."""
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.type in (int, float) and not 0 <= value < math.inf:
+            raise BadInput(f"--{f.name}={value} must be a finite number, 0 or more")
+        if f.name in POSITIVE and value == 0:
+            raise BadInput(f"--{f.name}=0 must be above 0")
+        if f.name in BELOW_ONE and value >= 1 or f.name in ("lr_floor", "cooldown") and value > 1:
+            raise BadInput(f"--{f.name}={value} is too large: it is a share")
+    head_dim, looped = cfg.n_embd // cfg.n_head, block_order(cfg, True)
+    encoder = looped[:len(looped) // 2] + list(range(cfg.n_layer // 2))
+    for ok, message in [
+        (cfg.n_embd % cfg.n_head == 0, f"--n_embd={cfg.n_embd} must be a multiple of --n_head={cfg.n_head}"),
+        (cfg.n_head % cfg.n_kv_head == 0, f"--n_head={cfg.n_head} must be a multiple of --n_kv_head={cfg.n_kv_head}"),
+        (cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim,
+         f"--rope_dims={cfg.rope_dims} must be even and at most the head dimension, {head_dim}"),
+        (cfg.gate_dims <= cfg.n_embd, f"--gate_dims={cfg.gate_dims} must be at most --n_embd={cfg.n_embd}"),
+        (cfg.batch_tokens % cfg.row_tokens == 0,
+         f"--batch_tokens={cfg.batch_tokens} must be a multiple of --row_tokens={cfg.row_tokens}"),
+        (cfg.seq_len >= 3, f"--seq_len={cfg.seq_len} must be at least 3"),
+        (cfg.loop_passes == 1 or cfg.loop_first <= cfg.loop_last < cfg.n_layer,
+         f"--loop_first={cfg.loop_first} --loop_last={cfg.loop_last} must be in order, below --n_layer={cfg.n_layer}"),
+        (max(encoder, default=-1) < cfg.two_lane_from,
+         f"--two_lane_from={cfg.two_lane_from} must lie in the second half of the block applications"),
+        (cfg.device in ("", "cuda", "mps", "cpu"), f"--device={cfg.device} must be cuda, mps or cpu"),
+        (cfg.max_seconds or cfg.max_steps, "--max_seconds or --max_steps must be above 0"),
+        (re.fullmatch(r"[\w.-]*", cfg.run), f"--run={cfg.run!r} must be letters, digits, dots and dashes"),
+    ]:
+        if not ok:
+            raise BadInput(message)
+
+
+def parse_config(argv: list[str]) -> tuple[str, Config]:
+    """Command line -> (preset, Config). A preset is a dict of overrides; --key=value overrides any field, typed."""
+    source = Path(__file__).read_text() if Path(__file__).exists() else ""
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))  # the class is where units are written
+    parser = Parser(prog="train_gpt.py", usage="%(prog)s [--preset=NAME] [--SETTING=VALUE ...]", description=__doc__)
+    parser.add_argument("--preset", choices=list(PRESETS), default=SUPPRESS,
+                        help="record where CUDA and data/fineweb are, else demo; proxy: the record made small")
+    for f in fields(Config):
+        parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__, default=SUPPRESS,
+                            help=f"{notes.get(f.name, '')} (record: {f.default!r})".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset", None)
+    if preset is None:
+        why = ("no CUDA device" if not torch.cuda.is_available() else
+               "no data/fineweb" if not (ROOT / "data/fineweb/meta.json").exists() else "")
+        preset = "demo" if why and "data" not in given else "record"
+        if preset == "demo" and int(os.environ.get("RANK", 0)) == 0:
+            print(f"{why}: the demo preset, not the record. For the record: python data/prepare.py fineweb, then "
+                  "torchrun --standalone --nproc_per_node=8 train_gpt.py on 8xH100", flush=True)
+    if "max_steps" in given and "max_seconds" not in given:
+        given["max_seconds"] = 0.0
+    cfg = replace(Config(), **{**PRESETS[preset], **given})
+    check_config(cfg)
+    return preset, cfg
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model. Tokens are one packed row (N,) of documents cut into segments; nothing crosses a segment's start.
+
+
+class Segments(NamedTuple):
+    """Where attention may look: token t sees the tokens of its own segment up to itself."""
+    cu_seqlens: Tensor  # (S + 1,) int32, segment starts and N; trailing empty segments allowed
+    pos: Tensor  # (N,) int32, position in the segment
+    max_len: int  # tokens, at least the longest segment
+    pad: Tensor | None  # (S, max_len) int64, the token in each padded place; None where attention takes cu_seqlens
+    unpad: Tensor | None  # (N,) int64, each token's place in the flattened padded layout
+
+
+def make_segments(starts: np.ndarray, n_tokens: int, seq_len: int, device="cpu", padded=True) -> Segments:
+    """starts (K,) int, increasing positions of document starts in a row of n_tokens -> Segments, on device.
+
+    A document is cut every seq_len tokens from its start. Not padded (varlen kernels): cu_seqlens is filled up to a
+    multiple of 256 segments with empty ones and max_len is seq_len, so that compiled graphs see one shape.
+    """
+    edges = np.unique(np.concatenate([[0], starts, [n_tokens]])).astype(np.int64)
+    lengths = np.diff(edges)
+    pieces = (lengths + seq_len - 1) // seq_len
+    first = np.repeat(edges[:-1], pieces)
+    cuts = first + seq_len * (np.arange(len(first)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
+    cu = np.append(cuts, n_tokens)
+    segment = np.repeat(np.arange(len(cuts)), np.diff(cu))
+    pos = np.arange(n_tokens) - cuts[segment]
+
+    def to(a, dtype):  # pinned, for a copy from pageable memory makes the CPU wait for the GPU
+        a = torch.from_numpy(a.astype(dtype))
+        return (a.pin_memory() if torch.device(device).type == "cuda" else a).to(device, non_blocking=True)
+
+    if not padded:
+        empty = np.full(-len(cuts) % 256, n_tokens)
+        return Segments(to(np.append(cu, empty), np.int32), to(pos, np.int32), seq_len, None, None)
+    longest = int(np.diff(cu).max())
+    # Places past a segment's end come after all of its tokens, so that the causal mask hides them.
+    pad = np.minimum(cuts[:, None] + np.arange(longest), n_tokens - 1)
+    return Segments(to(cu, np.int32), to(pos, np.int32), longest, to(pad, np.int64),
+                    to(segment * longest + pos, np.int64))
+
+
+def padded_attention(q, k, v, seg: Segments):
+    """q (N, H, d), k and v (N, K, d) -> (N, H, d), causal in segments: one kernel over segments padded to a length."""
+    q, k, v = (x[seg.pad].transpose(1, 2) for x in (q, k, v))  # (S, heads, max_len, d)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return y.transpose(1, 2).flatten(0, 1)[seg.unpad]
+
+
+def pick_attention(device: torch.device, dtype: torch.dtype):
+    """-> (name, attend(q, k, v, Segments) -> (N, H, d)): FlashAttention-3 if there, else torch's varlen or SDPA."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability < (8, 0) or dtype != torch.bfloat16:
+        return "sdpa", padded_attention
+    if capability[0] == 9:
+        try:
+            from flash_attn_interface import flash_attn_varlen_func  # this is FA3; the module `flash_attn` is FA2
+            torch.ops.flash_attn_3._flash_attn_forward  # there since it can be compiled
+
+            def fa3(q, k, v, s):
+                y = flash_attn_varlen_func(q, k, v, s.cu_seqlens, s.cu_seqlens, max_seqlen_q=s.max_len,
+                                           max_seqlen_k=s.max_len, causal=True)
+                return y[0] if isinstance(y, tuple) else y  # older releases return the log-sum-exp too
+            return "fa3", fa3
+        except (ImportError, OSError, AttributeError, RuntimeError):
+            pass
+    from torch.nn.attention.varlen import varlen_attn
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.13
+    return "varlen_attn", lambda q, k, v, s: varlen_attn(
+        q, k, v, s.cu_seqlens, s.cu_seqlens, s.max_len, s.max_len, window_size=(-1, 0), **gqa)
+
+
+def block_order(cfg: Config, looped: bool) -> list[int]:
+    """The blocks in the order in which they run: 0..10, or with the recurrence 0..5 3..5 3..5 6..10 (#1204, #1493)."""
+    blocks = list(range(cfg.n_layer))
+    again = blocks[cfg.loop_first:cfg.loop_last + 1] * (cfg.loop_passes - 1)
+    return blocks[:cfg.loop_last + 1] + again + blocks[cfg.loop_last + 1:] if looped and cfg.loop_passes > 1 else blocks
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)  # no gain: a scale per block does its work
+
+
+def lrelu2(x: Tensor) -> Tensor:
+    """LeakyReLU(x, 0.5)^2: 0.002 to 0.003 bits per byte better than relu^2 in the public records."""
+    return F.leaky_relu(x, 0.5).square()
+
+
+def plain_linear(x: Tensor, W: Tensor, name: str, layer: int, visit: int) -> Tensor:
+    """x (N, in), W (out, in) -> (N, out). forward() takes any such function: calibration, test-time adapters."""
+    return F.linear(x, W.to(x.dtype))
+
+
+class GPT(nn.Module):
+    """A decoder whose matrices are stacked in banks (layer, out, in), one per role: Muon works on whole banks."""
+    MATRICES = ("qkv", "o", "up", "down")
+
+    def __init__(self, cfg: Config, attend=padded_attention, dtype=torch.float32, fused_mlp=None, fused_ce=None):
+        """cfg with vocab_size set; attend, fused_mlp, fused_ce: kernels chosen at start-up, None for torch's own."""
+        super().__init__()
+        self.cfg, self.attend, self.dtype, self.fused_mlp, self.fused_ce = cfg, attend, dtype, fused_mlp, fused_ce
+        L, D, H, K, M = cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, cfg.mlp_dim
+        self.head_dim = D // H
+        self.qkv_sizes = [D, K * self.head_dim, K * self.head_dim]
+        n_skip = len(block_order(cfg, True)) // 2
+        matrix = lambda *shape: nn.Parameter(torch.empty(*shape))
+        self.embed = nn.Embedding(cfg.vocab_size, D)  # tied: also the output head
+        self.qkv = matrix(L, sum(self.qkv_sizes), D)
+        self.o = matrix(L, D, D)
+        self.up = matrix(L, M, D)
+        self.down = matrix(L, D, M)
+        self.q_gain = nn.Parameter(torch.full((L, H), cfg.qk_gain))
+        self.attn_gate = nn.Parameter(torch.zeros(L, H, cfg.gate_dims))
+        self.x0_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], 1))  # of the stream, of x0
+        self.attn_scale = nn.Parameter(torch.ones(L, D))
+        self.mlp_scale = nn.Parameter(torch.ones(L, D))
+        self.skip_scale = nn.Parameter(torch.ones(n_skip, D))
+        self.skip_gate = nn.Parameter(torch.zeros(n_skip, D))
+        self.smear_gate = nn.Parameter(torch.zeros(cfg.gate_dims))
+        self.smear_scale = nn.Parameter(torch.zeros(1))
+        # Per two-lane block: keep of lane 0 and lane 1; attention into 0 and 1; MLP into 0 and 1.
+        self.lanes = nn.Parameter(torch.tensor([1.1, 1.1, 1, 1, 1, 1]).repeat(max(L - cfg.two_lane_from, 0), 1))
+
+    @torch.no_grad()
+    def init_matrices(self) -> None:
+        """Draw the initial matrices from torch's generator; the small parameters have their initial values already."""
+        nn.init.normal_(self.embed.weight, std=0.005)
+        for W in (part for bank in (*self.qkv.split(self.qkv_sizes, 1), self.up) for part in bank):
+            nn.init.orthogonal_(W)
+        self.o.zero_()  # every block starts as the identity
+        self.down.zero_()
+
+    def forward(self, tokens, seg: Segments, looped=True, linear=plain_linear, attend=None, prev=None) -> Tensor:
+        """tokens (N,) int -> hidden (N, D) after the last norm, in self.dtype; logits() makes it logits.
+
+        linear(x, W, name, layer, visit) computes every matrix product. For callers that cache keys and values,
+        attend(q, k, v, seg, visit) replaces attention and prev (N,) int names the token before each one; then only
+        seg.pos is read.
+        """
+        cfg, dtype = self.cfg, self.dtype
+        attend = attend or (lambda q, k, v, seg, visit: self.attend(q, k, v, seg))
+        cast = lambda p: p.to(dtype)
+        x0_mix, attn_scale, mlp_scale = cast(self.x0_mix), cast(self.attn_scale), cast(self.mlp_scale)
+        skip_scale, skip_gate, lanes = cast(self.skip_scale), cast(self.skip_gate.sigmoid()), cast(self.lanes)
+
+        # Rotary angles from the position in the segment, once for all blocks; fp32 until the cast.
+        freqs = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, device=tokens.device) / cfg.rope_dims)
+        angle = seg.pos[:, None, None] * freqs  # (N, 1, rope_dims / 2)
+        cos, sin = cast(angle.cos()), cast(angle.sin())
+
+        # SmearGate: each token takes some of the one before it, never across a segment's start (#1667, #1851; -0.0005).
+        x = cast(self.embed(tokens))  # (N, D)
+        before = cast(self.embed(prev)) if prev is not None else F.pad(x, (0, 0, 1, 0))[:-1]
+        open_gate = (x[:, :cfg.gate_dims] * cast(self.smear_gate)).sum(-1).sigmoid() * (seg.pos > 0)
+        x = x + (cast(self.smear_scale) * open_gate)[:, None] * before
+        x = x0 = norm(x)
+
+        order = block_order(cfg, looped)
+        n_encoder = len(order) // 2
+        skips, lane = [], None
+        for visit, i in enumerate(order):
+            if i >= cfg.two_lane_from and lane is None:
+                lane = x  # before the skip, which joins lane 0 only
+            if visit >= n_encoder and skips:  # U-Net: the decoder takes back the encoder's outputs
+                j = visit - n_encoder
+                x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])
+            depth = (i + 1) ** -0.5  # deeper blocks read a smaller norm (public: -0.002 with partial RoPE)
+            u = x0_mix[i, 0] * x + x0_mix[i, 1] * x0
+            a = attn_scale[i] * self.attention(norm(u) * depth, i, visit, cos, sin, seg, linear, attend)
+            if i < cfg.two_lane_from:
+                x = u + a
+                x = x + mlp_scale[i] * self.mlp(norm(x) * depth, i, visit, linear)
+            else:  # attention and MLP side by side (#1529: -0.004)
+                m = mlp_scale[i] * self.mlp(norm(lane) * depth, i, visit, linear)
+                keep0, keep1, a0, a1, m0, m1 = lanes[i - cfg.two_lane_from].unbind()
+                x, lane = keep0 * x + a0 * a + m0 * m, keep1 * lane + a1 * a + m1 * m
+            if visit < n_encoder:
+                skips.append(x)
+        return norm(x if lane is None else (x + lane) / 2)
+
+    def attention(self, n, i, visit, cos, sin, seg, linear, attend):
+        """n (N, D), the block's normed input -> (N, D)."""
+        cfg, N, d = self.cfg, n.size(0), self.head_dim
+        q, k, v = linear(n, self.qkv[i], "qkv", i, visit).split(self.qkv_sizes, -1)
+        q, k, v = q.view(N, -1, d), k.view(N, -1, d), v.view(N, -1, d)
+        q, k = rotate(norm(q), cos, sin) * self.q_gain[i].to(n.dtype)[:, None], rotate(norm(k), cos, sin)
+        y = attend(q, k, v, seg, visit)  # (N, H, d)
+        # XSA (#265): take out of each head what lies along the token's own value.
+        own = F.normalize(v, dim=-1)[:, :, None]  # (N, K, 1, d)
+        y = y.view(N, cfg.n_kv_head, -1, d)
+        y = y - (y * own).sum(-1, keepdim=True) * own
+        # Sparse attention gate: each head opened by a few input dimensions (#1787).
+        gate = torch.sigmoid(0.5 * F.linear(n[:, :cfg.gate_dims], self.attn_gate[i].to(n.dtype)))  # (N, H)
+        y = y.reshape(N, cfg.n_head, d) * gate[:, :, None]
+        return linear(y.reshape(N, -1), self.o[i], "o", i, visit)
+
+    def mlp(self, n, i, visit, linear):
+        """n (N, D) -> (N, D)."""
+        if self.fused_mlp is not None and linear is plain_linear:
+            return self.fused_mlp(n, self.up[i].to(n.dtype), self.down[i].to(n.dtype))
+        return linear(lrelu2(linear(n, self.up[i], "up", i, visit)), self.down[i], "down", i, visit)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (N, D) -> logits (N, V) float32, softcapped."""
+        z = F.linear(hidden, self.embed.weight.to(hidden.dtype)).float()
+        return self.cfg.softcap * torch.tanh(z / self.cfg.softcap)
+
+    def losses(self, tokens: Tensor, targets: Tensor, seg: Segments, looped: bool) -> Tensor:
+        """tokens, targets (N,) int64 -> nats (N,) float32 of each target."""
+        hidden = self(tokens, seg, looped)
+        if self.fused_ce is not None:
+            return self.fused_ce(F.linear(hidden, self.embed.weight.to(hidden.dtype)), targets, self.cfg.softcap)
+        return F.cross_entropy(self.logits(hidden), targets, reduction="none")
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (N, heads, d): the first 2 * r dimensions turned as pairs (i, i + r) by the angles of cos, sin (N, 1, r)."""
+    r = cos.size(-1)
+    a, b, rest = x[..., :r], x[..., r:2 * r], x[..., 2 * r:]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
+
+
+def count_flops(cfg: Config, looped: bool) -> float:
+    """Model FLOPs per trained token: 6 per weight of each matrix product, forward and backward; attention left out."""
+    kv = cfg.n_kv_head * cfg.n_embd // cfg.n_head
+    per_block = (2 * cfg.n_embd + 2 * kv + 2 * cfg.mlp_dim) * cfg.n_embd
+    return 6 * (len(block_order(cfg, looped)) * per_block + cfg.vocab_size * cfg.n_embd)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels. Two places where a GPU spends memory traffic that the compiler does not save. Each has its torch reference in
+# the model above; pick_kernels() times both on the real shapes before the clock starts and keeps the faster.
+
+
+@lru_cache
+def triton_kernels():
+    """-> (up_kernel, ce_forward, ce_backward), compiled by Triton on first use. Raises ImportError without Triton."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def up_kernel(a_ptr, b_ptr, pre_ptr, out_ptr, M, N, K, stride_bn, stride_bk, BACKWARD: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+        # acc = A (M, K) @ B (N, K)^T. Forward: pre = acc, out = lrelu2(acc). Backward: out = acc * lrelu2'(pre).
+        pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+        group = pid // (GROUP * tiles_n)  # tiles in groups of rows, so that B stays in L2
+        rows = min(tiles_m - group * GROUP, GROUP)
+        tile_m, tile_n = group * GROUP + pid % (GROUP * tiles_n) % rows, pid % (GROUP * tiles_n) // rows
+        m, n, k = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+        a = a_ptr + (m % M)[:, None].to(tl.int64) * K + k[None, :]
+        b = b_ptr + (n % N)[None, :] * stride_bn + k[:, None] * stride_bk
+        acc = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, K, BK):
+            acc = tl.dot(tl.load(a, mask=k[None, :] < K - start, other=0.0),
+                         tl.load(b, mask=k[:, None] < K - start, other=0.0), acc, input_precision="ieee")
+            a += BK
+            b += BK * stride_bk
+        at, inside = m[:, None].to(tl.int64) * N + n[None, :], (m[:, None] < M) & (n[None, :] < N)
+        if BACKWARD:
+            pre = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out_ptr + at, acc * tl.where(pre > 0, 2 * pre, 0.5 * pre), mask=inside)
+        else:
+            tl.store(pre_ptr + at, acc, mask=inside)
+            tl.store(out_ptr + at, acc * tl.where(acc > 0, acc, 0.25 * acc), mask=inside)
+
+    # Softcap by a sigmoid: cap * tanh(x / cap) = 2 cap * sigmoid(2 x / cap) - cap; the constant drops out of softmax.
+    # The capped logit lies in [0, 2 cap], so 2 cap serves as the maximum and one pass suffices.
+    @triton.jit
+    def ce_forward(x_ptr, target_ptr, loss_ptr, lse_ptr, V, cap, BV: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        total = tl.zeros((BV,), tl.float32)
+        for start in range(0, V, BV):
+            v = start + tl.arange(0, BV)
+            x = tl.load(x_ptr + row * V + v, mask=v < V, other=0.0).to(tl.float32)
+            z = 2 * cap * tl.sigmoid(2 * x / cap)
+            total += tl.where(v < V, tl.exp(z - 2 * cap), 0.0)
+        lse = 2 * cap + tl.log(tl.sum(total, 0))
+        x = tl.load(x_ptr + row * V + tl.load(target_ptr + row)).to(tl.float32)
+        tl.store(lse_ptr + row, lse)
+        tl.store(loss_ptr + row, lse - 2 * cap * tl.sigmoid(2 * x / cap))
+
+    @triton.jit
+    def ce_backward(x_ptr, target_ptr, lse_ptr, grad_ptr, dx_ptr, V, cap, BV: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        target, lse, grad = tl.load(target_ptr + row), tl.load(lse_ptr + row), tl.load(grad_ptr + row)
+        for start in range(0, V, BV):
+            v = start + tl.arange(0, BV)
+            x = tl.load(x_ptr + row * V + v, mask=v < V, other=0.0).to(tl.float32)
+            s = tl.sigmoid(2 * x / cap)
+            p = tl.exp(2 * cap * s - lse)
+            dx = grad * (p - tl.where(v == target, 1.0, 0.0)) * 4 * s * (1 - s)
+            tl.store(dx_ptr + row * V + v, dx, mask=v < V)
+
+    return up_kernel, ce_forward, ce_backward
+
+
+def up_matmul(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, backward: bool) -> None:
+    """a (M, K), b (N, K) of any strides -> writes out (M, N) and, when forward, pre. a, pre, out contiguous."""
+    (M, K), N = a.shape, b.size(0)
+    BM, BN, BK = (128, 256, 64) if a.is_cuda else (16, 32, 32)  # the small tile serves the interpreter in tests
+    grid = (-(-M // BM) * -(-N // BN),)
+    triton_kernels()[0][grid](a, b, pre, out, M, N, K, *b.stride(), BACKWARD=backward, BM=BM, BN=BN, BK=BK, GROUP=8,
+                              num_warps=8, num_stages=3)
+
+
+@torch.library.custom_op("nanogolf::mlp_up", mutates_args=())
+def mlp_up(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, D), up (M, D) -> pre = x @ up^T and lrelu2(pre), both (N, M)."""
+    pre = x.new_empty(x.size(0), up.size(0))
+    out = torch.empty_like(pre)
+    up_matmul(x.contiguous(), up, pre, out, backward=False)
+    return pre, out
+
+
+@torch.library.custom_op("nanogolf::mlp_dpre", mutates_args=())
+def mlp_dpre(dy: Tensor, down: Tensor, pre: Tensor) -> Tensor:
+    """dy (N, D), down (D, M), pre (N, M) -> (dy @ down) * lrelu2'(pre), (N, M)."""
+    out = torch.empty_like(pre)
+    up_matmul(dy.contiguous(), down.t(), pre, out, backward=True)
+    return out
+
+
+mlp_up.register_fake(lambda x, up: (x.new_empty(x.size(0), up.size(0)), x.new_empty(x.size(0), up.size(0))))
+mlp_dpre.register_fake(lambda dy, down, pre: torch.empty_like(pre))
+
+
+class FusedMLP(torch.autograd.Function):
+    """x (N, D), up (M, D), down (D, M) -> lrelu2(x @ up^T) @ down^T. The activation rides on the matrix products."""
+
+    @staticmethod
+    def forward(ctx, x, up, down):
+        pre, h = mlp_up(x, up)
+        ctx.save_for_backward(x, up, down, pre, h)
+        return h @ down.t()
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, up, down, pre, h = ctx.saved_tensors
+        dpre = mlp_dpre(dy, down, pre)
+        return dpre @ up, dpre.t() @ x, dy.t() @ h
+
+
+@torch.library.custom_op("nanogolf::softcap_ce", mutates_args=())
+def softcap_ce(x: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """x (N, V) raw logits, targets (N,) int64 -> nats (N,) and log-sum-exp (N,), float32, of cap * tanh(x / cap)."""
+    loss, lse = (torch.empty(x.size(0), dtype=torch.float32, device=x.device) for _ in range(2))
+    triton_kernels()[1][(x.size(0),)](x, targets, loss, lse, x.size(1), cap, BV=1024)
+    return loss, lse
+
+
+@torch.library.custom_op("nanogolf::softcap_ce_backward", mutates_args=())
+def softcap_ce_backward(x: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, cap: float) -> Tensor:
+    dx = torch.empty_like(x)
+    triton_kernels()[2][(x.size(0),)](x, targets, lse, grad.contiguous(), dx, x.size(1), cap, BV=1024)
+    return dx
+
+
+softcap_ce.register_fake(lambda x, targets, cap: (x.new_empty(x.size(0), dtype=torch.float32),
+                                                  x.new_empty(x.size(0), dtype=torch.float32)))
+softcap_ce_backward.register_fake(lambda x, targets, lse, grad, cap: torch.empty_like(x))
+
+
+class FusedCE(torch.autograd.Function):
+    """x (N, V) raw logits, targets (N,), cap -> nats (N,) float32: one read forward, a read and a write backward."""
+
+    @staticmethod
+    def forward(ctx, x, targets, cap):
+        loss, lse = softcap_ce(x, targets, cap)
+        ctx.save_for_backward(x, targets, lse)
+        ctx.cap = cap
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        return softcap_ce_backward(*ctx.saved_tensors, grad, ctx.cap), None, None
+
+
+def pick_kernels(cfg: Config, device: torch.device, dtype: torch.dtype, log, agree) -> dict:
+    """-> {"fused_mlp": f, "fused_ce": f} for GPT: the fused kernel where on all ranks it runs, agrees with the compiled
+    reference and is faster than it on one row of the real size, else None. Every decision is logged with its times."""
+    chosen = {"fused_mlp": None, "fused_ce": None}
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
+        return chosen
+    rand = lambda *shape: torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
+    N, D, M, V, cap = cfg.row_tokens, cfg.n_embd, cfg.mlp_dim, cfg.vocab_size, cfg.softcap
+    targets = torch.randint(V, (N,), device=device)
+
+    def trial(fn, args):
+        """-> median ms of forward and backward, and their results."""
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(9)]
+        for start, end in events:
+            start.record()
+            out = fn(*args)
+            grads = torch.autograd.grad(out.float().sum(), args)
+            end.record()
+        torch.cuda.synchronize(device)
+        return sorted(start.elapsed_time(end) for start, end in events)[4], (out.detach(), *grads)
+
+    for name, kernel, fused, reference, shapes in (
+        ("fused_mlp", FusedMLP.apply, FusedMLP.apply,
+         lambda x, up, down: F.linear(lrelu2(F.linear(x, up)), down), [(N, D), (M, D), (D, M)]),
+        ("fused_ce", FusedCE.apply, lambda z: FusedCE.apply(z, targets, cap),
+         lambda z: F.cross_entropy(cap * torch.tanh(z.float() / cap), targets, reduction="none"), [(N, V)]),
+    ):
+        try:
+            args = [rand(*shape) for shape in shapes]
+            slow, expect = trial(torch.compile(reference, dynamic=False), args)
+            fast, result = trial(fused, args)
+            error = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(result, expect))
+            worse = not (fast < slow and error < 1e-2)
+            log(f"kernel:{name} fused_ms:{fast:.3f} reference_ms:{slow:.3f} error:{error:.1e}")
+        except Exception as e:  # no Triton or no compiler is no reason to stop
+            worse = True
+            log(f"kernel:{name} {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+        chosen[name] = None if agree([float(worse)])[0] else kernel
+        log(f"kernel:{name} use:{'fused' if chosen[name] else 'reference'}")
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer. Every rank holds all weights; gradients are reduce-scattered, each rank updates its share, and all-gather
+# brings the shares together.
+
+# Polar Express: the best five quintic steps towards the orthogonal factor in bf16 (arXiv 2505.16932; scaled by 1.02).
+POLAR_EXPRESS = [(8.156554524902461, -22.48329292557795, 15.878769915207462),
+                 (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]
+
+
+def orthogonalize(G: Tensor) -> Tensor:
+    """G (n, rows, cols) -> the nearest semi-orthogonal matrices times sqrt(max(1, rows / cols)); singular values above
+    1e-3 of the norm land within 0.86 .. 1.14. Rows are first scaled to one length (MuonEq-R, arXiv 2603.28254)."""
+    X = G / G.norm(dim=-1, keepdim=True).clamp(min=1e-7)
+    tall = X.size(-2) > X.size(-1)
+    X = X.mT if tall else X  # the products are on the short side
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    X = X.mT if tall else X
+    return X * max(1.0, G.size(-2) / G.size(-1)) ** 0.5
+
+
+class Optimizer:
+    """Muon (Keller Jordan) for the banks of matrices; AdamW for embedding and small parameters in one flat vector."""
+
+    def __init__(self, model: GPT, cfg: Config, rank: int, world_size: int):
+        self.cfg, self.rank, self.world_size = cfg, rank, world_size
+        named = dict(model.named_parameters())
+        self.params = list(named.values())
+        # Largest first. The stacked q, k, v are orthogonalised one by one: these are their rows.
+        self.banks = [(named.pop(name), model.qkv_sizes if name == "qkv" else None)
+                      for name in ("down", "up", "qkv", "o")]
+        self.adam = list(named.values())  # whatever is no bank: no parameter is left out
+        assert all(p.ndim == 3 for p, _ in self.banks) and len(self.banks) + len(self.adam) == len(self.params)
+        device = self.params[0].device
+        self.comm_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.momenta = [torch.zeros(-(-p.size(0) // world_size), *p.shape[1:], device=device) for p, _ in self.banks]
+        # AdamW's vector, padded to the ranks; learning rate and decay of each element of this rank's share.
+        sizes = [p.numel() for p in self.adam]
+        self.adam_size = -(-sum(sizes) // world_size)
+        share = lambda values: torch.cat([torch.full((n,), v) for v, n in zip(values, sizes)] + [torch.zeros(
+            self.adam_size * world_size - sum(sizes))])[rank * self.adam_size:][:self.adam_size].to(device)
+        is_embed = [name == "embed.weight" for name in named]
+        self.adam_lr = share([cfg.embed_lr if e else cfg.scalar_lr for e in is_embed])
+        self.adam_wd = share([cfg.embed_wd if e else cfg.scalar_wd for e in is_embed])
+        self.adam_m, self.adam_v = torch.zeros(2, self.adam_size, device=device)
+        self.t = 0
+
+    def reset(self) -> None:
+        """Forget everything, as before the first step."""
+        self.t = 0
+        for buffer in (*self.momenta, self.adam_m, self.adam_v):
+            buffer.zero_()
+
+    def flat(self, tensors) -> Tensor:
+        """Tensors of self.adam's shapes -> one vector (world_size * adam_size,)."""
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        return F.pad(flat, (0, self.adam_size * self.world_size - flat.numel()))
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, lr: float, momentum: float) -> Tensor:
+        """One update from the gradients of this rank's part of the loss, which sum to those of the whole batch.
+
+        lr: of the schedule, in [0, 1]; momentum: Muon's. -> (2,) float32 on the device: batch loss, gradient norm.
+        """
+        cfg, W = self.cfg, self.world_size
+        reduced = []  # (share of the gradient, handle): all in flight at once
+        for p, _ in self.banks:
+            g = F.pad(p.grad, (0, 0, 0, 0, 0, -p.size(0) % W)).to(self.comm_dtype)
+            reduced.append(reduce_scatter(g, W))
+        reduced.append(reduce_scatter(self.flat([p.grad if p.numel() else p for p in self.adam]), W))
+        grads = []
+        for share, handle in reduced:
+            handle and handle.wait()
+            grads.append(share.float())
+        totals = torch.stack([loss.detach().float(), sum(g.square().sum() for g in grads)])
+        if W > 1:
+            dist.all_reduce(totals)
+        grad_norm = totals[1].sqrt()
+        clip = (cfg.grad_clip / (grad_norm + 1e-6)).clamp(max=1)
+
+        # Muon, largest bank first: the all-gather of one bank travels while the next is orthogonalised.
+        self.t += 1
+        gathered = []
+        for (p, parts), m, g in zip(self.banks, self.momenta, grads):
+            m.mul_(momentum).add_(g * clip)
+            nesterov = (g * clip + momentum * m).to(self.comm_dtype)
+            update = torch.cat([orthogonalize(u) for u in nesterov.split(parts or nesterov.size(1), 1)], 1)
+            gathered.append(all_gather(update, W))
+        # AdamW on this rank's share of the flat vector, meanwhile.
+        g, m, v = grads[-1] * clip, self.adam_m, self.adam_v
+        m.lerp_(g, 1 - cfg.adam_beta1)
+        v.lerp_(g.square(), 1 - cfg.adam_beta2)
+        w = self.flat(self.adam)[self.rank * self.adam_size:][:self.adam_size]
+        mean, square = m / (1 - cfg.adam_beta1 ** self.t), v / (1 - cfg.adam_beta2 ** self.t)
+        w = w - lr * self.adam_lr * (mean / (square.sqrt() + 1e-8) + self.adam_wd * w)
+        flat, flat_handle = all_gather(w, W)
+        for (p, _), (update, handle) in zip(self.banks, gathered):
+            handle and handle.wait()
+            p.mul_(1 - lr * cfg.matrix_lr * cfg.matrix_wd).add_(update[:p.size(0)], alpha=-lr * cfg.matrix_lr)
+        flat_handle and flat_handle.wait()
+        torch._foreach_copy_(self.adam, [x.view_as(p) for x, p in zip(flat.split([p.numel() for p in self.adam] + [
+            flat.numel() - sum(p.numel() for p in self.adam)]), self.adam)])
+        for p in self.params:
+            p.grad = None
+        return torch.stack([totals[0], grad_norm])
+
+
+def reduce_scatter(x: Tensor, world_size: int):
+    """x (world_size * n, ...) on every rank -> (this rank's n rows of the sum, handle to wait on or None)."""
+    if world_size == 1:
+        return x, None
+    share = x.new_empty(x.size(0) // world_size, *x.shape[1:])
+    return share, dist.reduce_scatter_tensor(share, x, async_op=True)
+
+
+def all_gather(x: Tensor, world_size: int):
+    """x (n, ...) on each rank -> ((world_size * n, ...) in rank order, handle to wait on or None)."""
+    if world_size == 1:
+        return x, None
+    whole = x.new_empty(x.size(0) * world_size, *x.shape[1:])
+    return whole, dist.all_gather_into_tensor(whole, x.contiguous(), async_op=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Dataset:
+    """A prepared dataset: meta (dict), tokenizer (None for random tokens), functions that read train shards and val."""
+
+    def __init__(self, cfg: Config, rank: int = 0, world_size: int = 1):
+        """Checks everything that a run relies on before it starts: files against meta.json, and this rank's part of the
+        shards for tokens outside the vocabulary. Raises BadInput."""
+        if cfg.data == "synthetic":
+            self.tokenizer, vocab = None, cfg.vocab_size or 8192
+            self.meta = {"name": "synthetic", "vocab_size": vocab, "val_tokens": 4 * cfg.row_tokens, "val_bytes": 0}
+            self.boundary, self.n_train = vocab - 1, 8
+            self.train = lambda i: synthetic_tokens(vocab, max(1 << 22, 2 * cfg.row_tokens), seed=i)
+            self.val = lambda: synthetic_tokens(vocab, 4 * cfg.row_tokens, seed=self.n_train)
+            return
+        folder = find_dataset(cfg.data)
+        self.meta = read_meta(folder)
+        self.tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
+        vocab, self.boundary = self.meta["vocab_size"], self.tokenizer.boundary
+        if cfg.vocab_size not in (0, vocab):
+            raise BadInput(f"--vocab_size={cfg.vocab_size}, but {folder} has {vocab}: leave it 0 to follow the dataset")
+        train = sorted(folder.glob("train_*.bin"))
+        val = sorted(folder.glob("val_*.bin"))
+        if not train or not val:
+            raise BadInput(f"{folder} has no {'train' if not train else 'val'} shards: prepare it with data/prepare.py")
+        for path in (train + val)[rank::world_size]:
+            read_shard(path, vocab)
+        self.n_train = len(train)
+        self.train = lambda i: read_shard(train[i])
+        self.val = lambda: np.concatenate([read_shard(path) for path in val])
+
+
+def synthetic_tokens(vocab: int, n: int, seed: int) -> np.ndarray:
+    """-> n random tokens uint16 in documents of web-like lengths (lognormal, median 403 tokens, mean 690)."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab - 1, n, dtype=np.uint16)
+    starts = np.cumsum(np.concatenate([[0], rng.lognormal(np.log(403), 1.04, n // 100)])).astype(np.int64)
+    tokens[starts[starts < n]] = vocab - 1
+    return tokens
+
+
+class Loader:
+    """An endless stream of rows: shards in a seeded order, the documents of each in a seeded order, cut into rows.
+
+    The stream is the same whatever the number of ranks; rank r takes rows r, r + world_size, ... A thread reads ahead.
+    (The public loaders that mix documents gained 0.002 bits per byte over sequential ones.)
+    """
+
+    def __init__(self, data: Dataset, cfg: Config, rank: int, world_size: int, device: torch.device, padded: bool):
+        self.data, self.cfg, self.rank, self.world_size = data, cfg, rank, world_size
+        self.device, self.padded = device, padded
+        self.ready = queue.Queue(maxsize=16)
+        threading.Thread(target=self.read_ahead, daemon=True).start()
+
+    def rows(self):
+        """Yields this rank's rows, (row_tokens + 1,) uint16; the last token is only a target."""
+        n, index, epoch = self.cfg.row_tokens, 0, 0
+        while True:
+            before, rng = index, np.random.default_rng((self.cfg.seed, epoch))
+            for shard in rng.permutation(self.data.n_train):
+                tokens = self.data.train(shard)
+                starts = np.flatnonzero(tokens == self.data.boundary)
+                if not len(starts) or starts[0] != 0:
+                    starts = np.concatenate([[0], starts])
+                ends = np.append(starts[1:], len(tokens))
+                order = rng.permutation(len(starts))
+                starts, ends = starts[order], ends[order]
+                stop = np.cumsum(ends - starts)  # where each document ends in the shuffled shard
+                for a in range(0, int(stop[-1]) - n, n):  # the tail that fills no row is left out
+                    if index % self.world_size == self.rank:
+                        i, j = np.searchsorted(stop, [a, a + n], side="right")
+                        row = np.concatenate([tokens[starts[d]:ends[d]] for d in range(i, j + 1)])
+                        skip = a - (int(stop[i - 1]) if i else 0)
+                        yield row[skip:skip + n + 1]
+                    index += 1
+            if index == before:
+                raise BadInput(f"--row_tokens={n}: no train shard of {self.cfg.data} is that long")
+            epoch += 1
+
+    def read_ahead(self):
+        try:
+            for row in self.rows():
+                self.ready.put((torch.from_numpy(row.astype(np.int32)), np.flatnonzero(row[:-1] == self.data.boundary)))
+        except BaseException as e:  # handed to the training loop
+            self.ready.put(e)
+
+    def next(self, seq_len: int):
+        """-> tokens (N,), targets (N,) int64 on the device, Segments of at most seq_len tokens."""
+        item = self.ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        row, starts = item
+        if self.device.type == "cuda":
+            row = row.pin_memory()
+        row = row.to(self.device, non_blocking=True).long()
+        seg = make_segments(starts, len(row) - 1, seq_len, self.device, self.padded)
+        return row[:-1], row[1:], seg
+
+
+class Validation:
+    """Bits per byte over whole validation documents in order, each target once, with a context of up to seq_len."""
+
+    def __init__(self, data: Dataset, cfg: Config, rank: int, world_size: int, device: torch.device, padded: bool):
+        tokens = data.val()
+        starts = np.flatnonzero(tokens == data.boundary)
+        edges = np.append(starts, len(tokens))
+        if cfg.val_tokens:
+            edges = edges[:max(2, int(np.searchsorted(edges, cfg.val_tokens, side="right")))]
+        self.n_docs, self.n_tokens = len(edges) - 1, int(edges[-1])
+        self.n_bytes = self.count_bytes(data, tokens[:self.n_tokens])
+        # A document's last target is the boundary of the next; rows are filled up with boundaries, which do not count.
+        row = cfg.row_tokens
+        n_rows = -(-self.n_tokens // row)
+        padded_tokens = np.full(n_rows * row + 1, data.boundary, np.int64)
+        padded_tokens[:self.n_tokens] = tokens[:self.n_tokens]
+        self.rows = []
+        for r in range(rank, n_rows, world_size):
+            x = padded_tokens[r * row:(r + 1) * row + 1]
+            n = min(row, self.n_tokens - r * row)
+            self.rows.append((torch.from_numpy(x), np.flatnonzero(x[:n] == data.boundary), n))
+        self.cfg, self.world_size, self.device, self.padded = cfg, world_size, device, padded
+
+    @staticmethod
+    def count_bytes(data: Dataset, tokens: np.ndarray) -> int:
+        """-> UTF-8 bytes of the documents that these tokens spell; 0 for random tokens."""
+        if data.tokenizer is None or len(tokens) == data.meta["val_tokens"]:
+            return data.meta["val_bytes"]
+        docs = np.split(tokens, np.flatnonzero(tokens == data.boundary)[1:])
+        return sum(len(data.tokenizer.decode(doc[1:]).encode()) for doc in docs)
+
+    @torch.no_grad()
+    def __call__(self, losses, looped: bool) -> tuple[float, float]:
+        """losses(tokens, targets, seg, looped) as GPT.losses -> (nats per token, bits per byte)."""
+        nats = torch.zeros((), dtype=torch.float64)
+        for x, starts, n in self.rows:
+            x = x.to(self.device)
+            seg = make_segments(starts, len(x) - 1, self.cfg.seq_len, self.device, self.padded)
+            nats += losses(x[:-1], x[1:], seg, looped)[:n].cpu().double().sum()
+        if self.world_size > 1:
+            nats = nats.to(self.device)
+            dist.all_reduce(nats)
+        nats = nats.item()
+        return nats / self.n_tokens, nats / math.log(2) / self.n_bytes if self.n_bytes else float("nan")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules: pure functions of progress in [0, 1].
+
+
+def lr_at(cfg: Config, progress: float) -> float:
+    """1, then a line to 0 over the cooldown, never below lr_floor (#1787)."""
+    return min(1.0, max(cfg.lr_floor, (1 - progress) / cfg.cooldown))
+
+
+def momentum_at(cfg: Config, progress: float) -> float:
+    return cfg.momentum - max(cfg.momentum - 0.92, 0) * max(1 - progress / 0.3, 0)
+
+
+def seq_len_at(cfg: Config, progress: float) -> int:
+    """Short contexts first: a third of seq_len, two thirds, all (#2014: 1k, 2k, 3k; -0.001)."""
+    return cfg.seq_len * (1 if progress < 0.1 else 2 if progress < 0.7 else 3) // 3
+
+
+def looped_at(cfg: Config, progress: float) -> bool:
+    return progress >= cfg.loop_at
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Calibration and checkpoint
+
+
+def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed: int, late=lambda: False) -> dict:
+    """Sums over n_chunks * chunk_tokens training tokens, with labels sampled from the model (the true Fisher) ->
+
+    bank.H (L, in, in) of x x^T and bank.g (L, out) of (dL/dy)^2 for each y = W x, over all visits of a looped block;
+    for the tied embedding embed.H (D, D) and embed.g (V,) as the head, embed.S (D, D) of (dL/dx)(dL/dx)^T as the input;
+    tokens (1,). embed.g is exact: p (1 - p) times the softcap's slope squared. Ends after a chunk once late() is true.
+    """
+    device, cap = model.embed.weight.device, model.cfg.softcap
+    V, D = model.embed.weight.shape
+    shapes = {"embed.H": (D, D), "embed.S": (D, D), "embed.g": (V,), "tokens": (1,)}
+    for name in model.MATRICES:
+        layers, rows, cols = getattr(model, name).shape
+        shapes |= {f"{name}.H": (layers, cols, cols), f"{name}.g": (layers, rows)}
+    stats = {key: torch.zeros(shape, device=device) for key, shape in shapes.items()}
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def outer(key, x, index=...):
+        x = x.detach().float()
+        stats[key][index] += x.mT @ x
+
+    def squares(key, layer, g):
+        stats[key][layer] += g.float().square().sum(0)
+
+    def tap(x, W, name, layer, visit):
+        outer(f"{name}.H", x, layer)
+        y = plain_linear(x, W, name, layer, visit)
+        y.register_hook(partial(squares, f"{name}.g", layer))
+        return y
+
+    def tap_embedding(module, inputs, x):
+        x.requires_grad_().register_hook(lambda g: outer("embed.S", g))
+
+    model.requires_grad_(False)  # only activations need gradients here
+    hook = model.embed.register_forward_hook(tap_embedding)
+    for i in range(n_chunks):
+        if i and late():
+            break
+        tokens, _, seg = loader.next(model.cfg.seq_len)
+        if chunk_tokens < len(tokens):
+            tokens, starts = tokens[:chunk_tokens], (seg.pos[:chunk_tokens] == 0).nonzero()[:, 0].cpu().numpy()
+            seg = make_segments(starts, chunk_tokens, model.cfg.seq_len, device, seg.pad is not None)
+        hidden = model(tokens, seg, True, tap)
+        outer("embed.H", hidden)
+        logits = model.logits(hidden)
+        with torch.no_grad():
+            p = logits.softmax(-1)
+            stats["embed.g"] += (p * (1 - p) * (1 - (logits / cap).square()).square()).sum(0)
+            labels = torch.multinomial(p, 1, generator=generator)[:, 0]
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+        stats["tokens"] += len(tokens)
+    hook.remove()
+    model.requires_grad_(True)
+    return stats
+
+
+def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: dict, run: dict) -> None:
+    buffer = io.BytesIO()  # a full disk must fail in write(), not in torch.save
+    torch.save({"config": asdict(cfg), "weights": {k: v.detach().cpu() for k, v in model.state_dict().items()},
+                "stats": {k: v.cpu() for k, v in stats.items()}, "run": run,
+                "tokenizer": data.tokenizer.blob.decode() if data.tokenizer else ""}, buffer)
+    with atomic_write(path) as f:
+        f.write(buffer.getbuffer())
+
+
+def load_checkpoint(path: Path) -> dict:
+    """checkpoint.pt -> {"config": Config, "weights" {name: float32}, "stats" (as weights, or {}), "run", "tokenizer"}.
+
+    The file may come from anywhere: checksums first, tensors and plain values only, shapes as configured. BadInput.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"{path} does not exist: train first, python train_gpt.py")
+    try:
+        with zipfile.ZipFile(path) as z:
+            bad = z.testzip()
+        if bad is not None:
+            raise ValueError(f"{bad} does not match its checksum")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        cfg = config_from(saved["config"])
+        with torch.device("meta"):
+            expected = {k: v.shape for k, v in GPT(cfg).state_dict().items()}
+        if {k: v.shape for k, v in saved["weights"].items()} != expected:
+            raise ValueError("the weights are not those that the config describes")
+        return {**{k: saved[k] for k in ("weights", "stats", "run", "tokenizer")}, "config": cfg}
+    except Exception as e:  # torch.load has no single error for bad bytes
+        raise BadInput(f"{path} is not a whole checkpoint: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+
+
+def config_from(values: dict) -> Config:
+    """A dict from a file -> Config, every field present, typed and possible. Raises BadInput."""
+    kinds = {f.name: f.type for f in fields(Config)}
+    if not isinstance(values, dict) or {k: type(v) for k, v in values.items()} != kinds:
+        raise BadInput("the config has other fields or types than this train_gpt.py")
+    cfg = Config(**values)
+    check_config(cfg)
+    return cfg
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Clock:
+    """Seconds of training: runs from start() to stop(), as often as need be. sync() makes queued GPU work count."""
+
+    def __init__(self, sync):
+        self.sync, self.total, self.since = sync, 0.0, None
+
+    def start(self) -> None:
+        self.sync()
+        self.since = time.perf_counter()
+
+    def stop(self) -> None:
+        self.sync()
+        self.total, self.since = self.seconds(), None
+
+    def seconds(self) -> float:
+        return self.total + (time.perf_counter() - self.since if self.since is not None else 0.0)
+
+
+class Log:
+    """log.txt for eyes and awk, metrics.jsonl for programs, the terminal for whoever waits. Only rank 0 writes."""
+
+    def __init__(self, folder: Path | None):
+        self.text = open(folder / "log.txt", "a") if folder else None
+        self.json = open(folder / "metrics.jsonl", "a") if folder else None
+        self.live = bool(folder) and sys.stderr.isatty()
+
+    def __call__(self, line: str = "", **numbers) -> None:
+        """A line of text, or key:value pairs that go to both files; `kind` names the line in metrics.jsonl."""
+        if not self.text:
+            return
+        if numbers:
+            self.record(**numbers)
+            digits = {"progress": 2, "step_ms": 1, "train_seconds": 1, "eta": 0}
+            line = " ".join(f"{k}:{v:.{digits.get(k, 4)}f}" if isinstance(v, float) else f"{k}:{v}"
+                            for k, v in numbers.items() if k != "kind")
+        self.redraw("")
+        print(line, flush=True)
+        print(line, file=self.text, flush=True)
+
+    def record(self, **values) -> None:
+        """A line of metrics.jsonl; what is not finite becomes null."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        print(json.dumps(values), file=self.json, flush=True)
+
+    def redraw(self, line: str) -> None:
+        """The one line that moves, on a terminal only."""
+        if self.live:
+            sys.stderr.write(f"\r\x1b[K{line}")
+            sys.stderr.flush()
+
+
+def open_run(cfg: Config, preset: str) -> Path:
+    """Make runs/<run>/ with the sources as run, and point runs/latest at it. Refuses a folder that exists."""
+    name = cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}"
+    folder = Path("runs") / name
+    try:
+        folder.mkdir(parents=True)
+        for file in SOURCES:
+            (folder / "source" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / file, folder / "source" / file)
+        link = Path("runs") / f".latest{os.getpid()}"
+        link.symlink_to(name, target_is_directory=True)
+        os.replace(link, Path("runs") / "latest")
+    except FileExistsError:
+        raise BadInput(f"--run={name}: {folder} exists; nothing is overwritten, choose another name") from None
+    except OSError as e:
+        raise BadInput(f"--run={name}: {e.filename}: {e.strerror}") from None
+    return folder
+
+
+def environment(device: torch.device, world_size: int) -> dict:
+    """What the numbers were made on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": f"{world_size} x {name}", "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
+            "os": platform.system(), "python": platform.python_version(), "torch": str(torch.__version__),
+            "cuda": torch.version.cuda or "", "numpy": np.__version__, "threads": torch.get_num_threads()}
+
+
+def read_curve(path: str) -> list[tuple[float, float]]:
+    """runs/<run> -> [(progress, val_bpb)] of its validations, in order."""
+    try:
+        lines = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
+        curve = [(float(x["progress"]), float(x["val_bpb"])) for x in lines if x["kind"] == "val"]
+    except (OSError, ValueError, KeyError, TypeError):
+        curve = []
+    if not curve:
+        raise BadInput(f"--compare_to={path} has no metrics.jsonl with validations")
+    return curve
+
+
+def behind(curve: list[tuple[float, float]], progress: float, val_bpb: float, margin: float) -> bool:
+    """Is val_bpb worse by more than margin than the other run's curve [(progress, val_bpb)] at the same progress?"""
+    at, bpb = zip(*curve)
+    return at[0] <= progress and val_bpb > np.interp(progress, at, bpb) + margin
+
+
+class Stopped(Exception):
+    """Training cannot go on: Stopped(reason, exit code)."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    preset, cfg = parse_config(sys.argv[1:] if argv is None else argv)
+    rank, local_rank, world_size = (int(os.environ.get(k, v)) for k, v in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if cfg.batch_tokens // cfg.row_tokens % world_size:
+        raise BadInput(f"--batch_tokens={cfg.batch_tokens} is {cfg.batch_tokens // cfg.row_tokens} rows of "
+                       f"--row_tokens={cfg.row_tokens}, which {world_size} ranks cannot share evenly")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = cfg.device or next(k for k in there if there[k])
+    if not there[kind]:
+        raise BadInput(f"--device={kind}: this machine or this build of torch has none")
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    curve = read_curve(cfg.compare_to) if cfg.compare_to else []
+    control = None
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch 2.13 renames the collectives that 2.11 has
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+        control = dist.new_group(backend="gloo")  # small talk between the CPUs: no GPU waits for it
+    if cfg.data == "demo" and rank == 0 and not (ROOT / "data/demo/meta.json").exists():
+        subprocess.run([sys.executable, str(ROOT / "data/prepare.py"), "demo"])  # should it fail, Dataset() stops us
+    if world_size > 1:
+        dist.barrier(control)
+    data = Dataset(cfg, rank, world_size)
+    cfg = replace(cfg, vocab_size=data.meta["vocab_size"])
+    folder = open_run(cfg, preset) if rank == 0 else None
+    log = Log(folder)
+    try:
+        return train(cfg, preset, data, curve, folder, log, device, rank, world_size, control)
+    except (Exception, KeyboardInterrupt) as e:
+        reason, code = e.args if isinstance(e, Stopped) else (f"{type(e).__name__}: {e}", 1)
+        if rank == 0:
+            with atomic_write(folder / "crash.json", "w") as f:
+                json.dump({"reason": reason, "exit_code": code}, f)
+            log(f"stopped: {reason} (see {folder}/crash.json)")
+            note_in_ledger(folder)
+        if isinstance(e, Stopped):
+            return code
+        raise
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def note_in_ledger(folder: Path) -> None:
+    """A line for this run in runs/ledger.tsv, where records/ is at hand: not inside an artifact or a record."""
+    try:
+        from records import ledger
+    except ImportError:
+        return
+    ledger.append(folder)
+
+
+def train(cfg, preset, data, curve, folder, log, device, rank, world_size, control) -> int:
+    """One run, from initial weights to the saved checkpoint -> exit code 0, or Stopped. curve: of --compare_to."""
+    # ---- setup
+    cuda = device.type == "cuda"
+    sync = partial(torch.cuda.synchronize, device) if cuda else lambda: None
+    torch.manual_seed(cfg.seed)
+    if cuda:
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
+    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32  # CPUs: 15-30x slower in bf16
+    env = environment(device, world_size)
+    peak_flops = next((v for k, v in PEAK_FLOPS.items() if k in env["device"]), 0.0) * world_size
+    dataset = {k: v for k, v in data.meta.items() if k != "files"}
+    if rank == 0:
+        start = {"preset": preset, "config": asdict(cfg), "environment": env, "dataset": dataset, "source_sha256": {
+            f: hashlib.sha256((ROOT / f).read_bytes()).hexdigest() for f in SOURCES}}
+        log.record(kind="start", **start)
+        print("\n".join(f"{k}: {json.dumps(v)}" for k, v in start.items()), file=log.text)
+
+    # ---- build
+    agree = partial(largest, control)  # [values] -> the largest of each over the ranks
+    attention, attend = pick_attention(device, dtype)
+    padded = attention == "sdpa"
+    kernels = pick_kernels(cfg, device, dtype, log, agree)
+    model = GPT(cfg, attend, dtype, **kernels)
+    model.init_matrices()  # on the CPU: the same weights on any device
+    model.to(device)
+    params = list(model.parameters())
+    if world_size > 1:
+        for p in params:
+            dist.broadcast(p.data, 0)
+    optimizer = Optimizer(model, cfg, rank, world_size)
+    compiled = cuda and not padded  # padded shapes change from row to row
+    losses = torch.compile(model.losses, dynamic=False, fullgraph=True) if compiled else model.losses
+    loader = Loader(data, cfg, rank, world_size, device, padded)
+    val = Validation(data, cfg, rank, world_size, device, padded)
+    n_rows = cfg.batch_tokens // cfg.row_tokens
+    log(f"attention:{attention} dtype:{str(dtype).split('.')[1]} compile:{'on' if compiled else 'off'} "
+        f"parameters:{sum(p.numel() for p in params)} rows_per_step:{n_rows} rows_per_rank:{n_rows // world_size} "
+        f"train_tokens:{data.meta.get('train_tokens', 0)} val_tokens:{val.n_tokens} val_docs:{val.n_docs}")
+
+    # ---- untimed warm-up on random tokens: compiles every graph, times calibration, leaves no trace
+    begin = time.perf_counter()
+    initial = [p.detach().clone() for p in params]
+    row = torch.from_numpy(np.random.default_rng(rank).integers(0, cfg.vocab_size, cfg.row_tokens + 1)).to(device)
+    starts = np.arange(0, cfg.row_tokens, 700)  # of documents of 700 tokens
+    batch = lambda seq_len: (row[:-1], row[1:], make_segments(starts, cfg.row_tokens, seq_len, device, padded))
+    graphs = dict.fromkeys((seq_len_at(cfg, p), looped_at(cfg, p)) for p in np.linspace(0, 1, 101))
+    for seq_len, looped in graphs:
+        loss = losses(*batch(seq_len), looped).sum() / cfg.batch_tokens
+        loss.backward()
+        optimizer.step(loss, 1.0, cfg.momentum)
+    with torch.no_grad():
+        for looped in {looped for _, looped in graphs}:
+            losses(*batch(cfg.seq_len), looped)  # validation's graphs
+        torch._foreach_copy_(params, initial)
+    optimizer.reset()
+    chunk = min(cfg.row_tokens, 16384)
+    n_chunks = -(-cfg.calib_tokens // (chunk * world_size))
+    calib_seconds = 0.0
+    for _ in range(2 if n_chunks else 0):  # the second is the one that counts
+        sync()
+        since = time.perf_counter()
+        calibrate(model, SimpleNamespace(next=batch), 1, chunk, cfg.seed)
+        sync()
+        calib_seconds = time.perf_counter() - since
+    # Calibration is part of the budget: what it will take is set aside, by the slowest rank's estimate.
+    (reserve,) = agree([1.2 * calib_seconds * n_chunks])
+    limit = cfg.max_seconds - reserve if cfg.max_seconds else math.inf
+    if limit <= 0:
+        raise Stopped(f"--max_seconds={cfg.max_seconds} leaves no time to train: calibration takes {reserve:.0f} s", 2)
+    log(f"warmup_seconds:{time.perf_counter() - begin:.1f} calibration_reserve_seconds:{reserve:.1f}")
+
+    # ---- the loop
+    stop_asked = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # once: finish early and save; twice: leave at once
+        signal.signal(number, lambda n, frame: sys.exit(128 + n) if stop_asked else stop_asked.append(n))
+    ema = initial  # the averaged weights start where training starts
+    run = {"seed": cfg.seed, "preset": preset, "dataset": dataset, "environment": env, "finished": False}
+    clock, in_flight, step, next_val, times_behind = Clock(sync), [], 0, 1, 0
+    last = {"step": 0, "train_seconds": 0.0, "train_loss": math.nan}  # the newest log line
+    clock.start()
+    while True:
+        # Look at the steps that have ended. On a GPU the newest may still run: the queue is never empty, never long.
+        while len(in_flight) > (1 if cuda else 0):
+            last = report(*in_flight.pop(0), last, clock, cfg, limit, peak_flops, log)
+        seconds = clock.seconds()
+        ahead = len(in_flight) * last.get("step_ms", 0.0) / 1000  # s, queued work
+        progress = max((seconds + ahead) / limit, step / cfg.max_steps if cfg.max_steps else 0.0)
+        progress, stop = agree([progress if rank == 0 else 0.0, float(bool(stop_asked))])
+        if stop or progress >= 1:
+            break
+        log.redraw(f"step {step}  {progress:.0%}  loss {last['train_loss']:.4f}  {seconds:.0f} s, "
+                   f"{seconds / progress - seconds if progress else 0:.0f} s left")
+
+        if step and progress * cfg.val_points >= next_val:
+            clock.stop()
+            next_val = int(progress * cfg.val_points) + 1
+            with torch.no_grad():
+                raw = [p.clone() for p in params]
+                torch._foreach_copy_(params, ema)
+            scores = validate(val, losses, step, progress, looped, clock, log)
+            if rank == 0:
+                save_checkpoint(folder / "checkpoint.pt", cfg, model, data, {}, {**run, **scores})
+            with torch.no_grad():
+                torch._foreach_copy_(params, raw)
+            late = bool(curve) and behind(curve, progress, scores["val_bpb"], cfg.compare_margin)
+            times_behind = times_behind + 1 if late else 0
+            if times_behind == 2:
+                raise Stopped(f"behind --compare_to={cfg.compare_to} by {cfg.compare_margin} twice in a row", 1)
+            clock.start()
+
+        lr, seq_len, looped = lr_at(cfg, progress), seq_len_at(cfg, progress), looped_at(cfg, progress)
+        train_loss = torch.zeros((), device=device)
+        for micro_step in range(n_rows // world_size):
+            loss = losses(*loader.next(seq_len), looped).sum() / cfg.batch_tokens
+            loss.backward()
+            train_loss += loss.detach()
+        numbers = optimizer.step(train_loss, lr, momentum_at(cfg, progress))
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, params, 1 - cfg.ema_decay)
+        step += 1
+        numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory; readable once `done` has passed
+        done = torch.cuda.Event() if cuda else None
+        done and done.record()
+        in_flight.append(({"step": step, "lr": lr, "seq_len": seq_len, "looped": looped}, numbers, done))
+
+    # ---- calibration of the averaged weights, the last thing inside the clock
+    while in_flight:
+        last = report(*in_flight.pop(0), last, clock, cfg, limit, peak_flops, log)
+    with torch.no_grad():
+        torch._foreach_copy_(params, ema)
+    late = lambda: cfg.max_seconds and clock.seconds() >= cfg.max_seconds  # the estimate was too low: fewer tokens do
+    stats = calibrate(model, loader, n_chunks, chunk, cfg.seed + rank, late) if n_chunks else {}
+    for x in stats.values() if world_size > 1 else ():
+        dist.all_reduce(x)
+    clock.stop()
+
+    # ---- save, validate, sum up
+    run |= {"finished": not stop, "steps": step, "tokens": step * cfg.batch_tokens, "train_seconds": clock.total}
+    if rank == 0:  # at once, for torchrun kills 30 s after it was asked to stop; again with the score
+        save_checkpoint(folder / "checkpoint.pt", cfg, model, data, stats, run)
+    run |= validate(val, losses, step, min(progress, 1.0), True, clock, log)
+    run["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0
+    if rank == 0:
+        save_checkpoint(folder / "checkpoint.pt", cfg, model, data, stats, run)
+        if stop:
+            log("stopped early as asked; the checkpoint holds the averaged weights so far")
+        keys = ("val_bpb", "val_loss", "train_seconds", "steps", "tokens", "seed", "peak_memory_mb")
+        summary = {k: run[k] for k in keys}
+        log.record(kind="summary", **summary, finished=not stop)
+        log("---")
+        for k, v in summary.items():
+            log(f"{k}: {v:.6f}" if isinstance(v, float) else f"{k}: {v}")
+        log(f"run: {folder}")
+    return 0
+
+
+def validate(val: Validation, losses, step: int, progress: float, looped: bool, clock: Clock, log: Log) -> dict:
+    """Score the weights as they are -> what a checkpoint says of its run; the same goes to the log."""
+    val_loss, val_bpb = val(losses, looped)
+    log(kind="val", step=step, progress=progress, val_loss=val_loss, val_bpb=val_bpb, train_seconds=clock.total)
+    return {"steps": step, "tokens": step * val.cfg.batch_tokens, "train_seconds": clock.total, "val_loss": val_loss,
+            "val_bpb": val_bpb}
+
+
+def report(at: dict, numbers: Tensor, done, last: dict, clock, cfg, limit: float, peak_flops: float, log):
+    """A step that has ended -> dict, the newest log line. Waits for it, checks its loss, logs it in its turn."""
+    done and done.synchronize()
+    step, (train_loss, grad_norm) = at["step"], numbers.tolist()
+    if not math.isfinite(train_loss):
+        good = f"{last['train_loss']:.4f} at step {last['step']}"
+        raise Stopped(f"the loss is {train_loss} at step {step}; last good: {good}", 3)
+    if step % cfg.log_every and step > 5:
+        return last
+    seconds = clock.seconds()
+    step_ms = 1000 * (seconds - last["train_seconds"]) / (step - last["step"])
+    rate = 1000 * cfg.batch_tokens / step_ms
+    eta = limit - seconds if cfg.max_seconds else (cfg.max_steps - step) * step_ms / 1000
+    line = {"step": step, "train_loss": train_loss, "lr": at["lr"], "grad_norm": grad_norm, "step_ms": step_ms,
+            "train_seconds": seconds, "tokens": step * cfg.batch_tokens, "tokens_per_second": int(rate)}
+    if peak_flops:
+        line["mfu"] = rate * count_flops(cfg, at["looped"]) / peak_flops
+    log(kind="step", **line, eta=max(eta, 0.0))
+    return line
+
+
+def largest(group, values: list[float]) -> list[float]:
+    """The largest of each value over all ranks, agreed between the CPUs."""
+    if group is None:
+        return values
+    agreed = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX, group)
+    return agreed.tolist()
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
