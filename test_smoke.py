@@ -43,7 +43,7 @@ from data.dataset import (BadInput, DocsHash, atomic_write, find_dataset, read_m
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
-from records import check, ledger, rules, sources, stats, submit
+from records import ablate, check, ledger, rules, sources, stats, submit
 from train_gpt import Config, GPT, Loader, Optimizer, Validation, make_segments
 
 
@@ -276,6 +276,7 @@ def test_calibration_sums_are_those_of_a_hand_computation():
     batch = type("L", (), {"next": lambda self, n: (tokens, tokens, seg)})()
     stats = train_gpt.calibrate(model, batch, 150, 64, seed=0)
     assert stats["tokens"].item() == 150 * 64
+    assert train_gpt.calibrate(model, batch, 5, 64, 0, late=lambda: True)["tokens"].item() == 64   # the clock ends it
     seen = {}
 
     def spy(x, W, name, layer, visit):
@@ -1825,6 +1826,13 @@ def test_copies_and_parents_are_found_with_what_changed(tmp_path, monkeypatch):
     assert "LR 0.02 -> 0.03" in found["nearest"] and "changed train;" in found["nearest"]
     json_with(parent=None)(copy)
     assert levels(copy).keys() == {"nearest", "near-copy"}
+
+
+def test_every_ablation_applies_to_the_trainer_as_it_is():
+    for name, (_, changes, _) in ablate.VARIANTS.items():
+        source, flags = ablate.patched(changes)
+        compile(source, name, "exec")
+        assert source != (ROOT / "train_gpt.py").read_text() or flags
 
 
 def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):

@@ -1278,7 +1278,7 @@ def train(cfg, preset, data, curve, folder, log, device, rank, world_size, contr
         numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory; readable once `done` has passed
         done = torch.cuda.Event() if cuda else None
         done and done.record()
-        in_flight.append(({"step": step, "lr": lr, "seq_len": seq_len, "looped": looped}, numbers, done))
+        in_flight.append(({"step": step, "lr": lr, "looped": looped}, numbers, done))
 
     # ---- calibration of the averaged weights, the last thing inside the clock
     while in_flight:
