@@ -39,7 +39,8 @@ import eval_bpb
 import pack
 import train_gpt
 from data import hub as hub_files, prepare
-from data.dataset import (BadInput, DocsHash, atomic_write, find_dataset, read_meta, read_shard, read_val_docs, write_shard)
+from data.dataset import (BadInput, DocsHash, atomic_write, find_dataset, read_meta, read_shard, read_val_docs,
+                          write_shard)
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
@@ -51,9 +52,10 @@ from train_gpt import Config, GPT, Loader, Optimizer, Validation, make_segments
 # Training
 
 
-TINY = dict(n_layer=4, n_embd=32, n_head=4, n_kv_head=2, mlp_dim=64, loop_first=1, loop_last=1, loop_passes=3, two_lane_from=3,
-            rope_dims=4, vocab_size=64, batch_tokens=512, row_tokens=128, seq_len=48)
-RUN = [f"--{k}={v}" for k, v in {**TINY, "vocab_size": 0, "data": "synthetic", "calib_tokens": 256, "val_points": 2, "device": "cpu"}.items()]
+TINY = dict(n_layer=4, n_embd=32, n_head=4, n_kv_head=2, mlp_dim=64, loop_first=1, loop_last=1, loop_passes=3,
+            two_lane_from=3, rope_dims=4, vocab_size=64, batch_tokens=512, row_tokens=128, seq_len=48)
+RUN = [f"--{k}={v}" for k, v in {**TINY, "vocab_size": 0, "data": "synthetic", "calib_tokens": 256, "val_points": 2,
+                                 "device": "cpu"}.items()]
 
 
 def tiny_model(seed=0, **changes):
@@ -68,12 +70,13 @@ def tiny_model(seed=0, **changes):
 
 
 def run_train(folder, *flags, ranks=1, **popen):
-    """train_gpt.py in a process of its own, working in `folder` -> subprocess.CompletedProcess or, with popen, Popen."""
+    """train_gpt.py in a process of its own, working in `folder` -> CompletedProcess or, with popen, Popen."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"] if ranks > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "train_gpt.py"), *RUN, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
     if popen:
-        return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT)
     return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, timeout=120)
 
 
@@ -138,12 +141,14 @@ def test_cached_keys_and_values_give_the_same_hidden_states():
         k, v = (k, v) if old is None else (torch.cat([old[0], k]), torch.cat([old[1], v]))
         cache[visit] = k, v
         mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
-        return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask, enable_gqa=True).transpose(0, 1)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
 
     whole = model(tokens, make_segments(np.array([0]), 40, 48))
     for a, b in ((0, 13), (13, 14), (14, 40)):
         seg = make_segments(np.array([0]), b - a, 48)
-        part = model(tokens[a:b], seg._replace(pos=seg.pos + a), attend=attend, prev=tokens[max(a - 1, 0):b - 1] if a else tokens[:b].roll(1))
+        prev = tokens[a - 1:b - 1] if a else tokens[:b].roll(1)
+        part = model(tokens[a:b], seg._replace(pos=seg.pos + a), attend=attend, prev=prev)
         torch.testing.assert_close(part, whole[a:b], atol=1e-5, rtol=1e-4)
 
 
@@ -152,7 +157,8 @@ def test_parameter_count_and_flops_of_the_record():
     with torch.device("meta"):
         n = sum(p.numel() for p in GPT(cfg).parameters())
     assert 35.9e6 < n < 36.0e6                                       # the public record: 35,945,671
-    assert abs(train_gpt.count_flops(cfg, False) / 215.5e6 - 1) < 0.01             # public figures without attention's products
+    # Public figures without attention's products.
+    assert abs(train_gpt.count_flops(cfg, False) / 215.5e6 - 1) < 0.01
     assert abs(train_gpt.count_flops(cfg, True) / 319.3e6 - 1) < 0.01
 
 
@@ -160,19 +166,20 @@ def test_parameter_count_and_flops_of_the_record():
 
 
 def test_fused_kernels_equal_their_references():
-    """In Triton's interpreter, where Triton can be installed: no GPU needed. In a process of its own, for the switch is read at import."""
+    """In Triton's interpreter: no GPU needed. In a process of its own, for the switch is read at import."""
     pytest.importorskip("triton", reason="triton is not installed; on a GPU pick_kernels() makes the same comparison")
     code = """if True:
         import torch, torch.nn.functional as F, train_gpt as t
         def error(a, b): return ((a.float() - b.float()).norm() / b.float().norm()).item()
-        for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 1e-2)):      # the interpreter multiplies no bfloat16 matrices
+        for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 1e-2)):  # it multiplies no bfloat16 matrices
             torch.manual_seed(0)
             make = lambda *s: torch.randn(*s, dtype=dtype).requires_grad_()
             x, up, down, dy = make(50, 40), make(72, 40), make(40, 72), torch.randn(50, 40, dtype=dtype)
             wide = [a.detach().float().requires_grad_() for a in (x, up, down)]
             y = t.FusedMLP.apply(x, up, down)
             ref = F.linear(t.lrelu2(F.linear(*wide[:2])), wide[2])
-            pairs = [(y, ref), *zip(torch.autograd.grad(y, (x, up, down), dy), torch.autograd.grad(ref, wide, dy.float()))]
+            grads, expected = torch.autograd.grad(y, (x, up, down), dy), torch.autograd.grad(ref, wide, dy.float())
+            pairs = [(y, ref), *zip(grads, expected)]
             dtype = torch.float32 if dtype is torch.float32 else torch.bfloat16
             z, targets, w = (5 * make(30, 1500)).detach().requires_grad_(), torch.randint(1500, (30,)), torch.rand(30)
             loss, zr = t.FusedCE.apply(z, targets, 30.0), z.detach().float().requires_grad_()
@@ -187,14 +194,37 @@ def test_fused_kernels_equal_their_references():
     assert done.stdout.strip() == "agree", done.stderr[-2000:]
 
 
+def test_kernels_compile_for_hopper(tmp_path, monkeypatch):
+    """To an H100's machine code, on any machine with Triton: tensor cores, copies in flight, shared memory it has."""
+    pytest.importorskip("triton", reason="triton is not installed; on a GPU pick_kernels() compiles the same kernels")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    up, ce_forward, ce_backward = train_gpt.triton_kernels()
+    tile = dict(zip(("BM", "BN", "BK"), train_gpt.TILE), GROUP=8)
+    kinds = {"target_ptr": "*i64", "loss_ptr": "*fp32", "lse_ptr": "*fp32", "grad_ptr": "*fp32", "cap": "fp32"}
+    for kernel, known in ((up, {**tile, "BACKWARD": False, "stride_bk": 1}),
+                          (up, {**tile, "BACKWARD": True, "stride_bn": 1}),
+                          (ce_forward, {"BV": 1024}), (ce_backward, {"BV": 1024})):
+        types = {n: "constexpr" if n in known else kinds.get(n, "*bf16" if n.endswith("_ptr") else "i32")
+                 for n in kernel.arg_names}
+        place = {n: (i,) for i, n in enumerate(types)}
+        aligned = {place[n]: [["tt.divisibility", 16]] for n, kind in types.items() if kind[0] in "*i"}
+        source = ASTSource(kernel, types, {place[n]: value for n, value in known.items()}, aligned)
+        code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3})
+        assert code.asm["cubin"] and code.metadata.shared <= 227 * 1024
+        assert kernel is not up or "wgmma.mma_async" in code.asm["ptx"] and "cp.async" in code.asm["ptx"]
+
+
 # ---- the optimizer
 
 
 def test_orthogonalize_brings_singular_values_near_one():
     torch.manual_seed(0)
     for rows, cols in ((40, 40), (80, 20), (20, 80)):
-        G = torch.linalg.qr(torch.randn(3, rows, rows))[0][..., :min(rows, cols)] * torch.linspace(0.05, 1, min(rows, cols))
-        U = train_gpt.orthogonalize(G @ torch.linalg.qr(torch.randn(3, cols, cols))[0][:, :min(rows, cols)])
+        short, basis = min(rows, cols), lambda n: torch.linalg.qr(torch.randn(3, n, n))[0]
+        U = train_gpt.orthogonalize(basis(rows)[..., :short] * torch.linspace(0.05, 1, short) @ basis(cols)[:, :short])
         sigma = torch.linalg.svdvals(U) / max(1, rows / cols) ** 0.5
         assert 0.8 < sigma.min() and sigma.max() < 1.2
 
@@ -244,7 +274,7 @@ def test_the_stream_is_the_same_for_any_number_of_ranks_and_moves_with_the_seed(
     shards = np.concatenate([train_gpt.synthetic_tokens(64, 2000 + 100 * i, i) for i in range(3)])
     epoch = np.concatenate([r[:-1] for r in rows[:sum((2000 + 100 * i - 1) // 128 for i in range(3))]])
     left = np.bincount(shards, minlength=64) - np.bincount(epoch, minlength=64)
-    assert left.min() >= 0 and left.sum() < 3 * 129                  # an epoch holds each token at most once, and nearly all
+    assert left.min() >= 0 and left.sum() < 3 * 129  # an epoch holds each token at most once, and nearly all
 
 
 def test_validation_counts_each_target_once_in_whole_documents():
@@ -255,13 +285,11 @@ def test_validation_counts_each_target_once_in_whole_documents():
     data.val, data.meta["val_bytes"], data.meta["val_tokens"] = lambda: tokens, 1000, 700
     total = 0.0
     for doc in np.split(tokens, np.flatnonzero(tokens == 63)[1:]):
-        x = torch.from_numpy(doc.astype(np.int64))
-        total += model.losses(x, torch.cat([x[1:], torch.tensor([63])]), make_segments(np.array([0]), len(x), 48), True).sum().item()
-    # Rows cut documents too, so the rows are made long enough to hold all of them.
-    for ranks, row in ((1, 1024), (2, 1024)):
-        cfg = replace(cfg, row_tokens=row, batch_tokens=2 * row)
-        parts = [Validation(data, cfg, r, 1 if ranks == 1 else ranks, torch.device("cpu"), True) for r in range(ranks)]
-        assert sum(len(p.rows) for p in parts) == 1
+        x = torch.from_numpy(np.append(doc, 63).astype(np.int64))
+        total += model.losses(x[:-1], x[1:], make_segments(np.array([0]), len(doc), 48), True).sum().item()
+    # Rows cut documents too, so the row is made long enough to hold all of them.
+    cfg = replace(cfg, row_tokens=1024, batch_tokens=2048)
+    assert sum(len(Validation(data, cfg, rank, 2, torch.device("cpu"), True).rows) for rank in range(2)) == 1
     nats, bpb = Validation(data, cfg, 0, 1, torch.device("cpu"), True)(model.losses, True)
     assert math.isclose(nats * 700, total, rel_tol=1e-5) and math.isclose(bpb, total / math.log(2) / 1000, rel_tol=1e-5)
 
@@ -290,8 +318,8 @@ def test_calibration_sums_are_those_of_a_hand_computation():
         torch.testing.assert_close(stats[f"{name}.H"][layer] / 150, H, rtol=1e-3, atol=1e-3)
     # embed.g against the diagonal of the Fisher, by automatic differentiation of each label's loss.
     z = F.linear(hidden, model.embed.weight).detach().requires_grad_()
-    p = (30 * torch.tanh(z / 30)).softmax(-1)
-    fisher = sum((p[:, c].detach()[:, None] * torch.autograd.grad(-(30 * torch.tanh(z / 30)).log_softmax(-1)[:, c].sum(), z)[0] ** 2)
+    log_p = lambda c: (30 * torch.tanh(z / 30)).log_softmax(-1)[:, c]
+    fisher = sum(log_p(c).exp().detach()[:, None] * torch.autograd.grad(log_p(c).sum(), z)[0] ** 2
                  for c in range(64)).sum(0)
     torch.testing.assert_close(stats["embed.g"] / 150, fisher, rtol=1e-3, atol=1e-4)
     # down.g of the last block by sampling the same way, with fresh labels: the mean of squares agrees within its noise.
@@ -323,10 +351,11 @@ def test_ranks_agree_runs_repeat_and_end_with_a_checkpoint(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     losses = {run: [x["train_loss"] for x in metrics(tmp_path, run, "step")] for run in ("a", "b", "two", "four")}
     saved = {run: train_gpt.load_checkpoint(tmp_path / "runs" / run / "checkpoint.pt") for run in losses}
-    assert losses["a"] == losses["b"] and all(torch.equal(v, saved["b"]["weights"][k]) for k, v in saved["a"]["weights"].items())
+    assert losses["a"] == losses["b"]
+    assert all(torch.equal(v, saved["b"]["weights"][k]) for k, v in saved["a"]["weights"].items())
     for run in ("two", "four"):
         assert np.allclose(losses[run], losses["a"], atol=1e-4), losses
-        for k, v in saved["a"]["stats"].items():                     # four ranks calibrate on other rows: only sums of one size
+        for k, v in saved["a"]["stats"].items():  # four ranks calibrate on other rows: only sums of one size
             assert v.shape == saved[run]["stats"][k].shape
         assert saved[run]["stats"]["tokens"] >= saved["a"]["stats"]["tokens"] == 256
     assert (tmp_path / "runs/latest").resolve() == (tmp_path / "runs/four").resolve()
@@ -361,13 +390,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once(tmp_path):
 
 def test_bad_flags_and_shapes_are_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for flags, word in ((["--layers=3"], "--layers"), (["--n_layer=x"], "n_layer"), (["--n_head=3"], "--n_head"), (["--n_kv_head=3"], "--n_kv_head"),
-                        (["--batch_tokens=1000"], "--batch_tokens"), (["--seq_len=0"], "--seq_len"), (["--matrix_lr=-1"], "--matrix_lr"),
-                        (["--two_lane_from=0"], "--two_lane_from"), (["--data=nowhere"], "nowhere"), (["--device=tpu"], "--device"),
-                        (["--run=../up"], "--run"), (["--preset=big"], "--preset"), (["--compare_to=nowhere"], "--compare_to"),
-                        (["--preset=record"], "data/prepare.py fineweb"), (["--matrix_lr=nan"], "--matrix_lr")):
+    for flag, word in (("--layers=3", "--layers"), ("--n_layer=x", "n_layer"), ("--n_head=3", "--n_head"),
+                       ("--n_kv_head=3", "--n_kv_head"), ("--batch_tokens=1000", "--batch_tokens"),
+                       ("--seq_len=0", "--seq_len"), ("--matrix_lr=-1", "--matrix_lr"), ("--data=nowhere", "nowhere"),
+                       ("--matrix_lr=nan", "--matrix_lr"), ("--two_lane_from=0", "--two_lane_from"),
+                       ("--device=tpu", "--device"), ("--run=../up", "--run"), ("--preset=big", "--preset"),
+                       ("--compare_to=nowhere", "--compare_to"), ("--preset=record", "data/prepare.py fineweb")):
         with pytest.raises(BadInput) as error:
-            train_gpt.main([*RUN, *flags] if flags[0] not in ("--preset=record",) else flags)
+            train_gpt.main([flag] if flag == "--preset=record" else [*RUN, flag])
         assert word in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -388,7 +418,7 @@ def test_a_damaged_checkpoint_is_refused_and_a_full_disk_keeps_the_old_one(tmp_p
             train_gpt.load_checkpoint(broken)
     for at in rng.integers(0, len(good), 60):
         broken.write_bytes(good[:at] + bytes([good[at] ^ 64]) + good[at + 1:])
-        try:                                                         # a flip may hit padding, which changes nothing; never the weights
+        try:  # a flip may hit padding, which changes nothing; never the weights
             loaded = train_gpt.load_checkpoint(broken)
         except BadInput as error:
             assert "\n" not in str(error)

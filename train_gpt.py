@@ -109,9 +109,9 @@ PRESETS = {
                  loop_passes=1, two_lane_from=3, rope_dims=8, batch_tokens=2048, row_tokens=1024, seq_len=384,
                  scalar_lr=0.04, ema_decay=0.985, val_tokens=65536, calib_tokens=8192, log_every=50),
     # The record's architecture made small, for paired experiments on a CPU.
-    "proxy": dict(data="proxy", max_seconds=300.0, n_layer=8, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512,
-                  loop_first=2, loop_last=3, two_lane_from=6, rope_dims=8, batch_tokens=4096, row_tokens=4096,
-                  seq_len=384, scalar_lr=0.04, ema_decay=0.98, val_tokens=131072, calib_tokens=32768, log_every=20),
+    "proxy": dict(data="proxy", max_seconds=300.0, n_layer=6, n_embd=96, n_head=4, n_kv_head=2, mlp_dim=384,
+                  loop_first=2, loop_last=3, two_lane_from=4, rope_dims=8, batch_tokens=2048, row_tokens=2048,
+                  seq_len=384, scalar_lr=0.04, ema_decay=0.98, val_tokens=65536, calib_tokens=32768, log_every=20),
 }
 
 
@@ -475,10 +475,13 @@ def triton_kernels():
     return up_kernel, ce_forward, ce_backward
 
 
+TILE = (128, 256, 64)  # rows, columns and depth of the product that one program computes
+
+
 def up_matmul(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, backward: bool) -> None:
     """a (M, K), b (N, K) of any strides -> writes out (M, N) and, when forward, pre. a, pre, out contiguous."""
     (M, K), N = a.shape, b.size(0)
-    BM, BN, BK = (128, 256, 64) if a.is_cuda else (16, 32, 32)  # the small tile serves the interpreter in tests
+    BM, BN, BK = TILE if a.is_cuda else (16, 32, 32)  # the small tile serves the interpreter in tests
     grid = (-(-M // BM) * -(-N // BN),)
     triton_kernels()[0][grid](a, b, pre, out, M, N, K, *b.stride(), BACKWARD=backward, BM=BM, BN=BN, BK=BK, GROUP=8,
                               num_warps=8, num_stages=3)
