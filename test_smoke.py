@@ -44,7 +44,7 @@ from data.dataset import (BadInput, DocsHash, atomic_write, find_dataset, read_m
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
-from records import ablate, check, ledger, rules, sources, stats, submit
+from records import ablate, check, ledger, rules, shapes, sources, stats, submit
 from train_gpt import Config, GPT, Loader, Optimizer, Validation, make_segments
 
 
@@ -1863,6 +1863,14 @@ def test_every_ablation_applies_to_the_trainer_as_it_is():
         source, flags = ablate.patched(changes)
         compile(source, name, "exec")
         assert source != (ROOT / "train_gpt.py").read_text() or flags
+
+
+def test_shapes_are_possible_and_compared_at_equal_bytes():
+    for _, shape in shapes.SHAPES.values():
+        train_gpt.check_config(shapes.config(shape, 512))
+    points = [(100, 2.0), (400, 1.0)]
+    assert np.allclose(shapes.between(points, [100, 200, 400]), [2.0, 1.5, 1.0])  # 200 is half-way on the log scale
+    assert np.isnan(shapes.between(points, [99, 401])).all()
 
 
 def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):

@@ -85,9 +85,9 @@ def shape() -> tuple[int, int]:
     return preset["n_layer"], preset["n_embd"] // preset["n_head"]
 
 
-def run(name: str, seed: int, changes, flags: list[str]) -> float:
-    """-> val_bpb of one run on one thread, trained or remembered."""
-    budget = "_".join(re.sub(r"[^\w.]+", "", f) for f in flags if "data" not in f)
+def run(name: str, seed: int, changes, flags: list[str]) -> Path:
+    """-> the folder of one run on one thread, trained or remembered."""
+    budget = "_".join(re.sub(r"[^\w.]+", "", f) for f in flags if "max" in f)
     folder = Path("runs/ablate") / f"{name}_{budget}_s{seed}"
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -100,15 +100,18 @@ def run(name: str, seed: int, changes, flags: list[str]) -> float:
         for file in ("__init__.py", "dataset.py", "tokenizer.py"):
             shutil.copyfile(ROOT / "data" / file, folder / "data" / file)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-        flags = ["--preset=proxy", "--run=r", f"--seed={seed}", "--calib_tokens=0", "--val_points=1", *flags, *more]
+        flags = ["--preset=proxy", "--run=r", f"--seed={seed}", "--val_points=1", *flags, *more]
         done = subprocess.run([sys.executable, "train_gpt.py", *flags], cwd=folder, env=env, text=True,
                               capture_output=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise BadInput(f"{folder}: exit code {done.returncode}: {last}")
         (folder / "done").touch()
-    lines = [json.loads(line) for line in (folder / "runs/r/metrics.jsonl").read_text().splitlines()]
-    return lines[-1]["val_bpb"]
+    return folder / "runs/r"
+
+
+def val_bpb(folder: Path) -> float:
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["val_bpb"]
 
 
 def main() -> int:
@@ -125,8 +128,8 @@ def main() -> int:
     if unknown or len(seeds) < 2 or bool(args.max_steps) == bool(args.max_seconds):
         raise BadInput(f"--only: unknown {', '.join(sorted(unknown))}" if unknown else "--seeds: at least two numbers"
                        if len(seeds) < 2 else "one of --max_steps and --max_seconds is needed")
-    flags = [f"--data={find_dataset(args.data).resolve()}",
-             f"--max_steps={args.max_steps}" if args.max_steps else f"--max_seconds={args.max_seconds}"]
+    budget = f"--max_steps={args.max_steps}" if args.max_steps else f"--max_seconds={args.max_seconds}"
+    flags = [f"--data={find_dataset(args.data).resolve()}", budget, "--calib_tokens=0"]
     for name in names:
         patched(VARIANTS[name][1])  # all patches apply, before hours are spent
     tasks = [(name, seed) for seed in seeds for name in ("all", *names)]
@@ -135,13 +138,13 @@ def main() -> int:
         changes = {"all": [], **{name: VARIANTS[name][1] for name in names}}
         futures = [(task, pool.submit(run, *task, changes[task[0]], flags)) for task in tasks]
         for i, (task, future) in enumerate(futures, 1):
-            results[task] = future.result()
+            results[task] = val_bpb(future.result())
             left = (time.time() - begin) / i * (len(tasks) - i)
             print(f"{i}/{len(tasks)} {task[0]} seed {task[1]}: {results[task]:.4f}, {left / 60:.0f} min left",
                   file=sys.stderr, flush=True)
     whole = [results["all", s] for s in seeds]
     print(f"With everything: val_bpb {statistics.mean(whole):.4f} +- {statistics.stdev(whole):.4f}, n = {len(seeds)}, "
-          f"{flags[1][2:]} each.\n\n| without | val_bpb worse by | spread | public gain at scale |\n|---|--:|--:|---|")
+          f"{budget[2:]} each.\n\n| without | val_bpb worse by | spread | public gain at scale |\n|---|--:|--:|---|")
     for name in names:
         gains = [results[name, s] - results["all", s] for s in seeds]
         what, _, public = VARIANTS[name]
