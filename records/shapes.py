@@ -34,7 +34,6 @@ SHAPES = {
     "base": (96.0, {}),
     "MLP x 1.5": (113.1, dict(mlp_dim=192)),
     "MLP x 2": (130.1, dict(mlp_dim=256)),
-    "MLP x 3": (164.2, dict(mlp_dim=384)),
     "layers x 1.5": (137.3, dict(n_layer=6, two_lane_from=5)),
     "width x 1.5": (173.7, dict(n_embd=48, n_head=3, mlp_dim=192)),
 }
