@@ -434,6 +434,14 @@ def test_a_damaged_checkpoint_is_refused_and_a_full_disk_keeps_the_old_one(tmp_p
     assert path.read_bytes() == good and list(tmp_path.glob(".*")) == []
 
 
+def test_the_profile_shows_steps_before_and_in_the_recurrence(tmp_path):
+    done = run_train(tmp_path, "--max_steps=14", "--loop_at=0.5", "--profile_steps=2", "--run=p", "--calib_tokens=0")
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "runs/p/profile.txt").read_text()
+    assert "2 steps up to step 7, looped: False" in text and "2 steps up to step 9, looped: True" in text
+    assert text.count("aten::mm") == 2
+
+
 def test_early_abort_needs_a_real_lag():
     curve = [(0.25, 2.0), (0.5, 1.5), (1.0, 1.0)]
     assert train_gpt.behind(curve, 0.75, 1.27, 0.01) and not train_gpt.behind(curve, 0.75, 1.255, 0.01)

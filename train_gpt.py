@@ -98,6 +98,7 @@ class Config:
     val_tokens: int = 0             # tokens of the validation documents used in training runs; 0: all
     calib_tokens: int = 524288      # tokens for the statistics that pack.py needs, inside the clock, over all ranks
     log_every: int = 25             # steps between log lines
+    profile_steps: int = 0          # steps that torch's profiler watches, before and in the recurrence: profile.txt
     compare_to: str = ""            # another run's folder: stop when this run is behind its curve twice in a row
     compare_margin: float = 0.01    # bits per byte that count as behind
 
@@ -1235,7 +1236,7 @@ def train(cfg, preset, data, curve, folder, log, device, rank, world_size, contr
         signal.signal(number, lambda n, frame: sys.exit(128 + n) if stop_asked else stop_asked.append(n))
     ema = initial  # the averaged weights start where training starts
     run = {"seed": cfg.seed, "preset": preset, "dataset": dataset, "environment": env, "finished": False}
-    clock, in_flight, step, next_val, times_behind = Clock(sync), [], 0, 1, 0
+    clock, in_flight, step, next_val, times_behind, profiles = Clock(sync), [], 0, 1, 0, {}
     last = {"step": 0, "train_seconds": 0.0, "train_loss": math.nan}  # the newest log line
     clock.start()
     while True:
@@ -1269,6 +1270,9 @@ def train(cfg, preset, data, curve, folder, log, device, rank, world_size, contr
             clock.start()
 
         lr, seq_len, looped = lr_at(cfg, progress), seq_len_at(cfg, progress), looped_at(cfg, progress)
+        idle = step >= 5 and all(profile.stop <= step for profile in profiles.values())
+        if cfg.profile_steps and rank == 0 and looped not in profiles and idle:
+            profiles[looped] = Profile(folder / "profile.txt", f"looped: {looped}", step, cfg.profile_steps, sync, cuda)
         train_loss = torch.zeros((), device=device)
         for micro_step in range(n_rows // world_size):
             loss = losses(*loader.next(seq_len), looped).sum() / cfg.batch_tokens
@@ -1278,6 +1282,8 @@ def train(cfg, preset, data, curve, folder, log, device, rank, world_size, contr
         with torch.no_grad():
             torch._foreach_lerp_(ema, params, 1 - cfg.ema_decay)
         step += 1
+        for profile in profiles.values():
+            profile.after(step)
         numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory; readable once `done` has passed
         done = torch.cuda.Event() if cuda else None
         done and done.record()
@@ -1312,6 +1318,25 @@ def train(cfg, preset, data, curve, folder, log, device, rank, world_size, contr
             log(f"{k}: {v:.6f}" if isinstance(v, float) else f"{k}: {v}")
         log(f"run: {folder}")
     return 0
+
+
+class Profile:
+    """torch's profiler, from its making at `step` on for n_steps: what took longest is added to the file at path."""
+
+    def __init__(self, path: Path, title: str, step: int, n_steps: int, sync, cuda: bool):
+        self.path, self.stop, self.sync = path, step + n_steps, sync
+        self.title = f"{n_steps} steps up to step {self.stop}, {title}"
+        self.sort_by = f"self_{'cuda' if cuda else 'cpu'}_time_total"
+        sync()
+        self.profiler = torch.profiler.profile()
+        self.profiler.start()
+
+    def after(self, step: int) -> None:
+        if step == self.stop:
+            self.sync()
+            self.profiler.stop()
+            with open(self.path, "a") as f:
+                f.write(f"{self.title}\n{self.profiler.key_averages().table(sort_by=self.sort_by, row_limit=40)}\n")
 
 
 def validate(val: Validation, losses, step: int, progress: float, looped: bool, clock: Clock, log: Log) -> dict:
