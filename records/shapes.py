@@ -35,10 +35,11 @@ SHAPES = {
     "MLP x 1.5": (113.1, dict(mlp_dim=192)),
     "MLP x 2": (130.1, dict(mlp_dim=256)),
     "layers x 1.5": (137.3, dict(n_layer=6, two_lane_from=5)),
+    "width x 1.25": (132.4, dict(n_embd=40, mlp_dim=160)),
     "width x 1.5": (173.7, dict(n_embd=48, n_head=3, mlp_dim=192)),
 }
-BITS = 1.7, 2.2, 2.8, 3.4, 4.0  # per weight of the base: the sizes that are compared
-KL_GOALS = 0.3, 0.12, 0.05, 0.02, 0.008, 0.003, 0.001  # nats per token, roughly: the sizes that are packed
+BITS = 2.8, 3.4, 4.0, 5.0, 6.0, 8.0  # per weight of the base, overhead included: the sizes that are compared
+KL_GOALS = 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003  # nats per token, roughly: the sizes that are packed
 
 
 def config(shape: dict, vocab_size: int) -> Config:
