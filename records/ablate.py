@@ -8,9 +8,9 @@ A technique is taken out by a patch to the one file, or by a flag; a patch that 
 Prints a table in Markdown: val_bpb without the technique minus val_bpb with it (above 0: it helps), mean and spread
 over the seeds, and what the public records measured at scale. Runs land in runs/ablate/ and are not repeated.
 """
+import hashlib
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -87,12 +87,12 @@ def shape() -> tuple[int, int]:
 
 def run(name: str, seed: int, changes, flags: list[str]) -> Path:
     """-> the folder of one run on one thread, trained or remembered."""
-    budget = "_".join(re.sub(r"[^\w.]+", "", f) for f in flags if "max" in f)
-    folder = Path("runs/ablate") / f"{name}_{budget}_s{seed}"
+    source, more = patched(changes)
+    key = hashlib.sha256(repr((source, flags, more)).encode()).hexdigest()[:8]  # another trainer is another run
+    folder = Path("runs/ablate") / f"{name}_s{seed}_{key}"
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        source, more = patched(changes)
         (folder / "train_gpt.py").write_text(source)
         for file in ("pack.py", "eval_bpb.py"):
             (folder / file).write_text("")  # copied with the run's sources, never used
