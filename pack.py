@@ -742,9 +742,9 @@ def main(argv: list[str] | None = None) -> int:
           f"artifact: {run / 'artifact.pyz'}", sep="\n")
     if args.compare:
         try:
-            from records.compare_packers import compare                    # evidence only: no part of the artifact
+            from records.evidence.packers import compare                    # evidence only: no part of the artifact
         except ImportError:
-            raise BadInput("--compare: records/compare_packers.py is not beside this pack.py") from None
+            raise BadInput("--compare: records.evidence.packers.py is not beside this pack.py") from None
         compare(run, checkpoint, matrices)
     return 0
 

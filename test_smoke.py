@@ -44,7 +44,8 @@ from data.dataset import (BadInput, DocsHash, atomic_write, find_dataset, read_m
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
-from records import ablate, check, ledger, rules, shapes, sources, stats, submit
+from records import check, ledger, rules, sources, stats, submit
+from records.evidence import ablate, shapes
 from train_gpt import Config, GPT, Loader, Optimizer, Validation, make_segments
 
 

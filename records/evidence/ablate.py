@@ -1,8 +1,8 @@
 """What each technique of train_gpt.py is worth: the same run with and without it, paired by seed.
 
-    python records/ablate.py --data=proxy --max_steps=300            every technique at equal tokens, three seeds
-    python records/ablate.py --data=proxy --max_seconds=120          the same at equal training time
-    python records/ablate.py --only=relu2,baseline --seeds=1,2,3,4   some of them
+    python records/evidence/ablate.py --data=proxy --max_steps=300            every technique at equal tokens, three seeds
+    python records/evidence/ablate.py --data=proxy --max_seconds=120          the same at equal training time
+    python records/evidence/ablate.py --only=relu2,baseline --seeds=1,2,3,4   some of them
 
 A technique is taken out by a patch to the one file, or by a flag; a patch that no longer applies stops the command.
 Prints a table in Markdown: val_bpb without the technique minus val_bpb with it (above 0: it helps), mean and spread
@@ -19,7 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 from data.dataset import BadInput, Parser, command, find_dataset  # noqa: E402
 

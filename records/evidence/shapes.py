@@ -1,6 +1,6 @@
 """What bytes buy: models of other shapes, trained for the same time and packed at several sizes.
 
-    python records/shapes.py --data=NAME      a dataset of a small vocabulary: data/prepare.py docs ... --vocab_size=512
+    python records/evidence/shapes.py --data=NAME      a dataset of a small vocabulary: data/prepare.py docs ... --vocab_size=512
 
 More weights in the same bytes have coarser steps, and in the same time see less text: a shape takes as many steps as
 the record's step on an H100 would leave it. Prints a table in Markdown: bits per byte of each shape at each number of
@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from data.dataset import BadInput, Parser, command, find_dataset, read_meta  # noqa: E402
 from pack import TRELLIS, gather, pack_model, quarter, unpack_model  # noqa: E402
-from records.ablate import run  # noqa: E402
+from records.evidence.ablate import run  # noqa: E402
 from train_gpt import GPT, PRESETS, Config, Dataset, Validation, load_checkpoint  # noqa: E402
 
 BASE = dict(n_layer=4, n_embd=32, n_head=2, n_kv_head=1, mlp_dim=128, loop_passes=1, two_lane_from=3, ema_decay=0.995,
