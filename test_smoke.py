@@ -875,24 +875,21 @@ def packed_run(run_to_pack):
     return run_to_pack, out.stdout
 
 
-def gaussian_matrix(rows=384, n=256, seed=0):
+def gaussian_matrix(rows=384, n=256):
     """A random matrix with a skewed Hessian and sensitivities."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.randn(*shape, generator=generator)
     x = rand(4 * n, n) @ rand(n, n) * n ** -0.5 * (rand(n).abs() + 0.1)
     return rand(rows, n), (x.mT @ x / len(x)), rand(rows) ** 2
 
 
-def distortion_and_bits(W, H, g, constant, states):
-    m = pack.plan(W, H, g)
-    values = pack.quantise(m, constant, states)
+def coded(values, states, lanes=64):
+    """values (R, n) -> bytes of their code without the lanes' start-up, escapes; decoded they are the same."""
     row, col = pack.scales(values[None])
-    words, _, _ = pack.encode([values[None]], [row], [col], 64)
-    bits = 16 * (len(words) - 64) / values.size                      # half of each lane's state is start-up
-    return pack.expected_kl(m, values, constant) / values.size, bits
-
-
-# ---- the entropy coder
+    words, escapes, _ = pack.encode([values[None]], [row], [col], lanes)
+    pieces = pack.decode(words, escapes, [values[None].shape], [row], [col], lanes, states)
+    assert np.array_equal(np.concatenate([piece.T for *_, piece in pieces]), values)
+    return 2 * (len(words) - lanes), escapes                         # half of each lane's state is start-up
 
 
 def test_probabilities_are_the_same_on_every_machine():
@@ -903,9 +900,8 @@ def test_probabilities_are_the_same_on_every_machine():
     assert digest == "ab5b2e1ebd5a78eed508c2240352a421fd7a827160dd568126d8699aa58c4b27"
 
 
-@pytest.mark.parametrize("states", [1, 8])
-def test_coder_returns_every_value_and_wastes_nothing(states):
-    rng, following = np.random.default_rng(0), pack.next_states(states)
+def test_coder_returns_every_value_and_wastes_nothing():
+    rng, following = np.random.default_rng(0), pack.next_states(8)
     shapes, values = [(2, 300, 200), (1, 1, 7), (3, 40, 50)], []
     for L, R, n in shapes:
         sigma = 2 ** (rng.normal(1, 1, (L, R, 1)) + rng.normal(0, 1, (L, 1, n)))
@@ -918,7 +914,7 @@ def test_coder_returns_every_value_and_wastes_nothing(states):
     rows, cols = zip(*[pack.scales(v) for v in values])
     words, escapes, histogram = pack.encode(values, rows, cols, 64)
     out = [np.full((L * R, n), -1) for L, R, n in shapes]
-    for bank, start, stop, v in pack.decode(words, escapes, shapes, rows, cols, 64, states):
+    for bank, start, stop, v in pack.decode(words, escapes, shapes, rows, cols, 64, 8):
         out[bank][start:stop] = v.T
     assert all((a == b.reshape(a.shape)).all() for a, b in zip(out, values)) and 10 ** 6 < np.abs(escapes).max()
     ideal, entropy = pack.entropies(histogram)
@@ -926,129 +922,120 @@ def test_coder_returns_every_value_and_wastes_nothing(states):
     assert entropy < ideal.sum() < 1.02 * entropy                    # which has its tables for free
 
 
-# ---- the quantiser
-
-
-def test_trellis_gains_at_least_0_8_dB_over_scalar_and_feedback_more():
+def test_trellis_gains_at_least_0_8_dB_over_scalar_and_statistics_3_dB_more():
     W, H, g = gaussian_matrix()
-    db = lambda kl, bits: 10 * np.log10(kl) + 6.0206 * bits          # equal for equal quality at 6.02 dB a bit
-    scalar, trellis = (db(*distortion_and_bits(W, H, g, 0.05, states)) for states in (1, 8))
-    assert trellis < scalar - 0.8
-    m = pack.plan(W, H, g)                                           # uniform errors at the price that the plan gives
-    price = m.cost.sum().item() * float(g.double().numpy() @ pack.quarter(m.row) ** 2) / 24
-    assert 0.6 < distortion_and_bits(W, H, g, 0.05, 1)[0] * W.numel() / (0.05 ** 2 * price) < 1.02
-    m = pack.plan(W, None, None)                               # round to nearest, at about the same rate
-    values = pack.quantise(m, 0.3, 1)
-    m.H, m.g = H, g
-    row, col = pack.scales(values[None])
-    bits = 16 * len(pack.encode([values[None]], [row], [col], 64)[0]) / values.size
-    assert scalar < db(pack.expected_kl(m, values, 0.3) / values.size, bits) - 3
+    blind = pack.plan(W, torch.eye(256), W.square().mean(1) ** -1)
+
+    def measure(m, constant, states):
+        """-> KL per weight, and what it is worth in dB: equal for equal quality at 6.02 dB a bit."""
+        values = pack.quantise(m, constant, states)
+        packed = torch.from_numpy(pack.dequantise(values, m.row, m.col, constant))
+        kl = pack.expected_kl(pack.Matrix(W, H, g, *[None] * 4), packed)
+        return kl, 10 * np.log10(kl / W.numel()) + 6.0206 * 8 * coded(values, states)[0] / W.numel()
+
+    m = pack.plan(W, H, g)
+    (kl, scalar), (_, trellis), (_, even) = measure(m, 0.05, 1), measure(m, 0.05, 8), measure(blind, 0.3, 1)
+    assert trellis < scalar - 0.8 and scalar < even - 3
+    assert 0.6 < kl / (0.05 / pack.constant_for([[m]], 1.0)) ** 2 < 1.02     # uniform errors at the plan's own price
 
 
 def test_expected_kl_is_the_measured_one(run_to_pack):
     checkpoint = train_gpt.load_checkpoint(run_to_pack / "checkpoint.pt")
     cfg, weights = checkpoint["config"], checkpoint["weights"]
-    matrices = pack.gather(checkpoint, run_to_pack, "cpu", False)
-    packed = pack.pack_model(asdict(cfg), weights, matrices, 1e-3, 8)
+    matrices = pack.gather(checkpoint, run_to_pack)
+    packed = pack.pack_model(asdict(cfg), weights, matrices, 1e-3)
     tokens = torch.from_numpy(train_gpt.synthetic_tokens(cfg.vocab_size, 2048, seed=1).astype(np.int64))
     seg = train_gpt.make_segments(np.arange(0, 2048, 60), 2048, cfg.seq_len)
     with torch.no_grad():
-        full, coded = GPT(cfg), pack.unpack_model(packed.blob)[1]
+        full, again = GPT(cfg), pack.unpack_model(packed.blob)[1]
         full.load_state_dict(weights)
-        logp = [model.logits(model(tokens, seg)).log_softmax(-1) for model in (full, coded)]
+        logp = [model.logits(model(tokens, seg)).log_softmax(-1) for model in (full, again)]
     measured = (logp[0].exp() * (logp[0] - logp[1])).sum(-1).mean().item()
-    pairs = [pair for bank, values in zip(matrices, packed.values) for pair in zip(bank, values)]
-    expected = sum(pack.expected_kl(m, v, 1e-3) for m, v in pairs)
+    banks = pack.split(packed.state)[0]
+    expected = sum(pack.expected_kl(m, w) for (name, shape), bank in zip(banks.items(), matrices)
+                   for m, w in zip(bank, packed.state[name].view(shape)))
     assert 1e-4 < expected and 0.5 < measured / expected < 2
 
 
+DEGENERATE = {"zeros": lambda W, H, g: W.zero_(), "rank one": lambda W, H, g: W.copy_(W[:1] * W[:, :1]),
+              "outliers": lambda W, H, g: W[3, ::4].mul_(1e7), "zero rows": lambda W, H, g: W[::2].zero_(),
+              "dead columns": lambda W, H, g: (H[:, ::2].zero_(), H[::2].zero_()), "one row": (1, 40),
+              "one column": (48, 1), "no Hessian": lambda W, H, g: H.zero_(), "insensitive": lambda W, H, g: g.zero_()}
+
+
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("case", ["zeros", "outlier", "rank one", "zero rows", "dead columns", "one row", "one column",
-                                  "no Hessian", "insensitive"])
+@pytest.mark.parametrize("case", DEGENERATE)
 def test_degenerate_matrices_pack(case):
-    W, H, g = gaussian_matrix(48, 40)
-    if case == "zeros":
-        W = W * 0
-    elif case == "outlier":
-        W[3, 4] = 1e7
-    elif case == "rank one":
-        W = W[:1] * W[:, :1]
-    elif case == "zero rows":
-        W[::2] = 0
-    elif case == "dead columns":
-        H[:, ::2] = 0
-        H[::2] = 0
-    elif case == "one row":
-        W, g = W[:1], g[:1]
-    elif case == "one column":
-        W, H = W[:, :1], H[:1, :1]
-    elif case == "no Hessian":
-        H = H * 0
-    else:
-        g = g * 0
-    for states in (1, 8):
-        m = pack.plan(W, H, g)
-        values = pack.quantise(m, 0.05, states)
-        row, col = pack.scales(values[None])
-        words, escapes, _ = pack.encode([values[None]], [row], [col], 16)
-        (*_, back), *_ = pack.decode(words, escapes, [values[None].shape], [row], [col], 16, states)
-        assert (back.T == values[:16]).all()
-        error = torch.from_numpy(pack.dequantise(values, m.row, m.col, 0.05)) - W
-        assert error.isfinite().all()
-        if case not in ("no Hessian", "insensitive", "dead columns"):
-            assert error.abs().max() < 2 * W.abs().clamp(max=10).max() + 1e-6
+    change = DEGENERATE[case]
+    W, H, g = gaussian_matrix(*(change if isinstance(change, tuple) else (48, 40)))
+    if callable(change):
+        change(W, H, g)
+    m = pack.plan(W, H, g)
+    values = pack.quantise(m, 0.05)
+    coded(values, 8, lanes=16)
+    error = torch.from_numpy(pack.dequantise(values, m.row, m.col, 0.05)) - W
+    assert error.isfinite().all()
+    if case not in ("no Hessian", "insensitive", "dead columns"):
+        assert (error.abs() < 20 + 1e-6 * W.abs()).all()
 
 
 # ---- the file
 
 
-def test_artifact_loads_bit_for_bit_in_another_process(packed_run):
-    folder, _ = packed_run
-    code = "import torch, pack; torch.set_num_threads(2); print(pack.digest(pack.load('artifact.pyz')[1]))"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    there = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True).stdout
-    cfg, model, tokenizer = pack.load(folder / "artifact.pyz")
-    assert there.strip() == pack.digest(model) and not model.training and tokenizer.vocab_size == cfg.vocab_size
-    weights = train_gpt.load_checkpoint(folder / "checkpoint.pt")["weights"]
+def test_ledger_accounts_for_every_byte_and_says_when_the_cap_is_far(packed_run):
+    folder, out = packed_run
+    size = (folder / "artifact.pyz").stat().st_size
+    assert f"\nartifact_bytes: {size}\n" in out and "best quality setting" in out and "expected KL" in out
+    text = (folder / "pack.txt").read_text()
+    rows = [line.split("  ") for line in text.split("\nartifact.pyz")[0].splitlines()[1:]]
+    assert sum(int(row[-1].replace(",", "")) for row in rows) == size
+    assert {*train_gpt.SOURCES, *GPT.MATRICES, "tokenizer.json"} <= {row[0] for row in rows}
+    assert 0.3e-4 < float(re.search(r"statistics: ([\d.]+)", text)[1]) < 1.5e-4    # the default is 1e-4
+
+
+def test_artifact_loads_in_another_process_as_a_model_near_the_checkpoints(packed_run):
+    cfg, model, tokenizer = pack.load(packed_run[0] / "artifact.pyz")
+    assert not model.training and tokenizer.vocab_size == cfg.vocab_size
+    weights = train_gpt.load_checkpoint(packed_run[0] / "checkpoint.pt")["weights"]
     for name, x in model.state_dict().items():
         assert x.dtype == torch.float32 and (x - weights[name]).norm() < 0.1 * weights[name].norm() + 1e-6, name
 
 
-def test_ledger_accounts_for_every_byte_and_says_when_the_cap_is_far(packed_run):
-    folder, out = packed_run
-    ledger, data = json.loads((folder / "pack.json").read_text()), (folder / "artifact.pyz").read_bytes()
-    parts = [*ledger["sections"].values(), *ledger["files"].values(), ledger["zip_bytes"]]
-    assert ledger["artifact_bytes"] == len(data) == sum(parts)
-    assert ledger["artifact_sha256"] == hashlib.sha256(data).hexdigest() and f"\nartifact_bytes: {len(data)}\n" in out
-    assert "best quality setting" in out and 0.3e-4 < ledger["expected_kl"] < 1.5e-4   # the default is 1e-4
-    files = set(ledger["files"]) - {"__main__.py", "tokenizer.json"}
-    assert files == set(train_gpt.SOURCES)
+def test_an_artifact_that_its_own_code_cannot_load_replaces_nothing(packed_run, tmp_path):
+    """The run's train_gpt.py goes into the artifact, and this one makes other weights of it."""
+    for name in ("checkpoint.pt", "artifact.pyz"):
+        (tmp_path / name).write_bytes((packed_run[0] / name).read_bytes())
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/train_gpt.py").write_text((ROOT / "train_gpt.py").read_text() + """
+GPT.state_dict = lambda self: {k: v + 1 for k, v in nn.Module.state_dict(self).items()}
+""")
+    with pytest.raises(RuntimeError, match="does not load as it was packed"):
+        pack.main([str(tmp_path)])
+    assert (tmp_path / "artifact.pyz").read_bytes() == (packed_run[0] / "artifact.pyz").read_bytes()
 
 
 def test_file_ends_within_a_twentieth_percent_below_the_cap_and_is_reproducible(run_to_pack, monkeypatch, capsys):
     monkeypatch.setattr(pack, "verify", lambda *_: None)             # a process each; the fixture has done it
-    sizes = []
-    for method, cap in (("trellis", 100_000), ("scalar", 90_000), ("trellis", 100_000)):
-        assert pack.main([str(run_to_pack), f"--cap_bytes={cap}", f"--method={method}"]) == 0
-        data = (run_to_pack / "artifact.pyz").read_bytes()
-        assert 0.9995 * cap <= len(data) <= cap
-        sizes.append(data)
-    with zipfile.ZipFile(io.BytesIO(sizes[2])) as z:
-        assert sizes[0] == sizes[2] and {i.date_time[0] for i in z.infolist()} == {1980}
+    files = []
+    for cap in (100_000, 90_000, 100_000):
+        assert pack.main([str(run_to_pack), f"--cap_bytes={cap}"]) == 0
+        files.append((run_to_pack / "artifact.pyz").read_bytes())
+        assert 0.9995 * cap <= len(files[-1]) <= cap
+    with zipfile.ZipFile(io.BytesIO(files[2])) as z:
+        assert files[0] == files[2] and {i.date_time[0] for i in z.infolist()} == {1980}
     with pytest.raises(BadInput, match="cap_bytes=40000"):
         pack.main([str(run_to_pack), "--cap_bytes=40000"])
-    assert (run_to_pack / "artifact.pyz").read_bytes() == sizes[2]
+    assert (run_to_pack / "artifact.pyz").read_bytes() == files[2]
 
 
-def test_checkpoint_without_statistics_is_rounded_and_said_loudly(run_to_pack, tmp_path, monkeypatch, capsys):
+def test_checkpoint_without_statistics_is_packed_and_said_loudly(run_to_pack, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pack, "verify", lambda *_: None)
     saved = torch.load(run_to_pack / "checkpoint.pt", weights_only=True)
     torch.save({**saved, "stats": {}}, tmp_path / "checkpoint.pt")
-    assert pack.main([str(tmp_path), "--cap_bytes=100000"]) == 0
-    assert "ROUNDING TO NEAREST" in capsys.readouterr().out
-    json.loads((tmp_path / "pack.json").read_text(), parse_constant=pytest.fail)     # no NaN in it
-    _, model, _ = pack.load(tmp_path / "artifact.pyz")
-    assert (model.qkv - saved["weights"]["qkv"]).norm() < 0.3 * model.qkv.norm()
+    assert pack.main([str(tmp_path), "--kl=1e-3"]) == 0
+    out, (_, model, _) = capsys.readouterr().out, pack.load(tmp_path / "artifact.pyz")
+    error = ((model.qkv - saved["weights"]["qkv"]).norm() / model.qkv.norm()).item() ** 2
+    assert "NO STATISTICS" in out and 0.5e-3 < error < 1.5e-3        # here --kl is the relative squared error
 
 
 @pytest.mark.parametrize("kind, name", [("weights", "up"), ("stats", "down.H")])
@@ -1063,16 +1050,15 @@ def test_values_that_are_not_finite_are_refused_by_name(run_to_pack, tmp_path, k
 
 def test_damaged_artifacts_end_in_one_line(packed_run, tmp_path):
     data, rng, path = (packed_run[0] / "artifact.pyz").read_bytes(), np.random.default_rng(0), tmp_path / "artifact.pyz"
-    for i in range(1000):
+    for i in range(300):
         bad = bytearray(data)
-        at = int(rng.integers(len(bad)))
+        at = int(rng.integers(len(bad) - 4))
         if i % 3 == 0:
             bad = bad[:at]
         elif i % 3 == 1:
             bad[at] ^= 1 << int(rng.integers(8))
         else:
-            at = min(at, len(bad) - 4)
-            bad[at:at + 4] = struct.pack("<I", int(rng.integers(1 << 32)))
+            bad[at:at + 4] = rng.bytes(4)
         path.write_bytes(bad)
         with pytest.raises(BadInput, match="artifact.pyz: damaged"):
             pack.load(path)
@@ -1082,20 +1068,22 @@ def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path)
     """With the checksum made to fit, nothing but the lengths' own checks is left."""
     with zipfile.ZipFile(packed_run[0] / "artifact.pyz") as z:
         files, blob = {"tokenizer.json": z.read("tokenizer.json")}, z.read("model.bin")
-    rng, path, header_size = np.random.default_rng(0), tmp_path / "artifact.pyz", struct.unpack_from("<I", blob)[0]
-    header, refused = json.loads(blob[4:4 + header_size]), 0
+    rng, path, size = np.random.default_rng(0), tmp_path / "artifact.pyz", struct.unpack_from("<I", blob)[0]
+    header, body, refused = json.loads(blob[4:4 + size]), blob[4 + size:], 0
+    starts = np.cumsum([0, *header["sections"]])
 
-    def forge(header):
-        text = json.dumps(header).encode()
-        return struct.pack("<I", len(text)) + text + blob[4 + header_size:]
+    def forge(body=body, **changes):
+        text = json.dumps({**header, **changes}).encode()
+        return struct.pack("<I", len(text)) + text + body
 
-    forged = [forge({**header, key: value}) for key in header for value in (0, -1, 1 << 40, 1e308, None, [], {}, "x")]
-    words, bomb = header["sections"][0], zstandard.ZstdCompressor().compress(bytes(1 << 28))
-    text = json.dumps({**header, "sections": [words, len(bomb), *header["sections"][2:]]}).encode()
-    tail = blob[4 + header_size + sum(header["sections"][:2]):]
-    forged = [struct.pack("<I", len(text)) + text + blob[4 + header_size:][:words] + bomb + tail] + forged
+    forged = [forge(**{key: value}) for key in header for value in (0, -1, 1 << 40, 1e308, None, [], {}, "x")]
     sizes = [key for key, value in header["config"].items() if type(value) is int]
-    forged += [forge({**header, "config": {**header["config"], key: 1 << 30}}) for key in sizes]
+    forged += [forge(config={**header["config"], key: 1 << 30}) for key in sizes]
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
+    for i in range(len(header["sections"])):                         # each section a bomb, and cut short
+        for part in (bomb, body[starts[i]:starts[i + 1] - 2]):
+            lengths = [*header["sections"][:i], len(part), *header["sections"][i + 1:]]
+            forged.append(forge(body[:starts[i]] + part + body[starts[i + 1]:], sections=lengths, escapes=1 << 26))
     for _ in range(10):
         bad = bytearray(blob)
         bad[int(rng.integers(len(bad)))] ^= 1 << int(rng.integers(8))
@@ -1105,12 +1093,13 @@ def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path)
         path.write_bytes(pack.build_artifact(files, bad))
         try:
             pack.load(path)
-        except BadInput:
+        except BadInput as error:
+            assert "\n" not in str(error)
             refused += 1
     assert refused > 0.7 * len(forged) and tracemalloc.get_traced_memory()[1] < 1 << 27
     tracemalloc.stop()
     data = pack.build_artifact(files, blob)
-    for _ in range(20):                                             # the zip's own structure
+    for _ in range(20):                                              # the zip's own structure
         at = int(rng.integers(len(data) - 400, len(data) - 32))
         bad = data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1:-32]
         path.write_bytes(bad + hashlib.sha256(bad).digest())

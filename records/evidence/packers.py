@@ -1,22 +1,28 @@
-"""Evidence for pack.py: what other packers make of the same checkpoint. `python pack.py RUN --compare` runs it.
+"""What other packers make of a run's checkpoint, beside pack.py.
+
+    python records/evidence/packers.py RUN      a run folder, or a name in runs/; empty: the newest
 
 Writes RUN/packing.md (tables) and RUN/packing.svg (curves): bytes of the matrices against KL(full precision || packed)
 and against validation loss, both measured on the run's validation documents. Small vectors stay as they are, uncounted.
 """
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-import zstandard
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import zstandard  # noqa: E402
 
-from data.dataset import BadInput, Progress, atomic_write, find_dataset, read_meta, read_shard
-from pack import (TRELLIS, Matrix, bank_shape, dequantise, encode, entropies, expected_kl, pack_model, quantise,
-                  quarter, scales, split)
-from train_gpt import GPT, environment, make_segments
+from data.dataset import (BadInput, Parser, Progress, atomic_write, command, find_dataset, read_meta,  # noqa: E402
+                          read_shard)
+from pack import (Matrix, constant_for, encode, entropies, expected_kl, find_run, gather, pack_model,  # noqa: E402
+                  quantise, quarter, scales, split)
+from train_gpt import GPT, environment, load_checkpoint, make_segments  # noqa: E402
 
 VAL_TOKENS = 32768
 KL_GOALS = 0.05, 0.02, 0.008, 0.003, 0.0012, 0.0005    # of the tuned, scalar and trellis curves: roughly
@@ -72,15 +78,15 @@ def row_std_matrix(m: Matrix, qmax: float, feedback: bool) -> tuple[Matrix, torc
         U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
         A = (U / U.diagonal()[:, None]).float()
     W = (m.W / std.float()[:, None])[:, order] * qmax
-    return Matrix(W, np.zeros(len(W), np.int8), np.zeros(n, np.int8), A, torch.ones(n), None, None), order, std
+    return Matrix(W, m.H, m.g, np.zeros(len(W), np.int8), np.zeros(n, np.int8), A, torch.ones(n)), order, std
 
 
-def pack_row_std(names, matrices, clips: dict, feedback: bool) -> dict:
+def pack_row_std(shapes, matrices, clips: dict, feedback: bool) -> dict:
     """Steps k * std(row) / qmax (#1394, #1855), clips {group: (k, qmax)} -> dict: weights, zstd (bytes with zstd -22),
     contexts (bytes with pack.py's coder), groups {name: (bytes in contexts, expected KL)}."""
     compressor = zstandard.ZstdCompressor(level=22)
     weights, kls, stored, values = {}, {}, 0, []
-    for name, bank in zip(names, matrices):
+    for (name, (L, R, n)), bank in zip(shapes.items(), matrices):
         k, qmax = clips[name]
         q, back, scale = [], [], []
         for m in bank:
@@ -97,19 +103,19 @@ def pack_row_std(names, matrices, clips: dict, feedback: bool) -> dict:
         stored += len(compressor.compress((v // 2).transpose(0, 2, 1).astype(width).tobytes()))  # transposed
         side = len(compressor.compress(np.concatenate(scale).view(np.uint8).reshape(-1, 2).T.tobytes()))
         stored, values = stored + side, values + [(v, side)]
-        weights[name] = torch.stack(back).reshape(bank_shape(v.shape)) if len(bank) > 1 else back[0]
-        kls[name] = sum(0.5 * float(((E @ m.H) * E).sum(1) @ m.g) for m, w in zip(bank, back) for E in [m.W - w])
+        weights[name] = torch.stack(back) if L > 1 else back[0]
+        kls[name] = sum(map(expected_kl, bank, back))
     rows, cols = zip(*[scales(v) for v, _ in values])
     _, _, histogram = encode([v for v, _ in values], rows, cols, 64)
     coded = entropies(histogram)[0] + [side for _, side in values]         # contexts' own exponents granted for free
     return {"weights": weights, "zstd": stored, "contexts": float(coded.sum()),
-            "groups": {name: (size, kls[name]) for name, size in zip(names, coded)}}
+            "groups": {name: (size, kls[name]) for name, size in zip(shapes, coded)}}
 
 
-def tuned_clips(names, matrices) -> list[dict]:
+def tuned_clips(shapes, matrices) -> list[dict]:
     """Clips of embedding, attention and MLP, tuned on the checkpoint's statistics to equal slopes of expected KL."""
     grid = [2 ** (i / 2) for i in range(-6, 7)]
-    tries = [pack_row_std(names, matrices, {n: (k * f, q) for n, (k, q) in PUBLISHED.items()}, True) for f in grid]
+    tries = [pack_row_std(shapes, matrices, {n: (k * f, q) for n, (k, q) in PUBLISHED.items()}, True) for f in grid]
     best, n_weights = [], sum(m.W.numel() for bank in matrices for m in bank)
     for goal in KL_GOALS:
         price = 16 * math.log(2) * goal / n_weights                        # nats per byte where 6.02 dB are worth a bit
@@ -141,46 +147,46 @@ def at(curve, x: float, of: int, by: int) -> float:
     return math.exp(np.interp(math.log(x), xs, ys)) if xs[0] <= math.log(x) <= xs[-1] else math.nan
 
 
-def compare(run: Path, checkpoint: dict, matrices: list[list[Matrix]]) -> None:
-    """Writes packing.md and packing.svg into the run's folder. matrices: as pack.gather() plans them, on the CPU."""
-    if matrices[0][0].H is None:
-        raise BadInput(f"--compare: {run}/checkpoint.pt has no statistics, so there is nothing to compare")
-    config, weights, begin = asdict(checkpoint["config"]), checkpoint["weights"], time.perf_counter()
-    names, meter, flat = split(weights)[0], Meter(checkpoint), [m for bank in matrices for m in bank]
-    n_weights = sum(m.W.numel() for m in flat)
-    price = sum(m.cost.sum().item() * float(m.g.double().numpy() @ quarter(m.row) ** 2) for m in flat)
+def main() -> int:
+    parser = Parser(prog="packers.py", description=__doc__)
+    parser.add_argument("run", nargs="?", default="", metavar="RUN", help="folder, or name in runs/; empty: newest")
+    run, begin = find_run(parser.parse_args().run), time.perf_counter()
+    checkpoint = load_checkpoint(run / "checkpoint.pt")
+    if not checkpoint["stats"]:
+        raise BadInput(f"{run}/checkpoint.pt has no statistics, so there is nothing to compare")
+    matrices, meter = gather(checkpoint, run / "checkpoint.pt"), Meter(checkpoint)
+    config, weights, shapes = asdict(checkpoint["config"]), checkpoint["weights"], split(checkpoint["weights"])[0]
+    n_weights = sum(map(math.prod, shapes.values()))
     rtn, published, tuned, granted, scalar, trellis = [], [], [], [], [], []
     curves = {"round to nearest, published clips, zstd -22": rtn, "GPTQ, published clips, zstd -22": published,
               "GPTQ, clips tuned per group, zstd -22": tuned,
               "GPTQ, clips tuned per group, brotli's rate granted": granted,
               "equal slopes, scalar": scalar, "equal slopes, trellis": trellis}
-    best = tuned_clips(names, matrices)
+    best = tuned_clips(shapes, matrices)
     with Progress("comparing", 2 * len(CLIP_FACTORS) + len(best) + 2 * len(KL_GOALS), "packings") as progress:
         for feedback, factor in [(f, x) for f in (False, True) for x in CLIP_FACTORS]:
-            x = pack_row_std(names, matrices, {n: (k * factor, q) for n, (k, q) in PUBLISHED.items()}, feedback)
+            x = pack_row_std(shapes, matrices, {n: (k * factor, q) for n, (k, q) in PUBLISHED.items()}, feedback)
             (published if feedback else rtn).append((x["zstd"], *meter(x["weights"])))
             progress.add()
         for clips in best:
-            x = pack_row_std(names, matrices, clips, True)
+            x = pack_row_std(shapes, matrices, clips, True)
             measured = meter(x["weights"])
             tuned.append((x["zstd"], *measured))
             granted.append((x["contexts"] * 1.011, *measured))             # brotli was measured at 1.1 % above contexts
             progress.add()
-        for states, curve in ((1, scalar), (TRELLIS, trellis)):
+        for states, curve in ((1, scalar), (8, trellis)):
             for goal in KL_GOALS:
-                constant = float(np.float32(math.sqrt(24 * goal / price)))
-                packed = pack_model(config, weights, matrices, constant, states)
-                flat_values = [v for values in packed.values for v in values]
-                back = iter([dequantise(v, m.row, m.col, constant) for m, v in zip(flat, flat_values)])
-                back = {name: torch.from_numpy(np.stack([next(back) for _ in bank])).reshape(weights[name].shape)
-                        for name, bank in zip(names, matrices)}
-                size = sum(packed.sections[k] for k in ("weights", "scales", "escapes"))
-                expected = sum(expected_kl(m, v, constant) for m, v in zip(flat, flat_values))
+                packed = pack_model(config, weights, matrices, constant_for(matrices, goal), states)
+                back = {name: packed.state[name] for name in shapes}
+                expected = sum(expected_kl(m, w) for (name, shape), bank in zip(shapes.items(), matrices)
+                               for m, w in zip(bank, back[name].view(shape)))
+                size = sum(n for k, n in packed.sizes.items() if k != "header" and "small" not in k)
                 curve.append((size, *meter(back), expected))
                 progress.add()
 
     trained, seconds = checkpoint["run"], time.perf_counter() - begin
-    lines = [f"`python pack.py {run.name} --compare`, {seconds:.0f} s on {environment(torch.device('cpu'), 1)['cpu']}: "
+    cpu = environment(torch.device("cpu"), 1)["cpu"]
+    lines = [f"`python records/evidence/packers.py {run.name}`, {seconds:.0f} s on {cpu}: "
              f"{n_weights:,} weights in matrices, trained for {trained['train_seconds']:.0f} s "
              f"({trained['tokens']:,} tokens); validation loss {meter.loss:.4f} nats per token on {meter.n:,} tokens.",
              "", "![KL against bytes](packing.svg)", "",
@@ -203,11 +209,12 @@ def compare(run: Path, checkpoint: dict, matrices: list[list[Matrix]]) -> None:
             lines.append(f"| {bits} | {a:.5f} | {b:.5f} | {c:.5f} | {c / a:.2f} | {10 * math.log10(b / c):.2f} dB |")
     lines += ["", "How uneven the sensitivities are (dB; 6 dB are worth a bit per weight):", "",
               "| group | layers' g | columns' 1 / U^2 | rows' g |", "|---|--:|--:|--:|"]
-    lines += [f"| {name} | {a:.1f} | {b:.1f} | {c:.1f} |" for name, a, b, c in spectrum(names, matrices)]
+    lines += [f"| {name} | {a:.1f} | {b:.1f} | {c:.1f} |" for name, a, b, c in spectrum(shapes, matrices)]
     for name, text in (("packing.md", "\n".join(lines) + "\n"), ("packing.svg", plot(curves))):
         with atomic_write(run / name, "w") as f:
             f.write(text)
     print("\n".join(lines), f"written: {run / 'packing.md'}, {run / 'packing.svg'}", sep="\n")
+    return 0
 
 
 def plot(curves: dict) -> str:
@@ -238,3 +245,7 @@ def plot(curves: dict) -> str:
         out.append(f'<path d="M{left + 10} {line - 4}h24" stroke="{colour}" stroke-width="2"{dash}/>'
                    f'<text x="{left + 40}" y="{line}">{name}</text>')
     return "\n".join([*out, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

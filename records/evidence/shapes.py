@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from data.dataset import BadInput, Parser, command, find_dataset, read_meta  # noqa: E402
-from pack import TRELLIS, gather, pack_model, quarter, unpack_model  # noqa: E402
+from pack import constant_for, gather, pack_model, unpack_model  # noqa: E402
 from records.evidence.ablate import run  # noqa: E402
 from train_gpt import GPT, PRESETS, Config, Dataset, Validation, load_checkpoint  # noqa: E402
 
@@ -50,11 +50,10 @@ def curve(folder: Path) -> tuple[float, list[tuple[int, float]]]:
     """A run's folder -> val_bpb in full precision, and [(bytes of the packed model, val_bpb)], smallest first."""
     checkpoint = load_checkpoint(folder / "checkpoint.pt")
     cfg, weights = checkpoint["config"], checkpoint["weights"]
-    matrices = gather(checkpoint, folder / "checkpoint.pt", "cpu", False)
-    price = sum(m.cost.sum().item() * float(m.g.double().numpy() @ quarter(m.row) ** 2) for b in matrices for m in b)
+    matrices = gather(checkpoint, folder / "checkpoint.pt")
     val, points = Validation(Dataset(cfg), cfg, 0, 1, torch.device("cpu"), True), []
     for goal in KL_GOALS:
-        packed = pack_model(asdict(cfg), weights, matrices, float(np.float32(math.sqrt(24 * goal / price))), TRELLIS)
+        packed = pack_model(asdict(cfg), weights, matrices, constant_for(matrices, goal))
         points.append((len(packed.blob), val(unpack_model(packed.blob)[1].losses, True)[1]))
     return checkpoint["run"]["val_bpb"], points
 
