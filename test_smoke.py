@@ -5,6 +5,7 @@ import bz2
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import lzma
 import math
@@ -70,14 +71,14 @@ def tiny_model(seed=0, **changes):
     return model
 
 
-def run_train(folder, *flags, ranks=1, **popen):
+def run_train(folder, *flags, ranks=1, shape=RUN, **popen):
     """train_gpt.py in a process of its own, working in `folder` -> CompletedProcess or, with popen, Popen."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "train_gpt.py"), *RUN, *flags]
+    command = [sys.executable, *launcher, str(ROOT / "train_gpt.py"), *shape, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
     if popen:
         return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT)
+                                stderr=subprocess.STDOUT, start_new_session=True)
     return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, timeout=120)
 
 
@@ -437,12 +438,101 @@ def test_a_damaged_checkpoint_is_refused_and_a_full_disk_keeps_the_old_one(tmp_p
     assert path.read_bytes() == good and list(tmp_path.glob(".*")) == []
 
 
-def test_the_profile_shows_steps_before_and_in_the_recurrence(tmp_path):
-    done = run_train(tmp_path, "--max_steps=14", "--loop_at=0.5", "--profile_steps=2", "--run=p", "--calib_tokens=0")
+def stub_attention(q, k, v, seg):
+    """What a varlen kernel computes, from cu_seqlens and max_len alone."""
+    at = torch.arange(len(q))
+    segment = torch.searchsorted(seg.cu_seqlens[1:].contiguous(), at.int(), right=True)
+    seen = (segment[:, None] == segment) & (at[:, None] >= at) & (at[:, None] - at < seg.max_len)
+    y = scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=seen, enable_gqa=True)
+    return y.transpose(0, 1)
+
+
+def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up_and_never_after(tmp_path, monkeypatch):
+    graphs, compiler, ready = [], torch.compile, []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    def tokens(vocab, n, seed):  # shards of documents like the web's, and of two tokens each
+        tokens = np.random.default_rng(seed).integers(0, vocab - 1, min(n, 4000), dtype=np.uint16)
+        tokens[::2 if seed % 2 else 70] = vocab - 1
+        return tokens
+
+    def warm_up(*args):
+        try:
+            return real_warm_up(*args)
+        finally:
+            ready.append(len(graphs))
+
+    real_warm_up = train_gpt.warm_up
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "warm_up", warm_up)
+    monkeypatch.setattr(train_gpt, "synthetic_tokens", tokens)
+    monkeypatch.setattr(train_gpt, "pick_attention", lambda *_: ("varlen_attn", stub_attention))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=backend, **how))
+    torch.compiler.reset()
+    flags = [*RUN, "--row_tokens=768", "--batch_tokens=1536", "--max_steps=24", "--val_points=3", "--log_every=1",
+             "--run=compiled"]
+    assert train_gpt.main(flags) == 0
+    # losses: looped or not, with gradients or without. Newton-Schulz: down, up, q, k and v, o.
+    assert ready == [4 + 5] and len(graphs) == 4 + 5
+    steps = metrics(tmp_path, "compiled", "step")
+    assert steps[-1]["step"] == 24 and len(metrics(tmp_path, "compiled", "val")) == 3
+    assert "WARNING: FlashAttention-3" in (tmp_path / "runs/compiled/log.txt").read_text()
+    assert train_gpt.load_checkpoint(tmp_path / "runs/compiled/checkpoint.pt")["stats"]
+
+
+def test_a_row_of_any_documents_has_one_shape_on_a_gpu():
+    for step, seq_len in itertools.product((1, 2, 3, 50, 700, 10 ** 6), (1024, 2048, 3072)):
+        seg = make_segments(np.arange(0, 98304, step), 98304, seq_len, padded=False, longest=3072)
+        assert seg.cu_seqlens.shape == (257,) and seg.max_len == 3072
+        assert seg.cu_seqlens.diff().max() <= seq_len and seg.cu_seqlens[-1] == 98304
+    alone = make_segments(np.array([0, 500, 501]), 98304, 1024, padded=False, longest=3072)
+    assert alone.cu_seqlens[:5].tolist() == [0, 500, 501, 1525, 2549]  # where they fit, documents stay apart
+
+
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path):
+    flags = ["--max_steps=40", "--save_every=0.02", "--val_points=2", "--log_every=1"]
+    done = run_train(tmp_path, *flags, "--run=whole", ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    text = (tmp_path / "runs/p/profile.txt").read_text()
-    assert "2 steps up to step 7, looped: False" in text and "2 steps up to step 9, looped: True" in text
-    assert text.count("aten::mm") == 2
+    process = run_train(tmp_path, *flags, "--run=killed", ranks=2, popen=True)
+    while not (tmp_path / "runs/killed/state.pt").exists():
+        time.sleep(0.01)
+    subprocess.run(["pkill", "-KILL", "-f", "--", "--run=killed"])
+    process.communicate()
+    again = run_train(tmp_path, "--resume=killed", ranks=2, shape=())
+    assert again.returncode == 0, again.stderr[-2000:]
+    whole, resumed = (train_gpt.load_checkpoint(tmp_path / f"runs/{name}/checkpoint.pt") for name in ("whole", "killed"))
+    assert metrics(tmp_path, "killed", "resume")[0]["step"] > 0
+    for kind in ("weights", "stats"):
+        assert all(torch.equal(x, resumed[kind][k]) for k, x in whole[kind].items())
+    assert (whole["run"]["resumed"], resumed["run"]["resumed"]) == (0, 1)
+    assert not (tmp_path / "runs/killed/state.pt").exists()
+    for flags, words in ((["--resume=killed"], "state.pt"), (["--resume=x", "--seed=2"], "no other flag")):
+        done = run_train(tmp_path, *flags, shape=())
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_row_that_does_not_fit_is_halved_and_the_batch_stays(tmp_path, monkeypatch, capsys):
+    losses = GPT.losses
+
+    def limited(self, tokens, *rest):
+        if len(tokens) > fits:
+            raise RuntimeError("CUDA out of memory: a fake one")
+        return losses(self, tokens, *rest)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(GPT, "losses", limited)
+    fits = 64
+    assert train_gpt.main([*RUN, "--max_steps=2", "--run=small", "--val_points=1"]) == 0
+    assert "--row_tokens=128 does not fit into this GPU: 64" in capsys.readouterr().out
+    saved = train_gpt.load_checkpoint(tmp_path / "runs/small/checkpoint.pt")
+    assert saved["config"].row_tokens == 64 and saved["run"]["tokens"] == 2 * 512
+    fits = 0
+    with pytest.raises(BadInput, match="--row_tokens"):
+        train_gpt.main([*RUN, "--max_steps=2", "--run=none"])
 
 
 def test_early_abort_needs_a_real_lag():
