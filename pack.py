@@ -1,7 +1,6 @@
 """Pack a trained model into one file: runs/<run>/checkpoint.pt -> runs/<run>/artifact.pyz, at most --cap_bytes on disk.
 
-    python pack.py              the newest run; ends just below the cap, or where finer steps buy nothing
-    python pack.py runs/mine    that one; `python records/evidence/packers.py runs/mine` compares with other packers
+    python pack.py [RUN]        the newest run, or this one; ends just below the cap, or where finer steps buy nothing
 
 How. (1) Steps: for y = W x with H = E[x x^T] and g_i = E[(dL/dy_i)^2], an error e of W raises the loss by about
 1/2 sum_i g_i e_i H e_i^T; steps are such that every weight pays the same share of it. (2) Rounding: GPTQ's error
@@ -21,6 +20,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,26 +30,25 @@ import torch
 import zstandard
 from torch import Tensor
 
-from data.dataset import BadInput, Parser, Progress, atomic_write, command
+from data.dataset import BadInput, Parser, Progress, atomic_write, command, find_run
 from data.tokenizer import Tokenizer
 from train_gpt import GPT, SOURCES, config_from, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent
-MAIN = """import sys
-import eval_bpb
+MAIN = """import sys, eval_bpb
 from data.dataset import command
 sys.exit(command(lambda: eval_bpb.main(sys.argv)))
 """
 MAX_FILE, MAX_WEIGHTS = 1 << 28, 1 << 27    # bytes of a file, weights of a model: more is refused unread
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Entropy coder. Integers only, so that encoder and decoder agree bit for bit on every machine. A value is k + half / 2
-# steps, kept as the integer 2 k + half; half is the lowest bit of the trellis' state.
+# Entropy coder. A value is k + half / 2 steps, kept as the integer 2 k + half; half is the lowest bit of the state of a
+# trellis, and the parity of k leads to the next state. Encoder and decoder agree bit for bit on every machine.
 
 BITS = 14                                   # probabilities are multiples of 2^-14
 LOW, HIGH = -24, 24                         # contexts: sigma = 2^(index / 4) steps, from 1/64 to 64 steps
-CODES = {1: (0, 0), 8: (0o13, 0o4)}         # Ungerboeck's convolutional codes by number of states; 1: no trellis
-TRELLIS = 8                                 # states; 32 take four times as long for no less KL
+# The states after an even and an odd k: Ungerboeck's code (13, 4). 32 states take four times as long for no less KL.
+TRELLIS = np.array([(0, 2), (5, 7), (1, 3), (4, 6), (2, 0), (7, 5), (3, 1), (6, 4)], np.int32)
 
 
 @lru_cache
@@ -60,110 +59,92 @@ def tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     running sum start are in units of 2^-BITS, and symbol is the inverse of start.
     p(k) ~ 0.95 N(0, sigma) + 0.05 Laplace of the same variance, integrated over the step at eight points.
     """
-    # Fractional bits of powers of two, of log2(e), of slopes, of weights. Places are in 1/16 step, exponents in 1/1024.
-    POWER, LOG2E, SLOPE, WEIGHT = 128, 52, 32, 30
-    one, root = 1 << POWER, 2 << POWER
-    for _ in range(10):
-        root = math.isqrt(root << POWER)                                   # 2^(1 / 1024), by ten exact square roots
-    powers = [one]
-    for _ in range(1023):
-        powers.append(powers[-1] * root >> POWER)
-    down = np.array([one * one // power >> POWER - WEIGHT for power in powers])              # 2^(-i / 1024)
-    exp2 = lambda exponent: down[exponent & 1023] >> np.minimum(exponent >> 10, 62)          # 2^-exponent
-    log2e = int(1.4426950408889634 * 2 ** LOG2E)
     radius, rows = [], []
     for index in range(LOW, HIGH + 1):
-        inverse = powers[256 * (-index % 4)] << 8 >> 8 - (-index // 4)     # 1 / sigma
-        # -log2 of the densities: gauss * place^2 is place^2 / (2 sigma^2), laplace * place is sqrt(2) place / sigma.
-        gauss = 2 * log2e * inverse * inverse >> LOG2E + 2 * POWER - SLOPE
-        laplace = 64 * math.isqrt(2 * log2e * log2e) * inverse >> LOG2E + POWER - SLOPE
-        r = 6 * (one * one // inverse) // one + 2
+        # Densities at 0, 1, 2 ... sixteenths of a step, by products: those are rounded alike everywhere, exp is not.
+        r, sigma = int(6 * 2 ** (index / 4)) + 2, 16 * Decimal(2).sqrt().sqrt() ** index
+        ratios = [np.full(16 * r + 16, float(x.exp())) for x in (-1 / sigma ** 2, -Decimal(2).sqrt() / sigma)]
+        ratios[0][0] = float((-1 / sigma ** 2 / 2).exp())
+        density = 1024 * np.cumprod(np.cumprod(ratios[0])) + 96 * np.cumprod(ratios[1])
+        density = (np.append(1024 + 96, density) * 2 ** 20).astype(np.int64)
         k = np.arange(-r, r + 1)
         for half in (0, 1):
-            place = np.abs(8 * (2 * k + half)[:, None] + np.arange(-7, 8, 2))
-            weight = 1024 * exp2(place * place * gauss >> SLOPE) + 96 * exp2(place * laplace >> SLOPE)
-            running = np.cumsum(weight.sum(1) >> 10)
+            running = np.cumsum(density[np.abs(8 * (2 * k + half)[:, None] + np.arange(-7, 8, 2))].sum(1))
             share = ((1 << BITS) - len(k) - 1) * running // running[-1]    # beyond one for each symbol and the escape
             radius.append(r)
             rows.append(np.append(1 + np.diff(share, prepend=0), 1))
-    freq = np.zeros((len(rows), max(map(len, rows))), np.int64)
-    for padded, row in zip(freq, rows):
-        padded[:len(row)] = row
+    freq = np.array([np.pad(row, (0, max(map(len, rows)) - len(row))) for row in rows])
     start = np.cumsum(freq, 1) - freq
     symbol = np.concatenate([np.repeat(np.arange(row.size), row) for row in freq])
     return np.array(radius, np.int32), freq.astype(np.uint32), start.astype(np.uint32), symbol.astype(np.uint16)
 
 
-def next_states(states: int) -> np.ndarray:
-    """(states, 2) int32: the state after a k of parity 0 and 1."""
-    h0, h1 = CODES[states]
-    state = np.arange(states, dtype=np.int32)[:, None]
-    return (state >> 1) ^ (h0 >> 1) * (state & 1) ^ (h1 >> 1) * np.arange(2, dtype=np.int32)
+def count_lanes(shapes: list[tuple[int, int, int]]) -> int:
+    """Shapes (L, R, n) of the banks -> rows that are coded side by side; each costs 4 bytes to start."""
+    return 1 << min(max((sum(map(math.prod, shapes)) >> 13).bit_length(), 4), 11)
 
 
-def chunks(shapes: list[tuple[int, int, int]], lanes: int):
-    """Shapes (L, R, n) of the banks -> (bank, first row, last row + 1) of the pieces, each coded column by column."""
+def pieces(shapes: list[tuple[int, int, int]]):
+    """Yields (bank, rows of its L * R rows as a slice, their layers) of what is coded together, column by column."""
+    lanes = count_lanes(shapes)
     for bank, (L, R, n) in enumerate(shapes):
-        for start in range(0, L * R if n else 0, lanes):
-            yield bank, start, min(start + lanes, L * R)
+        for start in range(0, L * R, lanes):
+            rows = slice(start, min(start + lanes, L * R))
+            yield bank, rows, np.arange(rows.start, rows.stop) // R
 
 
-def contexts(row: np.ndarray, col: np.ndarray, R: int, start: int, stop: int) -> np.ndarray:
-    """Exponents row (L * R,), col (L, n) of sigma -> contexts (n, stop - start) int32 of these rows, for half = 0."""
-    layer = np.arange(start, stop) // R
-    return 2 * (np.clip(row[start:stop].astype(np.int32) + col.T[:, layer], LOW, HIGH) - LOW)
+def contexts(row: np.ndarray, col: np.ndarray) -> np.ndarray:
+    """Exponents row (rows,), col (rows, n) of sigma -> contexts (n, rows) int32, for half = 0."""
+    return 2 * (np.clip(row.astype(np.int32) + col.T, LOW, HIGH) - LOW)
 
 
-def encode(values: list, rows: list, cols: list, lanes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def encode(values: list, rows: list, cols: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """values[i] (L, R, n) int32 in half steps, exponents rows[i] (L * R,) and cols[i] (L, n) of their sigma
     -> words (uint16) that decode() reads, escapes (int32), histogram (banks, contexts, symbols) int64.
 
-    Each lane has a rANS state of 32 bits, all share one stream of words: a step codes one column of up to `lanes` rows.
-    Works backwards, so that decoding goes forwards.
+    Each lane has a rANS state of 32 bits, all share one stream of words: a step codes one column of a piece. Works
+    backwards, so that decoding goes forwards.
     """
-    (radii, freq, begin, _), coder = tables(), np.full(lanes, 1 << 16, np.uint32)
-    words, escapes, histogram = [], [], np.zeros((len(values), freq.size), np.int64)
-    for bank, start, stop in reversed(list(chunks([v.shape for v in values], lanes))):
-        L, R, n = values[bank].shape
-        value = values[bank].reshape(L * R, n)[start:stop].T               # (n, rows)
-        context = contexts(rows[bank], cols[bank], R, start, stop) + (value & 1)
+    (radii, freq, begin, _), shapes = tables(), [v.shape for v in values]
+    coder, words, escapes = np.full(count_lanes(shapes), 1 << 16, np.uint32), [], []
+    histogram = np.zeros((len(values), freq.size), np.int64)
+    for bank, piece, layer in reversed(list(pieces(shapes))):
+        value = values[bank].reshape(-1, shapes[bank][2])[piece].T         # (n, rows)
+        context = contexts(rows[bank][piece], cols[bank][layer]) + (value & 1)
         k, radius = value >> 1, radii[context]
         outside = np.abs(k) > radius
         escapes.append(k[outside])
         symbol = np.where(outside, 2 * radius + 1, k + radius) + context * freq.shape[1]
         histogram[bank] += np.bincount(symbol.ravel(), minlength=freq.size)
-        head = coder[:stop - start]
+        head = coder[:len(layer)]
         for f, c in zip(freq.ravel()[symbol][::-1], begin.ravel()[symbol][::-1]):
-            full = head >= f << np.uint32(32 - BITS)
+            full = head >= f << 32 - BITS
             words.append(head[full].astype(np.uint16))
-            head[full] >>= np.uint32(16)
-            head[:] = (head // f << np.uint32(BITS)) + head % f + c
-    words.append(np.stack([coder & 0xffff, coder >> 16], 1).ravel().astype(np.uint16))
+            head[full] >>= 16
+            head[:] = (head // f << BITS) + head % f + c
+    words.append(coder.view(np.uint16))
     escapes = np.concatenate([np.empty(0, np.int32), *escapes[::-1]])
     return np.concatenate(words[::-1]), escapes, histogram.reshape(-1, *freq.shape)
 
 
-def decode(words: np.ndarray, escapes: np.ndarray, shapes, rows, cols, lanes: int, states: int):
-    """Inverse of encode(): yields (bank, first row, last row + 1, values (n, rows) int32). ValueError on a bad code."""
-    (radii, freq, begin, symbols), following = tables(), next_states(states).ravel()
-    coder = words[:2 * lanes].reshape(lanes, 2).astype(np.uint32)
-    coder = coder[:, 0] | coder[:, 1] << np.uint32(16)
-    at, escape, mask = 2 * lanes, 0, np.uint32((1 << BITS) - 1)
-    width, freq, begin = freq.shape[1], freq.ravel(), begin.ravel()
-    for bank, start, stop in chunks(shapes, lanes):
-        base = contexts(rows[bank], cols[bank], shapes[bank][1], start, stop)
-        values, state, head = np.empty_like(base), np.zeros(stop - start, np.int32), coder[:stop - start]
+def decode(words: np.ndarray, escapes: np.ndarray, shapes, rows, cols, trellis=TRELLIS):
+    """Inverse of encode(): yields (bank, rows, layers, values (n, rows) int32) by pieces. ValueError on a bad code."""
+    (radii, freq, begin, symbols), at, escape = tables(), 2 * count_lanes(shapes), 0
+    coder, width, freq, begin = words[:at].copy().view(np.uint32), freq.shape[1], freq.ravel(), begin.ravel()
+    for bank, piece, layer in pieces(shapes):
+        base = contexts(rows[bank][piece], cols[bank][layer])
+        values, state, head = np.empty_like(base), np.zeros(len(layer), np.int32), coder[:len(layer)]
         for j, context in enumerate(base):
             half = state & 1
             context += half
-            slot = head & mask
+            slot = head & (1 << BITS) - 1
             symbol = symbols[(context << BITS) + slot]
             radius = radii[context]
             k = symbol - radius
             where = context * width + symbol
-            head[:] = freq[where] * (head >> np.uint32(BITS)) + slot - begin[where]
+            head[:] = freq[where] * (head >> BITS) + slot - begin[where]
             low = (head < 1 << 16).nonzero()[0]
-            head[low] = head[low] << np.uint32(16) | words[at:at + len(low)]
+            head[low] = head[low] << 16 | words[at:at + len(low)]
             at += len(low)
             outside = k > radius
             if outside.any():
@@ -171,8 +152,8 @@ def decode(words: np.ndarray, escapes: np.ndarray, shapes, rows, cols, lanes: in
                 k[outside] = escapes[escape:escape + number]
                 escape += number
             values[j] = 2 * k + half
-            state = following[2 * state + (k & 1)]
-        yield bank, start, stop, values
+            state = trellis[state, k & 1]
+        yield bank, piece, layer, values
     # Where words or escapes were missing, numpy has refused to fill the places, or this does.
     if at != len(words) or escape != len(escapes) or (coder != 1 << 16).any():
         raise ValueError("the code does not end where it should")
@@ -193,19 +174,20 @@ def scales(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 ROW_EXPONENT = 0.45                         # rows' steps ~ g^-0.45; 0.5 is the theory: 4 % more KL, 0.35: 9 % more
 G_RANGE = 1e-3, 20.0                        # g of a row, relative to its matrix, is held in this range
 DAMP = 0.05                                 # of the mean of H's diagonal, added; 0.01: 10 % more KL, 0.1: 2 % more
+BEST_KL = 1e-4                              # nats per token: below it finer steps buy nothing
 ROWS_AT_ONCE, BLOCK, LOOKAHEAD = 1024, 128, 16      # rows, columns in the trellis at a time; columns until it decides
 
 
 @dataclass
-class Matrix:
-    """One matrix W (R, n) of a bank and what is known about it. Its steps are constant * 2^((row_i + col_j) / 4)."""
-    W: Tensor               # (R, n) float32
-    H: Tensor               # (n, n) float32, per token
-    g: Tensor               # (R,) float32, per token
-    row: np.ndarray         # (R,) int8
-    col: np.ndarray         # (n,) int8
-    feedback: Tensor        # (n, n) float32, upper triangle: an error of one step in column i, in steps of column j
-    cost: Tensor            # (n,) float32: of a squared error of one step, after what later columns make up for
+class Bank:
+    """Matrices W of one role and what is known about them. Their steps are constant * 2^((row_i + col_j) / 4)."""
+    W: Tensor               # (L, R, n) float32
+    H: Tensor               # (L, n, n) float32, per token
+    g: Tensor               # (L, R) float32, per token
+    row: np.ndarray         # (L, R) int8
+    col: np.ndarray         # (L, n) int8
+    feedback: Tensor        # (L, n, n) float32, upper triangle: an error of one step in column i, in steps of column j
+    cost: Tensor            # (L, n) float32: of a squared error of one step, after what later columns make up for
 
 
 def quarter(exponent: np.ndarray) -> np.ndarray:
@@ -216,85 +198,83 @@ def quarter(exponent: np.ndarray) -> np.ndarray:
 
 
 def dequantise(values: np.ndarray, row: np.ndarray, col: np.ndarray, constant: float) -> np.ndarray:
-    """values (R, n) int32 in half steps, exponents row (R,), col (n,) or (R, n) -> W (R, n) float32, exactly."""
+    """values (..., n) int32 in half steps, exponents row (...), col (..., n) -> W (..., n) float32, exactly."""
     row_step, col_step = (constant / 2 * quarter(row)).astype(np.float32), quarter(col).astype(np.float32)
-    return values.astype(np.float32) * row_step[:, None] * col_step
+    return values.astype(np.float32) * row_step[..., None] * col_step
 
 
-def plan(W: Tensor, H: Tensor, g: Tensor) -> Matrix:
-    """Choose the exponents of the steps. W (R, n), H (n, n) and g (R,) per token.
+def plan(W: Tensor, H: Tensor, g: Tensor) -> Bank:
+    """Choose the exponents of the steps. W (L, R, n), H (L, n, n) and g (L, R) per token.
 
     With H^-1 = U^T U, GPTQ's error costs exactly 1/2 sum_ij g_i (step_ij / U_jj)^2 e_ij^2, e in steps, and a weight's
     rate falls by log2 step. So all weights pay alike where step_ij = constant * g_i^-1/2 U_jj: reverse water-filling,
     in which a direction that is not worth a step rounds to zero by itself.
     """
     grid = lambda step: np.clip(np.round(4 * np.log2(step.cpu().numpy())), -127, 127).astype(np.int8)
-    eye = torch.eye(W.size(1), dtype=torch.float64, device=W.device)
-    level = H.diagonal().double().mean()
-    damped = H.double() + eye * (DAMP * level if level > 0 else 1.0)
+    eye = torch.eye(W.size(2), dtype=torch.float64, device=W.device)
+    level = H.diagonal(dim1=1, dim2=2).double().mean(1)[:, None, None]
+    damped = H.double() + eye * torch.where(level > 0, DAMP * level, 1.0)
     # U is the inverse of H's upper Cholesky factor: flip, factorise, flip back.
-    U = torch.linalg.solve_triangular(torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1), eye, upper=True)
-    mean = g.double().mean().clamp(min=1e-12)
+    U = torch.linalg.solve_triangular(torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2), eye, upper=True)
+    mean = g.double().mean(1, keepdim=True).clamp(min=1e-12)
     relative = (g.double() / mean).clamp(*G_RANGE)
-    share = relative ** -ROW_EXPONENT
-    share = share * ((relative * share.square()).mean() * mean) ** -0.5    # so that the mean of g share^2 is 1
-    row, col = grid(share), grid(U.diagonal())
+    share = relative ** -ROW_EXPONENT                                      # scaled so that the mean of g share^2 is 1
+    share = share * ((relative * share.square()).mean(1, keepdim=True) * mean) ** -0.5
+    diagonal = U.diagonal(dim1=1, dim2=2)
+    row, col = grid(share), grid(diagonal)
     step = torch.from_numpy(quarter(col)).to(W.device)
-    weight = step / U.diagonal()
-    return Matrix(W, H, g, row, col, (U * weight[:, None] / step).float(), weight.square().float())
+    weight = step / diagonal
+    return Bank(W, H, g, row, col, (U * weight[..., None] / step[:, None]).float(), weight.square().float())
 
 
-def constant_for(matrices: list[list[Matrix]], kl: float) -> float:
+def constant_for(banks: list[Bank], kl: float) -> float:
     """-> the constant at which errors spread evenly over the steps cost this KL in all, nats per token."""
-    price = sum(m.cost.sum().item() * float(m.g.double().cpu().numpy() @ quarter(m.row) ** 2)
-                for bank in matrices for m in bank)
+    g_steps = [bank.g.cpu().double() * torch.from_numpy(quarter(bank.row) ** 2) for bank in banks]
+    price = sum((bank.cost.cpu().double().sum(1) * x.sum(1)).sum().item() for bank, x in zip(banks, g_steps))
     return math.sqrt(24 * kl / max(price, 1e-30))
 
 
-def expected_kl(m: Matrix, packed: Tensor) -> float:
-    """packed (R, n) -> KL(full precision || packed), nats per token, by its errors: 1/2 sum_i g_i e_i H e_i^T."""
-    E = m.W - packed.to(m.W.device)
-    return 0.5 * float(((E @ m.H) * E).sum(1).double() @ m.g.double())
+def expected_kl(bank: Bank, packed: Tensor) -> float:
+    """The bank's weights as packed -> KL(full precision || packed), nats per token: 1/2 sum_i g_i e_i H e_i^T."""
+    E = bank.W - packed.view(bank.W.shape).to(bank.W.device)
+    return 0.5 * float(((E @ bank.H * E).sum(2).double() * bank.g.double()).sum())
 
 
-def quantise(m: Matrix, constant: float, states: int = TRELLIS) -> np.ndarray:
+def quantise(bank: Bank, layer: int, rows: slice, constant: float, trellis=TRELLIS) -> np.ndarray:
     """-> values (R, n) int32 in half steps: GPTQ in blocks of columns, each rounded to a path through the trellis."""
-    device = m.W.device
-    row, col = (torch.from_numpy(x).to(device) for x in (1 / (constant * quarter(m.row)), 1 / quarter(m.col)))
-    out = np.empty(m.W.shape, np.int32)
-    for top in range(0, len(m.W), ROWS_AT_ONCE):
-        rows = slice(top, top + ROWS_AT_ONCE)
-        X = (m.W[rows] * row[rows, None] * col).T.float().clamp(-2 ** 29, 2 ** 29).contiguous()    # (n, rows), in steps
-        values, state = torch.empty_like(X, dtype=torch.int32), torch.zeros(X.size(1), dtype=torch.int64, device=device)
-        for start in range(0, len(X), BLOCK):
-            block = slice(start, start + BLOCK)
-            ahead, later = slice(start, start + BLOCK + LOOKAHEAD), slice(start + BLOCK, None)
-            path = best_path(X[ahead], m.feedback[ahead, ahead], m.cost[ahead], state, states)
-            values[block], errors, after = (x[:BLOCK] for x in path)
-            X[later] -= m.feedback[block, later].T @ errors
-            state = after[-1]
-        out[rows] = values.T.cpu().numpy()
-    return out
+    feedback, cost, device = bank.feedback[layer], bank.cost[layer], bank.W.device
+    row = torch.from_numpy(1 / (constant * quarter(bank.row[layer, rows]))).to(device)
+    col = torch.from_numpy(1 / quarter(bank.col[layer])).to(device)
+    X = (bank.W[layer, rows] * row[:, None] * col).T.float().clamp(-2 ** 29, 2 ** 29).contiguous()   # (n, R), in steps
+    values, state = torch.empty_like(X, dtype=torch.int32), torch.zeros_like(row, dtype=torch.int64)
+    for start in range(0, len(X), BLOCK):
+        block = slice(start, start + BLOCK)
+        ahead, later = slice(start, start + BLOCK + LOOKAHEAD), slice(start + BLOCK, None)
+        path = best_path(X[ahead], feedback[ahead, ahead], cost[ahead], state, trellis)
+        values[block], errors, after = (x[:BLOCK] for x in path)
+        X[later] -= feedback[block, later].T @ errors
+        state = after[-1]
+    return values.T.cpu().numpy()
 
 
-def best_path(X: Tensor, feedback: Tensor, cost: Tensor, state: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor]:
+def best_path(X: Tensor, feedback: Tensor, cost: Tensor, state: Tensor, trellis) -> tuple[Tensor, Tensor, Tensor]:
     """The cheapest path of each row through the trellis, over the columns X (n, R) in steps, from state (R,)
     -> values int32 in half steps, their errors in steps, states after each column: all (n, R).
 
     Viterbi, where each of the states keeps its own residual: its survivor's errors are fed forward, as GPTQ does.
     """
-    n, R = X.shape
-    following = next_states(states)
-    before = [[int(np.flatnonzero(following[:, odd] == s)[0]) for s in range(states)] for odd in (0, 1)]
+    (n, R), states = X.shape, len(trellis)
+    before = [[trellis[:, odd].tolist().index(s) for s in range(states)] for odd in (0, 1)]
     from_even, from_odd = (torch.tensor(b, device=X.device) for b in before)
     half = (torch.arange(states, device=X.device) & 1)[:, None] / 2
     metric = torch.full((states, R), torch.inf, device=X.device).scatter_(0, state[None], 0.0)
-    # Residuals (n, states, R) in two buffers by turns: each column reads one of them and writes what is after it to the
-    # other, so that column j stays in buffer j % 2 as each state saw it.
-    residual, spare = X[:, None].repeat(1, states, 1), torch.empty(n, states, R, device=X.device)
+    # Residuals (n, states, R). Step j reads one buffer and writes what is after column j to the other, by turns: so
+    # column j stays in buffer j % 2 as each state saw it.
+    buffers = X[:, None].repeat(1, states, 1), torch.empty(n, states, R, device=X.device)
     choices = torch.empty(n, states, R, dtype=torch.bool, device=X.device)
     for j in range(n):
-        y = residual[j] - half
+        now, then = buffers[j % 2][j + 1:], buffers[1 - j % 2][j + 1:]
+        y = buffers[j % 2][j] - half
         even = y - 2 * (y / 2).round()                                     # errors of the nearest even and odd k
         odd = even - torch.ones_like(even).copysign(even)
         to_even = (metric + cost[j] * even.square()).index_select(0, from_even)
@@ -303,18 +283,15 @@ def best_path(X: Tensor, feedback: Tensor, cost: Tensor, state: Tensor, states: 
         metric = torch.minimum(to_odd, to_even)
         error = torch.where(take, odd.index_select(0, from_odd), even.index_select(0, from_even))
         for s in range(states):
-            torch.where(take[s], residual[j + 1:, before[1][s]], residual[j + 1:, before[0][s]], out=spare[j + 1:, s])
-        spare[j + 1:].addcmul_(feedback[j, j + 1:, None, None], error, value=-1)
-        residual, spare = spare, residual
-    if n % 2:
-        residual, spare = spare, residual
+            torch.where(take[s], now[:, before[1][s]], now[:, before[0][s]], out=then[:, s])
+        then.addcmul_(feedback[j, j + 1:, None, None], error, value=-1)
     path, y = torch.empty(n + 1, R, dtype=torch.int64, device=X.device), torch.empty_like(X)
     parity = torch.empty(n, R, dtype=torch.bool, device=X.device)
     path[n] = metric.argmin(0)
     for j in reversed(range(n)):
         parity[j] = choices[j].gather(0, path[j + 1][None])[0]
         path[j] = torch.where(parity[j], from_odd[path[j + 1]], from_even[path[j + 1]])
-        y[j] = (spare if j % 2 else residual)[j].gather(0, path[j][None])[0]
+        y[j] = buffers[j % 2][j].gather(0, path[j][None])[0]
     half = path[:-1] & 1
     y -= half / 2
     even = 2 * (y / 2).round()
@@ -331,14 +308,9 @@ SECTIONS = ("header", "weights", "steps of rows", "steps of columns", "spreads o
 
 
 def split(state: dict[str, Tensor]) -> tuple[dict[str, tuple], dict[str, tuple]]:
-    """A model's tensors -> banks of matrices {name: (L, R, n)} for the quantiser, small vectors {name: (rows, n)}."""
-    banks, vectors = {}, {}
-    for name, x in state.items():
-        if name in (*GPT.MATRICES, "embed.weight"):
-            banks[name] = (1, *x.shape)[-3:]
-        else:
-            vectors[name] = (math.prod(x.shape[:-1]), x.shape[-1])
-    return banks, vectors
+    """A model's tensors -> matrices {name: (L, R, n)}, a bank each, and small vectors {name: (rows, n)}."""
+    matrices = {name: (1, *x.shape)[-3:] for name, x in state.items() if name in (*GPT.MATRICES, "embed.weight")}
+    return matrices, {k: (math.prod(x.shape[:-1]), x.shape[-1]) for k, x in state.items() if k not in matrices}
 
 
 def encode_small(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -380,56 +352,50 @@ class Packed:
     blob: bytes
     sizes: dict[str, int]           # bytes of its sections
     state: dict[str, Tensor]        # the weights as they will load
-    constant: float
     histogram: np.ndarray           # (banks, contexts, symbols): how often each was coded
 
 
-def pack_model(config: dict, weights: dict, matrices: list[list[Matrix]], constant: float, states=TRELLIS, label=""):
-    """Quantise and code a model with one constant for all steps -> Packed. matrices: per bank, its layers."""
-    layers, threads = [m for bank in matrices for m in bank], torch.get_num_threads()
-    with Progress(label, sum(m.W.numel() for m in layers), "weights") as progress:
-        def run(m):
-            values = quantise(m, constant, states)
-            progress.add(m.W.numel())
-            return values, dequantise(values, m.row, m.col, constant)
-        torch.set_num_threads(1)                                           # matrices side by side: kernels are small
+def pack_model(config: dict, weights: dict, banks: list[Bank], constant: float, trellis=TRELLIS, label="") -> Packed:
+    """Quantise and code a model with one constant for all steps. banks: as gather() plans them."""
+    values, threads = [np.empty(bank.W.shape, np.int32) for bank in banks], torch.get_num_threads()
+    with Progress(label, sum(v.size for v in values), "weights") as progress:
+        def run(job):
+            bank, value, layer, rows = job
+            value[layer, rows] = quantise(bank, layer, rows, constant, trellis)
+            progress.add(value[layer, rows].size)
+        jobs = [(bank, value, layer, slice(top, top + ROWS_AT_ONCE)) for bank, value in zip(banks, values)
+                for layer in range(len(value)) for top in range(0, value.shape[1], ROWS_AT_ONCE)]
+        torch.set_num_threads(1)                                           # jobs side by side: kernels are small
         try:
-            with ThreadPoolExecutor(threads if layers[0].W.device.type == "cpu" else 1) as pool:
-                done = iter(list(pool.map(run, layers)))
+            with ThreadPoolExecutor(threads if banks[0].W.device.type == "cpu" else 1) as pool:
+                list(pool.map(run, jobs))
         finally:
             torch.set_num_threads(threads)
-    banks, vectors = split(weights)
-    values, state = [], {}
-    for name, bank in zip(banks, matrices):
-        bank_values, back = zip(*[next(done) for _ in bank])
-        values.append(np.stack(bank_values))
-        state[name] = np.stack(back)
+    matrices, vectors = split(weights)
     small = [encode_small(weights[name].view(shape).numpy()) for name, shape in vectors.items()]
-    state |= {name: decode_small(*x) for name, x in zip(vectors, small)}
-    lanes = 1 << min(max((sum(v.size for v in values) >> 13).bit_length(), 4), 11)           # 4 bytes of start-up each
-    rows, cols = zip(*[(np.concatenate([m.row for m in bank]), np.stack([m.col for m in bank])) for bank in matrices])
-    sigma_rows, sigma_cols = zip(*[scales(v) for v in values])
-    words, escapes, histogram = encode(values, sigma_rows, sigma_cols, lanes)
+    back = [dequantise(value, bank.row, bank.col[:, None], constant) for bank, value in zip(banks, values)]
+    state = dict(zip((*matrices, *vectors), (*back, *(decode_small(*x) for x in small))))
+    rows, cols = [bank.row.ravel() for bank in banks], [bank.col for bank in banks]
+    sigma_rows, sigma_cols = zip(*map(scales, values))
+    words, escapes, histogram = encode(values, sigma_rows, sigma_cols)
     # A sigma times its step is the spread of the weights themselves, which is more even: a fifth fewer bytes.
     sides = [rows, cols, [*map(np.add, sigma_rows, rows)], [*map(np.add, sigma_cols, cols)], [escapes], *zip(*small)]
     sections = [words.tobytes(), *map(squeeze, sides)]
-    header = {"config": config, "constant": constant, "states": states, "lanes": lanes, "escapes": len(escapes)}
-    header = json.dumps({**header, "sections": [len(x) for x in sections]}, separators=(",", ":")).encode()
+    header = {"config": config, "constant": constant, "escapes": len(escapes), "sections": [*map(len, sections)]}
+    header = json.dumps(header, separators=(",", ":")).encode()
     sections = [struct.pack("<I", len(header)) + header, *sections]
     state = {name: torch.from_numpy(x).view(weights[name].shape) for name, x in state.items()}
-    return Packed(b"".join(sections), dict(zip(SECTIONS, map(len, sections))), state, constant, histogram)
+    return Packed(b"".join(sections), dict(zip(SECTIONS, map(len, sections))), state, histogram)
 
 
 def unpack_model(blob: bytes):
-    """model.bin -> (Config, GPT). Every size is checked before it is used: ValueError or BadInput."""
-    if len(blob) < 4 or (size := struct.unpack_from("<I", blob)[0]) > min(len(blob) - 4, 1 << 16):
-        raise ValueError("the header is cut short")
-    header = json.loads(blob[4:4 + size])
-    config, constant, states, lanes, n_escapes, sizes = (
-        header[k] for k in ("config", "constant", "states", "lanes", "escapes", "sections"))
-    if (any(type(x) is not int or not 0 <= x <= MAX_WEIGHTS for x in (states, lanes, n_escapes, *sizes))
-            or states not in CODES or not 1 <= lanes <= 1 << 16 or len(sizes) != len(SECTIONS) - 1
-            or sum(sizes) != len(blob) - 4 - size or type(constant) is not float or not 0 < constant < 1e30
+    """model.bin -> (Config, GPT). Every size is checked before it is used. Exceptions of many kinds for bad bytes."""
+    (size,) = struct.unpack_from("<I", blob)
+    header = json.loads(blob[4:4 + min(size, 1 << 16)])
+    config, constant, n_escapes, sizes = (header[key] for key in ("config", "constant", "escapes", "sections"))
+    if (any(type(x) is not int or not 0 <= x <= MAX_WEIGHTS for x in (n_escapes, *sizes))
+            or len(sizes) != len(SECTIONS) - 1 or sum(sizes) != len(blob) - 4 - size
+            or type(constant) is not float or not 0 < constant < 1e30
             or config["n_layer"] * config["loop_passes"] > 4096 or config["vocab_size"] > 1 << 16):
         raise ValueError("the header does not fit the file")
     cfg = config_from(config)
@@ -440,19 +406,17 @@ def unpack_model(blob: bytes):
         raise ValueError(f"the config asks for more than {MAX_WEIGHTS:,} weights, or fewer than there are escapes")
     ends = np.cumsum([4 + size, *sizes])
     words, *sides = (blob[a:b] for a, b in zip(ends, ends[1:]))
-    banks, vectors = split(meta)
-    shapes, rests = list(banks.values()), list(vectors.values())
+    matrices, vectors = split(meta)
+    shapes, rests = list(matrices.values()), list(vectors.values())
     by_row, by_col, by_vector = [(L * R,) for L, R, n in shapes], [(L, n) for L, R, n in shapes], [x[:1] for x in rests]
     layout = [("i1", by_row), ("i1", by_col), ("i1", by_row), ("i1", by_col), ("i4", [(n_escapes,)]),
               ("i1", by_vector), ("i2", by_vector), ("i2", rests)]
-    rows, cols, *spreads, (escapes,), exponents, offsets, qs = [unsqueeze(x, *of) for x, of in zip(sides, layout)]
+    rows, cols, *spreads, (escapes,), exponents, means, qs = [unsqueeze(x, *of) for x, of in zip(sides, layout)]
     sigmas = [list(map(np.subtract, spread, step)) for spread, step in zip(spreads, (rows, cols))]
-    state = {name: np.empty((L * R, n), np.float32) for name, (L, R, n) in banks.items()}
-    matrices, words = list(state.values()), np.frombuffer(words, np.uint16)
-    for bank, start, stop, values in decode(words, escapes, shapes, *sigmas, lanes, states):
-        layer = np.arange(start, stop) // shapes[bank][1]
-        matrices[bank][start:stop] = dequantise(values.T, rows[bank][start:stop], cols[bank][layer], constant)
-    state |= {name: decode_small(*x) for name, *x in zip(vectors, exponents, offsets, qs)}
+    words, out = np.frombuffer(words, np.uint16), [np.empty((L * R, n), np.float32) for L, R, n in shapes]
+    for bank, piece, layer, values in decode(words, escapes, shapes, *sigmas):
+        out[bank][piece] = dequantise(values.T, rows[bank][piece], cols[bank][layer], constant)
+    state = dict(zip((*matrices, *vectors), (*out, *map(decode_small, exponents, means, qs))))
     if not all(np.isfinite(x).all() for x in state.values()):
         raise ValueError("weights are not finite")
     model.load_state_dict({name: torch.from_numpy(x).view(meta[name].shape) for name, x in state.items()}, assign=True)
@@ -460,11 +424,8 @@ def unpack_model(blob: bytes):
 
 
 def digest(state: dict[str, Tensor]) -> str:
-    """sha256 over all names and weights: equal for two models only if they are the same bit for bit."""
-    sha = hashlib.sha256()
-    for name in sorted(state):
-        sha.update(name.encode() + state[name].contiguous().numpy().tobytes())
-    return sha.hexdigest()
+    """sha256 over all weights: equal for two models of one config only if they are the same bit for bit."""
+    return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -487,16 +448,14 @@ def build_artifact(files: dict[str, bytes], model: bytes) -> bytes:
 def load(path):
     """artifact.pyz -> (Config, GPT in eval mode on the CPU in float32, Tokenizer); the same bits in every process.
 
-    BadInput in one line for any file that pack.py did not write whole. A file that was made to harm can at most ask for
-    MAX_WEIGHTS weights: nothing in it is executed, and every length is checked before it is used.
+    BadInput for any file that pack.py did not write whole. One that was made to harm can at most ask for MAX_WEIGHTS
+    weights: nothing in it is executed, and every length is checked before it is used.
     """
     try:
-        if (size := Path(path).stat().st_size) > MAX_FILE:
-            raise BadInput(f"{path}: {size:,} bytes are no artifact")
-        data = Path(path).read_bytes()
+        data = Path(path).read_bytes() if Path(path).stat().st_size <= MAX_FILE else b""
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror}: pack a run first, python pack.py") from None
-    if len(data) < 32 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise BadInput(f"{path}: damaged, cut short or not an artifact (the checksum at its end does not match)")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -519,7 +478,7 @@ def sources(run: Path) -> dict[str, bytes]:
         path = run / "source" / name
         path = ROOT / name if name == "pack.py" or not path.is_file() else path
         files[name] = path.read_bytes()
-        if (ROOT / name).is_file() and files[name] != (ROOT / name).read_bytes():
+        if files[name] != (ROOT / name).read_bytes():
             print(f"note: {name} is not the one beside this pack.py; the artifact gets {path}")
     return files
 
@@ -537,30 +496,29 @@ def verify(path: Path, wanted: str) -> None:
 # Packing a checkpoint
 
 
-def gather(checkpoint: dict, path: Path, device: str = "cpu") -> list[list[Matrix]]:
-    """Checkpoint -> per bank, the plans of its layers. BadInput names what is not finite.
+def gather(checkpoint: dict, path: Path, device: str = "cpu") -> list[Bank]:
+    """Checkpoint -> its banks, planned. BadInput names what is not finite.
 
     A looped layer makes the same error in each pass, so H and g, both sums over the passes, are not divided by their
     number: the KL measured for such layers is 2 to 4 times that of passes that err independently. Without statistics
-    H and g are such that expected_kl() is the mean squared error, relative to the mean square of the weight's row.
+    H and g make expected_kl() the mean squared error, relative to the mean square of the weight's row.
     """
     weights, stats = checkpoint["weights"], checkpoint["stats"]
-    for kind, tensors in (("weights", weights), ("statistics", stats)):
-        for name, x in tensors.items():
-            if not (isinstance(x, Tensor) and x.is_floating_point() and x.isfinite().all()):
-                raise BadInput(f"{path}: {kind} {name} are not all finite numbers")
-    banks, shapes = [], split(weights)[0]
-    n_weights = sum(map(math.prod, shapes.values()))
-    for name, (L, R, n) in shapes.items():
+    for name, x in (weights | stats).items():
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.isfinite().all()):
+            raise BadInput(f"{path}: {name} is not a tensor of finite numbers")
+    banks, matrices = [], split(weights)[0]
+    n_weights = sum(map(math.prod, matrices.values()))
+    for name, (L, R, n) in matrices.items():
         W, key = weights[name].float().view(L, R, n), name.removesuffix(".weight")
         H, g = torch.eye(n).expand(L, n, n), 2 / n_weights / W.square().mean(2).clamp(min=1e-12)
         try:
             if stats:
                 tokens = float(stats["tokens"].sum())
-                H, g = (stats[f"{key}.{s}"].view(shape) / tokens for s, shape in (("H", (L, n, n)), ("g", (L, R))))
-                if key == "embed":                                        # a token is input as often as it is predicted
+                H, g = stats[f"{key}.H"].view(L, n, n) / tokens, stats[f"{key}.g"].view(L, R) / tokens
+                if key == "embed":                                         # tokens are inputs as often as targets
                     H = H + stats["embed.S"] / tokens / g.sum().clamp(min=1e-12)
-            banks.append([plan(W[i].to(device), H[i].to(device), g[i].to(device)) for i in range(L)])
+            banks.append(plan(W.to(device), H.to(device), g.to(device)))
         except (KeyError, RuntimeError, ZeroDivisionError) as e:
             raise BadInput(f"{path}: the statistics of {name} do not fit it: {str(e).splitlines()[0]}") from None
     return banks
@@ -575,16 +533,16 @@ def search(pack_at, cap: int, slope: float) -> tuple[Packed, bytes]:
     while len(tries) < 15:
         packed, data = pack_at(octave, len(tries) + 1)
         size = len(data)
-        if size <= cap and (octave == 0 or size >= 0.9995 * cap):
-            return packed, data
-        if size <= cap and (best is None or size >= len(best[1])):
-            best = packed, data
+        if size <= cap:
+            best = packed, data                                            # the tries close in on the cap
+            if octave == 0 or size >= 0.9995 * cap:
+                break
         if tries:
             slope = (tries[-1][1] - size) / (octave - tries[-1][0])
         tries.append((octave, size))
         low = max([x for x, s in tries if s > cap])
         high = min([x for x, s in tries if s <= cap], default=math.inf)
-        octave = max(octave + min((size - 0.99975 * cap) / max(slope, 1.0), 4.0), 0.0)
+        octave += min((size - 0.99975 * cap) / max(slope, 1.0), 4.0)
         if not low < octave < high:
             octave = (low + high) / 2
     if best is None:
@@ -599,56 +557,33 @@ def entropies(histogram: np.ndarray) -> tuple[np.ndarray, float]:
     return ideal, -(n * np.log2(np.maximum(n, 1) / np.maximum(n.sum(1, keepdims=True), 1))).sum() / 8
 
 
-def ledger(matrices: list[list[Matrix]], packed: Packed, data: bytes, cap: int, measure: str) -> str:
+def ledger(banks: list[Bank], packed: Packed, data: bytes, measure: str) -> str:
     """Where the artifact's bytes went, and what each bank of weights costs of `measure`: a table."""
-    ideal, entropy = entropies(packed.histogram)
-    banks, sizes, code = split(packed.state)[0], np.rint(ideal).astype(int), packed.sizes["weights"]
-    counts = [math.prod(shape) for shape in banks.values()]
-    costs = [sum(map(expected_kl, bank, packed.state[name].view(shape)))
-             for (name, shape), bank in zip(banks.items(), matrices)]
+    (ideal, entropy), matrices, code = entropies(packed.histogram), split(packed.state)[0], packed.sizes["weights"]
+    costs = [expected_kl(bank, packed.state[name]) for name, bank in zip(matrices, banks)]
+    n_weights, sizes, total = sum(map(math.prod, matrices.values())), np.rint(ideal).astype(int), sum(costs)
     line = "{:<26}{:>12}{:>11}{:>9}{:>14}".format
     table = [line("", "weights", "bits each", "cost", "bytes")]
-    for name, count, cost, size in zip(banks, counts, costs, sizes):
-        share = cost / max(sum(costs), 1e-30)
-        table.append(line(name, f"{count:,}", f"{8 * size / count:.3f}", f"{share:.1%}", f"{size:,}"))
+    for name, bank, cost, size in zip(matrices, banks, costs, sizes):
+        bits, share = 8 * size / bank.W.numel(), cost / max(total, 1e-30)
+        table.append(line(name, f"{bank.W.numel():,}", f"{bits:.3f}", f"{share:.1%}", f"{size:,}"))
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         files = {part.filename: part.compress_size for part in archive.infolist() if part.filename != "model.bin"}
     rest = {**packed.sizes, "weights": code - sizes.sum(), **files}        # of the weights: rounding and start-up
     rest["zip directory, checksum"] = len(data) - len(packed.blob) - sum(files.values())
     table += [line(name, "", "", "", f"{size:,}") for name, size in rest.items()]
-    bits = 8 * len(packed.blob) / sum(counts)
-    table.append(line("artifact.pyz", f"{sum(counts):,}", f"{bits:.3f}", "", f"{len(data):,}"))
-    table.append(f"{len(data) / cap:.2%} of the cap; the weights' code is {code / max(entropy, 1) - 1:.2%} above the "
-                 "entropy of its symbols in their contexts")
-    return "\n".join([*table, f"{measure}: {sum(costs):.5f}"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
-
-
-def find_run(name: str) -> Path:
-    """RUN of the command line: a folder, a name under runs/, or empty for the newest run."""
-    run = Path(name or "runs/latest")
-    if not run.is_dir() and not (run := Path("runs") / (name or "latest")).is_dir():
-        raise BadInput(f"{name or run}: no such run; train one first, python train_gpt.py")
-    return run.resolve() if run.is_symlink() else run
-
-
-def parse(argv):
-    parser = Parser(prog="pack.py", description=__doc__)
-    parser.add_argument("run", nargs="?", default="", metavar="RUN", help="folder, or name in runs/; empty: newest")
-    parser.add_argument("--cap_bytes", type=int, default=16_000_000, metavar="N", help="bytes of the file, at most")
-    parser.add_argument("--kl", type=float, default=1e-4, metavar="X",
-                        help="expected KL, nats per token, below which finer steps buy nothing")
-    args = parser.parse_args(argv)
-    if args.cap_bytes <= 0 or not 0 < args.kl < math.inf:
-        raise BadInput(f"--cap_bytes={args.cap_bytes} and --kl={args.kl} must be above 0")
-    return args
+    bits = 8 * len(packed.blob) / n_weights
+    table += [line("artifact.pyz", f"{n_weights:,}", f"{bits:.3f}", "", f"{len(data):,}"),
+              f"the weights' code above the entropy of its symbols: {code / max(entropy, 1) - 1:.2%}",
+              f"{measure}: {total:.5f}"]
+    return "\n".join(table)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, begin = parse(argv), time.perf_counter()
+    parser, begin = Parser(prog="pack.py", description=__doc__), time.perf_counter()
+    parser.add_argument("run", nargs="?", default="", metavar="RUN", help="folder, or name in runs/; empty: newest")
+    parser.add_argument("--cap_bytes", type=int, default=16_000_000, metavar="N", help="bytes of the file, at most")
+    args = parser.parse_args(argv)
     run = find_run(args.run)
     path = run / "checkpoint.pt"
     checkpoint = load_checkpoint(path)
@@ -657,25 +592,23 @@ def main(argv: list[str] | None = None) -> int:
     measure = "expected KL(full precision || packed), nats per token, by the checkpoint's statistics"
     if not checkpoint["stats"]:
         measure = "mean squared error of a weight, relative to the mean square of its row"
-        print(f"{path} has NO STATISTICS (train with --calib_tokens above 0): every row is rounded alike, which costs "
-              "several times the quality")
+        print(f"{path} has NO STATISTICS (train with --calib_tokens above 0): at the same bytes it will lose more")
     files = sources(run) | {"tokenizer.json": checkpoint["tokenizer"].encode()}
     if (fixed := len(build_artifact(files, b""))) > args.cap_bytes:
         raise BadInput(f"--cap_bytes={args.cap_bytes}: the code and the tokenizer alone take {fixed:,} bytes")
-    matrices = gather(checkpoint, path, "cuda" if torch.cuda.is_available() else "cpu")
-    config, weights, finest = asdict(checkpoint["config"]), checkpoint["weights"], constant_for(matrices, args.kl)
+    banks = gather(checkpoint, path, "cuda" if torch.cuda.is_available() else "cpu")
+    config, weights, finest = asdict(checkpoint["config"]), checkpoint["weights"], constant_for(banks, BEST_KL)
 
     def pack_at(octave, number):
-        packed = pack_model(config, weights, matrices, finest * 2 ** octave, label=f"pass {number}:")
+        packed = pack_model(config, weights, banks, finest * 2 ** octave, label=f"pass {number}:")
         return packed, build_artifact(files, packed.blob)
-    packed, data = search(pack_at, args.cap_bytes, sum(m.W.numel() for bank in matrices for m in bank) / 8)
+    packed, data = search(pack_at, args.cap_bytes, sum(bank.W.numel() for bank in banks) / 8)
     with atomic_write(run / "artifact.pyz") as f:
         f.write(data)
         f.flush()
         verify(Path(f.name), digest(packed.state))                         # before it replaces the one that is there
-    text = ledger(matrices, packed, data, args.cap_bytes, measure)
-    if packed.constant == finest:
-        text += f"\nsmaller than the cap: packed at the best quality setting, --kl={args.kl:g}; finer steps buy nothing"
+    quality = ": the best quality setting; finer steps buy nothing" if len(data) < 0.9995 * args.cap_bytes else ""
+    text = f"{ledger(banks, packed, data, measure)}\n{len(data) / args.cap_bytes:.2%} of the cap{quality}"
     with atomic_write(run / "pack.txt", "w") as f:
         f.write(text + "\n")
     print(text, "---", f"artifact_bytes: {len(data)}", f"pack_seconds: {time.perf_counter() - begin:.1f}",

@@ -18,12 +18,13 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import zstandard  # noqa: E402
 
-from data.dataset import (BadInput, Parser, Progress, atomic_write, command, find_dataset, read_meta,  # noqa: E402
-                          read_shard)
-from pack import (Matrix, constant_for, encode, entropies, expected_kl, find_run, gather, pack_model,  # noqa: E402
+from data.dataset import (BadInput, Parser, Progress, atomic_write, command, find_dataset, find_run,  # noqa: E402
+                          read_meta, read_shard)
+from pack import (TRELLIS, Bank, constant_for, encode, entropies, expected_kl, gather, pack_model,  # noqa: E402
                   quantise, quarter, scales, split)
 from train_gpt import GPT, environment, load_checkpoint, make_segments  # noqa: E402
 
+SCALAR = np.zeros((1, 2), np.int32)         # a trellis of one state: plain rounding
 VAL_TOKENS = 32768
 KL_GOALS = 0.05, 0.02, 0.008, 0.003, 0.0012, 0.0005    # of the tuned, scalar and trellis curves: roughly
 CLIP_FACTORS = 0.5, 0.7, 1.0, 1.4, 2.0      # of the clips of the other three packers
@@ -66,57 +67,52 @@ class Meter:
         return kl, self.loss_of(logp) - self.loss
 
 
-def row_std_matrix(m: Matrix, qmax: float, feedback: bool) -> tuple[Matrix, torch.Tensor, np.ndarray]:
-    """-> the matrix in steps of std(row) / qmax, its columns in GPTQ's order; the order; the rows' std float16."""
-    n = m.W.size(1)
-    order = m.H.diagonal().argsort(descending=True)
-    std = m.W.std(1).clamp(min=1e-8).half()
+def row_std_bank(bank: Bank, layer: int, qmax: float, feedback: bool) -> tuple[Bank, torch.Tensor, np.ndarray]:
+    """-> a layer in steps of std(row) / qmax, its columns in GPTQ's order; the order; the rows' std float16."""
+    W, H, n = bank.W[layer], bank.H[layer], bank.W.size(2)
+    order = H.diagonal().argsort(descending=True)
+    std = W.std(1).clamp(min=1e-8).half()
     A = torch.eye(n)
     if feedback:
-        H = m.H.double()[order][:, order]
+        H = H.double()[order][:, order]
         H = H + torch.eye(n) * 0.01 * H.diagonal().mean().clamp(min=1e-12)
         U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
         A = (U / U.diagonal()[:, None]).float()
-    W = (m.W / std.float()[:, None])[:, order] * qmax
-    return Matrix(W, m.H, m.g, np.zeros(len(W), np.int8), np.zeros(n, np.int8), A, torch.ones(n)), order, std
+    W = (W / std.float()[:, None])[:, order] * qmax
+    zeros = np.zeros((1, max(W.shape)), np.int8)
+    return Bank(W[None], None, None, zeros[:, :len(W)], zeros[:, :n], A[None], torch.ones(1, n)), order, std
 
 
-def pack_row_std(shapes, matrices, clips: dict, feedback: bool) -> dict:
+def pack_row_std(banks: dict, clips: dict, feedback: bool) -> dict:
     """Steps k * std(row) / qmax (#1394, #1855), clips {group: (k, qmax)} -> dict: weights, zstd (bytes with zstd -22),
     contexts (bytes with pack.py's coder), groups {name: (bytes in contexts, expected KL)}."""
     compressor = zstandard.ZstdCompressor(level=22)
     weights, kls, stored, values = {}, {}, 0, []
-    for (name, (L, R, n)), bank in zip(shapes.items(), matrices):
+    for name, bank in banks.items():
         k, qmax = clips[name]
-        q, back, scale = [], [], []
-        for m in bank:
-            scaled, order, std = row_std_matrix(m, qmax / k, feedback)
-            v = quantise(scaled, 1.0, 1)
-            undo = torch.empty_like(order)
-            undo[order] = torch.arange(len(order))
-            v = v[:, undo.numpy()]
-            q.append(v)
+        v, back, scale = np.empty(bank.W.shape, np.int32), torch.empty_like(bank.W), []
+        for layer in range(len(v)):
+            scaled, order, std = row_std_bank(bank, layer, qmax / k, feedback)
+            v[layer][:, order.numpy()] = quantise(scaled, 0, slice(None), 1.0, SCALAR)
             scale.append(std.numpy())
-            back.append(torch.from_numpy(v / 2 * (std.float().numpy() * k / qmax)[:, None]).float())
-        v = np.stack(q)
+            back[layer] = torch.from_numpy(v[layer] / 2 * (std.float().numpy() * k / qmax)[:, None])
         width = np.int8 if np.abs(v).max() < 256 else np.int16
         stored += len(compressor.compress((v // 2).transpose(0, 2, 1).astype(width).tobytes()))  # transposed
         side = len(compressor.compress(np.concatenate(scale).view(np.uint8).reshape(-1, 2).T.tobytes()))
         stored, values = stored + side, values + [(v, side)]
-        weights[name] = torch.stack(back) if L > 1 else back[0]
-        kls[name] = sum(map(expected_kl, bank, back))
+        weights[name], kls[name] = back.squeeze(0), expected_kl(bank, back)
     rows, cols = zip(*[scales(v) for v, _ in values])
-    _, _, histogram = encode([v for v, _ in values], rows, cols, 64)
+    _, _, histogram = encode([v for v, _ in values], rows, cols)
     coded = entropies(histogram)[0] + [side for _, side in values]         # contexts' own exponents granted for free
     return {"weights": weights, "zstd": stored, "contexts": float(coded.sum()),
-            "groups": {name: (size, kls[name]) for name, size in zip(shapes, coded)}}
+            "groups": {name: (size, kls[name]) for name, size in zip(banks, coded)}}
 
 
-def tuned_clips(shapes, matrices) -> list[dict]:
+def tuned_clips(banks: dict) -> list[dict]:
     """Clips of embedding, attention and MLP, tuned on the checkpoint's statistics to equal slopes of expected KL."""
     grid = [2 ** (i / 2) for i in range(-6, 7)]
-    tries = [pack_row_std(shapes, matrices, {n: (k * f, q) for n, (k, q) in PUBLISHED.items()}, True) for f in grid]
-    best, n_weights = [], sum(m.W.numel() for bank in matrices for m in bank)
+    tries = [pack_row_std(banks, {n: (k * f, q) for n, (k, q) in PUBLISHED.items()}, True) for f in grid]
+    best, n_weights = [], sum(bank.W.numel() for bank in banks.values())
     for goal in KL_GOALS:
         price = 16 * math.log(2) * goal / n_weights                        # nats per byte where 6.02 dB are worth a bit
         factors = {}
@@ -128,15 +124,16 @@ def tuned_clips(shapes, matrices) -> list[dict]:
     return [{n: (PUBLISHED[n][0] * f, PUBLISHED[n][1]) for n, f in factors.items()} for factors in best]
 
 
-def spectrum(names, matrices) -> list[tuple]:
+def spectrum(banks: dict) -> list[tuple]:
     """How uneven the sensitivities are: 10 log10 of their arithmetic over their geometric mean, which is what steps
     that follow them gain at high rate. Per group: the layers' mean g, the columns' 1 / U_jj^2, the rows' g."""
     db = lambda x: 10 * np.log10(np.mean(x) / np.exp(np.mean(np.log(x))))
     rows = []
-    for name, bank in zip(names, matrices):
-        g = [np.maximum(m.g.double().numpy(), 1e-3 * m.g.double().mean().item() + 1e-30) for m in bank]
-        columns = [m.cost.double().numpy() / quarter(m.col) ** 2 for m in bank]
-        rows.append((name, db([x.mean() for x in g]), np.mean([db(x) for x in columns]), np.mean([db(x) for x in g])))
+    for name, bank in banks.items():
+        g = bank.g.double().numpy()
+        g = np.maximum(g, 1e-3 * g.mean(1, keepdims=True) + 1e-30)
+        columns = bank.cost.double().numpy() / quarter(bank.col) ** 2
+        rows.append((name, db(g.mean(1)), np.mean([*map(db, columns)]), np.mean([*map(db, g)])))
     return rows
 
 
@@ -154,32 +151,31 @@ def main() -> int:
     checkpoint = load_checkpoint(run / "checkpoint.pt")
     if not checkpoint["stats"]:
         raise BadInput(f"{run}/checkpoint.pt has no statistics, so there is nothing to compare")
-    matrices, meter = gather(checkpoint, run / "checkpoint.pt"), Meter(checkpoint)
-    config, weights, shapes = asdict(checkpoint["config"]), checkpoint["weights"], split(checkpoint["weights"])[0]
-    n_weights = sum(map(math.prod, shapes.values()))
+    config, weights, meter = asdict(checkpoint["config"]), checkpoint["weights"], Meter(checkpoint)
+    banks = dict(zip(split(weights)[0], gather(checkpoint, run / "checkpoint.pt")))
+    n_weights, flat = sum(bank.W.numel() for bank in banks.values()), list(banks.values())
     rtn, published, tuned, granted, scalar, trellis = [], [], [], [], [], []
     curves = {"round to nearest, published clips, zstd -22": rtn, "GPTQ, published clips, zstd -22": published,
               "GPTQ, clips tuned per group, zstd -22": tuned,
               "GPTQ, clips tuned per group, brotli's rate granted": granted,
               "equal slopes, scalar": scalar, "equal slopes, trellis": trellis}
-    best = tuned_clips(shapes, matrices)
+    best = tuned_clips(banks)
     with Progress("comparing", 2 * len(CLIP_FACTORS) + len(best) + 2 * len(KL_GOALS), "packings") as progress:
         for feedback, factor in [(f, x) for f in (False, True) for x in CLIP_FACTORS]:
-            x = pack_row_std(shapes, matrices, {n: (k * factor, q) for n, (k, q) in PUBLISHED.items()}, feedback)
+            x = pack_row_std(banks, {n: (k * factor, q) for n, (k, q) in PUBLISHED.items()}, feedback)
             (published if feedback else rtn).append((x["zstd"], *meter(x["weights"])))
             progress.add()
         for clips in best:
-            x = pack_row_std(shapes, matrices, clips, True)
+            x = pack_row_std(banks, clips, True)
             measured = meter(x["weights"])
             tuned.append((x["zstd"], *measured))
             granted.append((x["contexts"] * 1.011, *measured))             # brotli was measured at 1.1 % above contexts
             progress.add()
-        for states, curve in ((1, scalar), (8, trellis)):
+        for code, curve in ((SCALAR, scalar), (TRELLIS, trellis)):
             for goal in KL_GOALS:
-                packed = pack_model(config, weights, matrices, constant_for(matrices, goal), states)
-                back = {name: packed.state[name] for name in shapes}
-                expected = sum(expected_kl(m, w) for (name, shape), bank in zip(shapes.items(), matrices)
-                               for m, w in zip(bank, back[name].view(shape)))
+                packed = pack_model(config, weights, flat, constant_for(flat, goal), code)
+                back = {name: packed.state[name] for name in banks}
+                expected = sum(expected_kl(bank, back[name]) for name, bank in banks.items())
                 size = sum(n for k, n in packed.sizes.items() if k != "header" and "small" not in k)
                 curve.append((size, *meter(back), expected))
                 progress.add()
@@ -209,7 +205,7 @@ def main() -> int:
             lines.append(f"| {bits} | {a:.5f} | {b:.5f} | {c:.5f} | {c / a:.2f} | {10 * math.log10(b / c):.2f} dB |")
     lines += ["", "How uneven the sensitivities are (dB; 6 dB are worth a bit per weight):", "",
               "| group | layers' g | columns' 1 / U^2 | rows' g |", "|---|--:|--:|--:|"]
-    lines += [f"| {name} | {a:.1f} | {b:.1f} | {c:.1f} |" for name, a, b, c in spectrum(shapes, matrices)]
+    lines += [f"| {name} | {a:.1f} | {b:.1f} | {c:.1f} |" for name, a, b, c in spectrum(banks)]
     for name, text in (("packing.md", "\n".join(lines) + "\n"), ("packing.svg", plot(curves))):
         with atomic_write(run / name, "w") as f:
             f.write(text)
