@@ -1215,8 +1215,8 @@ def join(cfg: Config) -> World:
     if not there[kind]:
         raise BadInput(f"--device={kind}: " + (no_cuda() if kind == "cuda" else "this machine or torch has none"))
     if (rows := cfg.batch_tokens // cfg.row_tokens) % size:
-        raise BadInput(f"--batch_tokens={cfg.batch_tokens} is {rows} rows of --row_tokens={cfg.row_tokens}, which {size} "
-                       f"ranks cannot share evenly{'; ' + no_cuda() if no_cuda() else ''}")
+        raise BadInput(f"--batch_tokens={cfg.batch_tokens} is {rows} rows of --row_tokens={cfg.row_tokens}, which "
+                       f"{size} ranks cannot share evenly{'; ' + no_cuda() if no_cuda() else ''}")
     device, control = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind), None
     if kind == "cuda":
         torch.cuda.set_device(device)
