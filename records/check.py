@@ -10,7 +10,7 @@ repository are read strictly, folders from elsewhere leniently (--mode). Exit co
 4 FLAG, 1 FAIL; 2 bad input. `compare` exits 0.
 
 What no reader of files can prove (normalised scores, no look-ahead, score before learn) the judge proves by
-construction and by probes, `eval_bpb.py --audit`: their verdicts stand in submission.json and --rescore repeats them.
+construction and by replay, `eval_bpb.py --audit`: its verdicts stand in submission.json and --rescore repeats them.
 The bytes under review are hostile. A child process with limits on time and memory reads each folder; it follows no
 link, opens only regular files under a size limit, and decodes wrapped sources within limits. What stops it is itself a
 finding.
@@ -40,7 +40,7 @@ from records.rules import (BAD_TOKEN_COUNTS, BEST_PUBLIC_BPB, BYTES_PER_TOKEN, C
 from records.sources import changes, definitions, fingerprint, parse, scan, scan_text, similarity
 from records.stats import compare, comparison, nats_per_bit
 
-PROBES = {"future", "others", "twice", "lengths"}   # of eval_bpb.py --audit
+PROOFS = {"replay", "lengths"}   # of eval_bpb.py --audit
 FOLDER_NAME = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._-]+")
 
 
@@ -299,8 +299,8 @@ def check_ours(r):
         for probe, verdict in audit.items():
             if not str(verdict).lower().startswith(("pass", "ok", "true")):
                 emit("audit", f"seed {seed}: {probe}: {verdict}")
-        if r.record and (missing := PROBES - audit.keys()):
-            emit("audit", f"seed {seed}: not probed for {', '.join(sorted(missing))}; score it with --audit")
+        if r.record and (missing := PROOFS - audit.keys()):
+            emit("audit", f"seed {seed}: not proved by {', '.join(sorted(missing))}; score it with --audit")
     for key in ("source_sha256", "config_sha256"):
         if len({str(row.get(key)) for _, row in results}) > 1:
             emit("seeds", f"the seeds differ in {key}")
@@ -454,7 +454,7 @@ def rescore(folder, artifact, data, strict):
     with tempfile.TemporaryDirectory() as work:
         copy = Path(work) / "artifact.pyz"
         copy.write_bytes(blob)
-        judge = [sys.executable, str(ROOT / "eval_bpb.py"), str(copy), "--audit", "--isolate"]
+        judge = [sys.executable, str(ROOT / "eval_bpb.py"), str(copy), "--audit"]
         judge += [f"--data={data}"] if data else []
         out = subprocess.run(judge, cwd=ROOT, stderr=subprocess.PIPE, stdout=sys.stderr)
         score = parse_json((Path(work) / "score.json").read_bytes()) if out.returncode == 0 else {}

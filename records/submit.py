@@ -88,7 +88,7 @@ def check_track(track, runs):
 
 def seed_log(run):
     """The log of one seed: the trainer's, the packer's ledger, and the official numbers after the last `---`."""
-    judged = {k: run["score"].get(k) for k in ("phases", "audit", "isolated", "predictor", "environment")}
+    judged = {k: run["score"].get(k) for k in ("mode", "unconfined", "phases", "audit", "predictor", "environment")}
     parts = [read_source(run["folder"] / "log.txt"), b"eval_bpb.py: " + json.dumps(judged).encode()]
     if (run["folder"] / "pack.txt").is_file():
         parts.insert(1, b"pack.py:\n" + read_source(run["folder"] / "pack.txt"))
