@@ -1011,6 +1011,9 @@ def test_coder_returns_every_value_and_wastes_nothing():
     for bank, piece, _, v in pack.decode(words, escapes, shapes, rows, cols):
         out[bank][piece] = v.T
     assert all((a == b.reshape(a.shape)).all() for a, b in zip(out, values)) and 10 ** 6 < np.abs(escapes).max()
+    for cut in ((words[:-1], escapes), (np.append(words, words[:1]), escapes), (words, escapes[:-1])):
+        with pytest.raises(ValueError):
+            list(pack.decode(*cut, shapes, rows, cols))
     ideal, entropy = pack.entropies(histogram)
     assert 2 * len(words) - 4 * pack.count_lanes(shapes) < 1.005 * ideal.sum()             # the lanes' start-up apart
     assert entropy < ideal.sum() < 1.02 * entropy                    # which has its tables for free
@@ -1172,23 +1175,25 @@ def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path)
     forged += [forge(config={**header["config"], key: 1 << 30}) for key in sizes]
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
     for i in range(len(header["sections"])):                         # each section a bomb, and cut short
-        for part in (bomb, body[starts[i]:starts[i + 1] - 2]):
+        for part, n in ((bomb, header["escapes"]), (bomb, 1 << 26), (body[starts[i]:starts[i + 1] - 2], 0)):
             lengths = [*header["sections"][:i], len(part), *header["sections"][i + 1:]]
-            forged.append(forge(body[:starts[i]] + part + body[starts[i + 1]:], sections=lengths, escapes=1 << 26))
+            forged.append(forge(body[:starts[i]] + part + body[starts[i + 1]:], sections=lengths, escapes=n))
     for _ in range(10):
         bad = bytearray(blob)
         bad[int(rng.integers(len(bad)))] ^= 1 << int(rng.integers(8))
         forged += [bytes(bad), bytes(bad[:int(rng.integers(len(bad)))])]
-    tracemalloc.start()
-    for bad in forged:
-        path.write_bytes(pack.build_artifact(files, bad))
+    forged = [(files, bad) for bad in forged] + [({"tokenizer.json": bytes(1 << 28)}, blob)]
+    for parts, bad in forged:
+        path.write_bytes(pack.build_artifact(parts, bad))
+        tracemalloc.start()
         try:
             pack.load(path)
         except BadInput as error:
             assert "\n" not in str(error)
             refused += 1
-    assert refused > 0.7 * len(forged) and tracemalloc.get_traced_memory()[1] < 1 << 27
-    tracemalloc.stop()
+        assert tracemalloc.get_traced_memory()[1] < 1 << 27
+        tracemalloc.stop()
+    assert refused > 0.7 * len(forged)
     data = pack.build_artifact(files, blob)
     for _ in range(20):                                              # the zip's own structure
         at = int(rng.integers(len(data) - 400, len(data) - 32))
