@@ -228,7 +228,7 @@ class Adaptive:
             return y + (x.view(B, T, -1) @ A @ B_).view(y.shape)
 
         def linear(x, W, name, layer, visit):
-            return adapt(x, F.linear(x, W.to(x.dtype)), (name, visit))
+            return adapt(x * (layer + 1) ** -0.5, F.linear(x, W), (name, visit))  # W has the norm's scale folded in
 
         def attend(q, k, v, seg, visit):
             q, k, v = (x.view(B, T, -1, x.size(-1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d)

@@ -169,6 +169,33 @@ def test_parameter_count_and_flops_of_the_record():
     assert abs(train_gpt.count_flops(cfg, True) / 319.3e6 - 1) < 0.01
 
 
+def test_what_stands_between_the_products_of_attention_has_the_gradients_of_its_parts():
+    torch.manual_seed(0)
+    N, H, K, d = 30, 6, 2, 16
+    qkv, gain, gate = (torch.randn(*shape, requires_grad=True) for shape in ((N, H + 2 * K, d), (H,), (N, H)))
+    angle = torch.rand(N, 1, 4) * 6
+    cos, sin = angle.cos(), angle.sin()
+
+    def parts():
+        q, k, v = qkv.split([H, K, K], 1)
+        q, k = (train_gpt.rotate(F.rms_norm(x, (d,), eps=train_gpt.EPS), cos, sin) for x in (q, k))
+        q = q * gain[:, None]
+        y = q + k.repeat_interleave(H // K, 1) * v.repeat_interleave(H // K, 1)  # in place of attention
+        own = F.normalize(v, dim=-1).repeat_interleave(H // K, 1)
+        return (y - (y * own).sum(-1, keepdim=True) * own) * gate.sigmoid()[:, :, None]
+
+    def fused():
+        q, k, v = train_gpt.rotated_heads(qkv, gain, cos, sin, K)
+        return train_gpt.gated_xsa(q + k.repeat_interleave(H // K, 1) * v.repeat_interleave(H // K, 1), v, gate)
+
+    weights, results = torch.randn(N, H, d), []
+    for function in (parts, fused):
+        z = function()
+        results.append((z, *torch.autograd.grad((z * weights).sum(), (qkv, gain, gate))))
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 # ---- the kernels
 
 
@@ -323,7 +350,7 @@ def test_calibration_sums_are_those_of_a_hand_computation():
     hidden = model(tokens, seg, True, spy)
     assert len(seen[("up", 1)]) == 2 and len(seen[("up", 0)]) == 1   # the looped block is visited twice
     for (name, layer), xs in seen.items():
-        H = sum(x.T @ x for x in xs)
+        H = sum(x.T @ x for x in xs) / (layer + 1 if name in ("qkv", "up") else 1)  # whose scale stands in the product
         torch.testing.assert_close(stats[f"{name}.H"][layer] / 150, H, rtol=1e-3, atol=1e-3)
     # embed.g against the diagonal of the Fisher, by automatic differentiation of each label's loss.
     z = F.linear(hidden, model.embed.weight).detach().requires_grad_()
@@ -348,7 +375,7 @@ def test_calibration_sums_are_those_of_a_hand_computation():
         logits = model.logits(model(tokens, seg, True, tap))
         F.cross_entropy(logits, torch.multinomial(logits.softmax(-1).detach(), 1)[:, 0], reduction="sum").backward()
         grads.append(keep["y"].grad.square().sum(0))
-    assert (g / torch.stack(grads).mean(0) - 1).abs().mean() < 0.15
+    assert (g / model.mlp_scale[3].square() / torch.stack(grads).mean(0) - 1).abs().mean() < 0.15
 
 
 # ---- whole runs

@@ -271,8 +271,11 @@ def block_order(cfg: Config, looped: bool) -> list[int]:
     return blocks[:cfg.loop_last + 1] + again + blocks[cfg.loop_last + 1:] if looped and cfg.loop_passes > 1 else blocks
 
 
+EPS = 1.2e-7  # of root mean squares
+
+
 def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=1.2e-7)  # no gain: a scale per block does its work
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)  # no gain: a scale per block does its work
 
 
 def lrelu2(x: Tensor) -> Tensor:
@@ -282,7 +285,7 @@ def lrelu2(x: Tensor) -> Tensor:
 
 def plain_linear(x: Tensor, W: Tensor, name: str, layer: int, visit: int) -> Tensor:
     """x (N, in), W (out, in) -> (N, out). forward() takes any such function: calibration, test-time adapters."""
-    return F.linear(x, W.to(x.dtype))
+    return F.linear(x, W)
 
 
 class GPT(nn.Module):
@@ -334,13 +337,19 @@ class GPT(nn.Module):
         cfg, dtype = self.cfg, self.dtype
         attend = attend or (lambda q, k, v, seg, visit: self.attend(q, k, v, seg))
         cast = lambda p: p.to(dtype)
-        x0_mix, attn_scale, mlp_scale = cast(self.x0_mix), cast(self.attn_scale), cast(self.mlp_scale)
-        skip_scale, skip_gate, lanes = cast(self.skip_scale), cast(self.skip_gate.sigmoid()), cast(self.lanes)
+        lanes, skip_scale, skip_gate, x0_mix = (cast(x).unbind() for x in (
+            self.lanes, self.skip_scale, self.skip_gate.sigmoid(), self.x0_mix.view(-1, cfg.n_embd)))
+        # Scales of a product's input or output are folded into its matrix: a product the size of the weights instead of
+        # one the size of the activations, each way. Deeper blocks read a smaller norm (public: -0.002 with partial RoPE).
+        depth = torch.arange(1, cfg.n_layer + 1, device=tokens.device)[:, None, None] ** -0.5
+        weights = {"qkv": self.qkv * depth, "o": self.o * self.attn_scale[:, :, None], "up": self.up * depth,
+                   "down": self.down * self.mlp_scale[:, :, None], "gate": self.attn_gate * (0.5 * depth)}
+        weights = {name: cast(W).unbind() for name, W in weights.items()}
 
         # Rotary angles from the position in the segment, once for all blocks; fp32 until the cast.
         freqs = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, device=tokens.device) / cfg.rope_dims)
         angle = seg.pos[:, None, None] * freqs  # (N, 1, rope_dims / 2)
-        cos, sin = cast(angle.cos()), cast(angle.sin())
+        cos, sin = angle.cos(), angle.sin()
 
         # SmearGate: each token takes some of the one before it, never across a segment's start (#1667, #1851; -0.0005).
         x = cast(self.embed(tokens))  # (N, D)
@@ -358,41 +367,33 @@ class GPT(nn.Module):
             if visit >= n_encoder and skips:  # U-Net: the decoder takes back the encoder's outputs
                 j = visit - n_encoder
                 x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])
-            depth = (i + 1) ** -0.5  # deeper blocks read a smaller norm (public: -0.002 with partial RoPE)
-            u = x0_mix[i, 0] * x + x0_mix[i, 1] * x0
-            a = attn_scale[i] * self.attention(norm(u) * depth, i, visit, cos, sin, seg, linear, attend)
+            W = {name: bank[i] for name, bank in weights.items()}
+            u = x0_mix[2 * i] * x + x0_mix[2 * i + 1] * x0
+            a = self.attention(norm(u), W, i, visit, cos, sin, seg, linear, attend)
             if i < cfg.two_lane_from:
                 x = u + a
-                x = x + mlp_scale[i] * self.mlp(norm(x) * depth, i, visit, linear)
+                x = x + self.mlp(norm(x), W, i, visit, linear)
             else:  # attention and MLP side by side (#1529: -0.004)
-                m = mlp_scale[i] * self.mlp(norm(lane) * depth, i, visit, linear)
+                m = self.mlp(norm(lane), W, i, visit, linear)
                 keep0, keep1, a0, a1, m0, m1 = lanes[i - cfg.two_lane_from].unbind()
                 x, lane = keep0 * x + a0 * a + m0 * m, keep1 * lane + a1 * a + m1 * m
             if visit < n_encoder:
                 skips.append(x)
         return norm(x if lane is None else (x + lane) / 2)
 
-    def attention(self, n, i, visit, cos, sin, seg, linear, attend):
+    def attention(self, n, W, i, visit, cos, sin, seg, linear, attend):
         """n (N, D), the block's normed input -> (N, D)."""
-        cfg, N, d = self.cfg, n.size(0), self.head_dim
-        q, k, v = linear(n, self.qkv[i], "qkv", i, visit).split(self.qkv_sizes, -1)
-        q, k, v = q.view(N, -1, d), k.view(N, -1, d), v.view(N, -1, d)
-        q, k = rotate(norm(q), cos, sin) * self.q_gain[i].to(n.dtype)[:, None], rotate(norm(k), cos, sin)
+        qkv = linear(n, W["qkv"], "qkv", i, visit).view(len(n), -1, self.head_dim)
+        q, k, v = rotated_heads(qkv, self.q_gain[i], cos, sin, self.cfg.n_kv_head)
         y = attend(q, k, v, seg, visit)  # (N, H, d)
-        # XSA (#265): take out of each head what lies along the token's own value.
-        own = F.normalize(v, dim=-1)[:, :, None]  # (N, K, 1, d)
-        y = y.view(N, cfg.n_kv_head, -1, d)
-        y = y - (y * own).sum(-1, keepdim=True) * own
-        # Sparse attention gate: each head opened by a few input dimensions (#1787).
-        gate = torch.sigmoid(0.5 * F.linear(n[:, :cfg.gate_dims], self.attn_gate[i].to(n.dtype)))  # (N, H)
-        y = y.reshape(N, cfg.n_head, d) * gate[:, :, None]
-        return linear(y.reshape(N, -1), self.o[i], "o", i, visit)
+        gate = F.linear(n[:, :self.cfg.gate_dims], W["gate"])  # (N, H)
+        return linear(gated_xsa(y, v, gate).reshape(n.shape), W["o"], "o", i, visit)
 
-    def mlp(self, n, i, visit, linear):
+    def mlp(self, n, W, i, visit, linear):
         """n (N, D) -> (N, D)."""
         if self.fused_mlp is not None and linear is plain_linear:
-            return self.fused_mlp(n, self.up[i].to(n.dtype), self.down[i].to(n.dtype))
-        return linear(lrelu2(linear(n, self.up[i], "up", i, visit)), self.down[i], "down", i, visit)
+            return self.fused_mlp(n, W["up"], W["down"])
+        return linear(lrelu2(linear(n, W["up"], "up", i, visit)), W["down"], "down", i, visit)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> logits (N, V) float32, softcapped."""
@@ -412,6 +413,89 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     r = cos.size(-1)
     a, b, rest = x[..., :r], x[..., r:2 * r], x[..., 2 * r:]
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
+
+
+# What stands between the products of attention, as two functions with gradients of their own: the compiler makes a few
+# passes over memory of each, where the gradients of their parts take three times as many.
+
+
+class RotatedHeads(torch.autograd.Function):
+    """qkv (N, H + 2 K, d), gain (H,), cos and sin (N, 1, r) float32 -> q (N, H, d), k and v (N, K, d): q and k of unit
+    mean square and rotated, q times its gain.
+
+    With y = gain R x / rms(x): dx = (g - x^ mean(x^ g)) / rms(x) where x^ = x / rms(x) and g = gain R^T dy.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, gain, cos, sin, n_kv):
+        ctx.save_for_backward(qkv, gain, cos, sin)
+        q, k, v = qkv.split([len(gain), n_kv, n_kv], 1)
+
+        def prepare(x):
+            x = x.float()
+            return rotate(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), cos, sin)
+
+        return (prepare(q) * gain[:, None]).to(q.dtype), prepare(k).to(q.dtype), v
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        qkv, gain, cos, sin = ctx.saved_tensors
+        q, k, _ = qkv.split([dq.size(1), dk.size(1), dv.size(1)], 1)
+
+        def undo(x, dy, gain):
+            """-> dx, and the sums x^ R^T dy (N, heads) that add up to the gradient of the gain."""
+            x, g = x.float(), rotate(dy.float(), cos, -sin)
+            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+            x = x * scale
+            dot = (x * g).sum(-1, keepdim=True)
+            return ((g - x * (dot / x.size(-1))) * (scale * gain)).to(dy.dtype), dot[..., 0]
+
+        (dq, dgain), (dk, _) = undo(q, dq, gain[:, None]), undo(k, dk, 1.0)
+        return torch.cat([dq, dk, dv], 1), dgain.sum(0), None, None, None
+
+
+class GatedXSA(torch.autograd.Function):
+    """y (N, H, d), v (N, K, d), gate (N, H) -> (N, H, d): each head less what lies along its token's own value (XSA,
+    #265), times sigmoid(gate) (sparse attention gate, #1787).
+
+    With v^ = v / |v|, p = y v^: z = s (y - p v^). Then dy = e - q v^ where e = s dz and q = e v^, and of each head
+    dv = (2 p q v^ - p e - q y) / |v|.
+    """
+
+    @staticmethod
+    def forward(ctx, y, v, gate):
+        ctx.save_for_backward(y, v, gate)
+        z, *_ = GatedXSA.parts(y, v, gate)
+        return (z * gate.float().sigmoid().view(*z.shape[:3], 1)).view(y.shape).to(y.dtype)
+
+    @staticmethod
+    def parts(y, v, gate):
+        """-> y - p v^, y, v^ (N, K, H / K, d), |v| and p (N, K, H / K, 1)."""
+        y = y.reshape(len(v), v.size(1), -1, v.size(2)).float()
+        v = v[:, :, None].expand(y.shape).float()
+        length = v.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
+        own = v / length
+        p = (y * own).sum(-1, keepdim=True)
+        return y - p * own, y, own, length, p
+
+    @staticmethod
+    def backward(ctx, dz):
+        y, v, gate = ctx.saved_tensors
+        z, yf, own, length, p = GatedXSA.parts(y, v, gate)
+        dz, s = dz.reshape(z.shape).float(), gate.float().sigmoid().view(*z.shape[:3], 1)
+        e = dz * s
+        q = (e * own).sum(-1, keepdim=True)
+        dgate = ((dz * z).sum(-1, keepdim=True) * s * (1 - s)).view(gate.shape)
+        dv = ((2 * p * q * own - p * e - q * yf) / length).sum(2)
+        return (e - q * own).view(y.shape).to(y.dtype), dv.to(v.dtype), dgate.to(gate.dtype)
+
+
+def rotated_heads(qkv, gain, cos, sin, n_kv):
+    return RotatedHeads.apply(qkv, gain, cos, sin, n_kv)  # a function of its own: torch 2.11 cannot capture `apply`
+
+
+def gated_xsa(y, v, gate):
+    return GatedXSA.apply(y, v, gate)
 
 
 def count_flops(cfg: Config, looped: bool) -> float:
@@ -994,6 +1078,12 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
         stats["tokens"] += len(tokens)
     hook.remove()
     model.requires_grad_(True)
+    # The products had scales folded into their matrices; the statistics are those of the matrices without.
+    depth = torch.arange(1, model.cfg.n_layer + 1, device=device)
+    for name, scale in (("o", model.attn_scale), ("down", model.mlp_scale)):
+        stats[f"{name}.g"] *= scale.detach().square()
+    for name in ("qkv", "up"):
+        stats[f"{name}.H"] /= depth[:, None, None]
     return stats
 
 
