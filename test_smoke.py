@@ -24,7 +24,6 @@ import tracemalloc
 import zipfile
 import zlib
 from dataclasses import asdict, replace
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from xml.dom import minidom
@@ -35,15 +34,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zstandard
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 import eval_bpb
 import pack
 import train_gpt
 from data import hub as hub_files, prepare
-from data.dataset import (BadInput, DocsHash, atomic_write, find_dataset, read_meta, read_shard, read_val_docs,
-                          write_shard)
+from data.dataset import BadInput, read_meta, read_shard, read_val_docs, write_shard
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
@@ -87,6 +84,10 @@ def run_train(folder, *flags, shape=RUN, **how):
     return run(ROOT / "train_gpt.py", *shape, *flags, cwd=folder, **how)
 
 
+def flip(data, at):
+    return data[:at] + bytes([data[at] ^ 64]) + data[at + 1:]
+
+
 def metrics(folder, run, kind):
     lines = [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
@@ -106,14 +107,6 @@ def test_a_token_sees_only_its_own_segment_and_its_past():
             moved = (model(changed, seg, looped) != before).any(-1)
             end = next(e for e in (30, 77, 125, 128) if at < e)
             assert moved[at] and not moved[:at].any() and not moved[end:].any()     # to the last bit
-
-
-def test_a_packed_row_equals_each_document_alone():
-    model, tokens = tiny_model(), torch.randint(64, (128,))
-    packed = model(tokens, make_segments(np.array([0, 30, 77]), 128, 48))
-    for a, b in ((0, 30), (30, 77), (77, 125), (125, 128)):
-        alone = model(tokens[a:b], make_segments(np.array([0]), b - a, 48))
-        torch.testing.assert_close(packed[a:b], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_segments_are_documents_cut_every_seq_len():
@@ -138,25 +131,6 @@ def test_recurrence_with_one_pass_is_the_plain_model():
     model = tiny_model()
     assert not torch.allclose(model(tokens, seg, True), model(tokens, seg, False))
     assert train_gpt.block_order(Config(), True) == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
-
-
-def test_cached_keys_and_values_give_the_same_hidden_states():
-    model, tokens, cache = tiny_model(), torch.randint(64, (40,)), {}
-
-    def attend(q, k, v, seg, visit):
-        old = cache.get(visit)
-        k, v = (k, v) if old is None else (torch.cat([old[0], k]), torch.cat([old[1], v]))
-        cache[visit] = k, v
-        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
-
-    whole = model(tokens, make_segments(np.array([0]), 40, 48))
-    for a, b in ((0, 13), (13, 14), (14, 40)):
-        seg = make_segments(np.array([0]), b - a, 48)
-        prev = tokens[a - 1:b - 1] if a else tokens[:b].roll(1)
-        part = model(tokens[a:b], seg._replace(pos=seg.pos + a), attend=attend, prev=prev)
-        torch.testing.assert_close(part, whole[a:b], atol=1e-5, rtol=1e-4)
 
 
 def test_parameter_count_and_flops_of_the_record():
@@ -337,7 +311,7 @@ def test_calibration_sums_are_those_of_a_hand_computation():
     model = tiny_model(loop_passes=2)
     tokens = torch.randint(64, (64,))
     seg = make_segments(np.array([0, 40]), 64, 48)
-    batch = type("L", (), {"next": lambda self, n: (tokens, tokens, seg)})()
+    batch = SimpleNamespace(next=lambda seq_len: (tokens, tokens, seg))
     stats = train_gpt.calibrate(model, batch, 150, 64, seed=0)
     assert stats["tokens"].item() == 150 * 64
     assert train_gpt.calibrate(model, batch, 5, 64, 0, late=lambda: True)["tokens"].item() == 64   # the clock ends it
@@ -358,42 +332,21 @@ def test_calibration_sums_are_those_of_a_hand_computation():
     fisher = sum(log_p(c).exp().detach()[:, None] * torch.autograd.grad(log_p(c).sum(), z)[0] ** 2
                  for c in range(64)).sum(0)
     torch.testing.assert_close(stats["embed.g"] / 150, fisher, rtol=1e-3, atol=1e-4)
-    # down.g of the last block by sampling the same way, with fresh labels: the mean of squares agrees within its noise.
-    g = stats["down.g"][3] / 150
-    grads = []
-    for s in range(150):
-        torch.manual_seed(s + 1)
-        keep = {}
-
-        def tap(x, W, name, layer, visit):
-            y = train_gpt.plain_linear(x, W, name, layer, visit)
-            if (name, layer) == ("down", 3):
-                y.retain_grad()
-                keep["y"] = y
-            return y
-
-        logits = model.logits(model(tokens, seg, True, tap))
-        F.cross_entropy(logits, torch.multinomial(logits.softmax(-1).detach(), 1)[:, 0], reduction="sum").backward()
-        grads.append(keep["y"].grad.square().sum(0))
-    assert (g / model.mlp_scale[3].square() / torch.stack(grads).mean(0) - 1).abs().mean() < 0.15
 
 
 # ---- whole runs
 
 
 def test_ranks_agree_runs_repeat_and_end_with_a_checkpoint(tmp_path):
-    for run, ranks in (("a", 1), ("b", 1), ("two", 2), ("four", 4)):
+    for run, ranks in (("a", 1), ("b", 1), ("four", 4)):
         done = run_train(tmp_path, "--max_steps=6", "--loop_at=0.5", f"--run={run}", ranks=ranks)
         assert done.returncode == 0, done.stderr[-2000:]
-    losses = {run: [x["train_loss"] for x in metrics(tmp_path, run, "step")] for run in ("a", "b", "two", "four")}
+    losses = {run: [x["train_loss"] for x in metrics(tmp_path, run, "step")] for run in ("a", "b", "four")}
     saved = {run: train_gpt.load_checkpoint(tmp_path / "runs" / run / "checkpoint.pt") for run in losses}
     assert losses["a"] == losses["b"]
     assert all(torch.equal(v, saved["b"]["weights"][k]) for k, v in saved["a"]["weights"].items())
-    for run in ("two", "four"):
-        assert np.allclose(losses[run], losses["a"], atol=1e-4), losses
-        for k, v in saved["a"]["stats"].items():  # four ranks calibrate on other rows: only sums of one size
-            assert v.shape == saved[run]["stats"][k].shape
-        assert saved[run]["stats"]["tokens"] >= saved["a"]["stats"]["tokens"] == 256
+    assert np.allclose(losses["four"], losses["a"], atol=1e-4), losses
+    assert saved["four"]["stats"]["tokens"] >= saved["a"]["stats"]["tokens"] == 256
     assert (tmp_path / "runs/latest").resolve() == (tmp_path / "runs/four").resolve()
     assert saved["a"]["run"]["finished"] and saved["a"]["run"]["steps"] == 6
     assert (tmp_path / "runs/a/source/train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
@@ -428,7 +381,7 @@ def test_bad_flags_and_shapes_are_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flag, word in (("--layers=3", "--layers"), ("--n_layer=x", "n_layer"), ("--n_head=3", "--n_head"),
                        ("--n_kv_head=3", "--n_kv_head"), ("--batch_tokens=1000", "--batch_tokens"),
-                       ("--seq_len=0", "--seq_len"), ("--matrix_lr=-1", "--matrix_lr"), ("--data=nowhere", "nowhere"),
+                       ("--seq_len=0", "--seq_len"), ("--matrix_lr=-1", "--matrix_lr"), ("--data=nowhere", "docs PATH"),
                        ("--matrix_lr=nan", "--matrix_lr"), ("--two_lane_from=0", "--two_lane_from"),
                        ("--device=tpu", "--device"), ("--run=../up", "--run"), ("--preset=big", "--preset"),
                        ("--compare_to=nowhere", "--compare_to"), ("--preset=record", "data/prepare.py fineweb")):
@@ -447,17 +400,13 @@ def test_a_damaged_checkpoint_is_refused_and_a_full_disk_keeps_the_old_one(tmp_p
     train_gpt.save_checkpoint(path, cfg, model, data, {"tokens": torch.ones(1)}, {"steps": 1})
     good = path.read_bytes()
     assert torch.equal(train_gpt.load_checkpoint(path)["weights"]["up"], model.up)
-    rng, broken = np.random.default_rng(0), tmp_path / "broken.pt"
-    for n in (0, 10, len(good) // 2, len(good) - 1):
-        broken.write_bytes(good[:n])
-        with pytest.raises(BadInput, match="broken.pt"):
-            train_gpt.load_checkpoint(broken)
-    for at in rng.integers(0, len(good), 60):
-        broken.write_bytes(good[:at] + bytes([good[at] ^ 64]) + good[at + 1:])
+    broken, places = tmp_path / "broken.pt", np.random.default_rng(0).integers(0, len(good), 60)
+    for bad in [*(good[:n] for n in (0, 10, len(good) - 1)), *(flip(good, at) for at in places)]:
+        broken.write_bytes(bad)
         try:  # a flip may hit padding, which changes nothing; never the weights
             loaded = train_gpt.load_checkpoint(broken)
         except BadInput as error:
-            assert "\n" not in str(error)
+            assert "broken.pt" in str(error) and "\n" not in str(error)
         else:
             assert all(torch.equal(v, loaded["weights"][k]) for k, v in model.state_dict().items())
 
@@ -475,7 +424,7 @@ def stub_attention(q, k, v, seg):
     at = torch.arange(len(q))
     segment = torch.searchsorted(seg.cu_seqlens[1:].contiguous(), at.int(), right=True)
     seen = (segment[:, None] == segment) & (at[:, None] >= at) & (at[:, None] - at < seg.max_len)
-    y = scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=seen, enable_gqa=True)
+    y = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=seen, enable_gqa=True)
     return y.transpose(0, 1)
 
 
@@ -532,7 +481,9 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path):
     process = run_train(tmp_path, *flags, "--run=killed", ranks=2, popen=True)
     while not (tmp_path / "runs/killed/state.pt").exists():
         time.sleep(0.01)
-    subprocess.run(["pkill", "-KILL", "-f", "--", "--run=killed"])
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in (process.pid, *map(int, ranks)):
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
     again = run_train(tmp_path, "--resume=killed", ranks=2, shape=())
     assert again.returncode == 0, again.stderr[-2000:]
@@ -631,8 +582,9 @@ def unicode_strings(n, seed):
                       else rng.choice(rng.choice(pools)) for _ in range(rng.randrange(40)))
 
 
-def test_tokenizer_gives_every_unicode_string_back():
-    tokenizer = Tokenizer(DEMO)
+@pytest.mark.parametrize("pattern", [None, "[a-z]+"])    # the second has holes
+def test_tokenizer_gives_every_unicode_string_back(pattern):
+    tokenizer = Tokenizer(json.dumps(json.loads(DEMO) | ({"pattern": pattern} if pattern else {})).encode())
     texts = [*unicode_strings(8000, 7), "", "\0", "C the U nasa L", "A" * 999, "HTTPServer PDFs USA's iPhone A I" * 9,
              "the" * 5000, " " * 100_000]
     for text, lower, tokens in zip(texts, lower_case(texts), tokenizer.encode_batch(texts), strict=True):
@@ -671,11 +623,6 @@ def test_lone_surrogates_and_damaged_tokenizers_are_refused_by_name():
             Tokenizer(blob)
 
 
-def test_a_pattern_with_holes_loses_no_text():
-    tokenizer = Tokenizer(json.dumps(json.loads(DEMO) | {"pattern": "[a-z]+"}).encode())
-    assert tokenizer.decode(tokenizer.encode("It's 5!\n")) == "It's 5!\n"
-
-
 def test_training_a_tokenizer_is_deterministic():
     pytest.importorskip("tokenizers")
     texts = words(300, 5)
@@ -697,17 +644,14 @@ def test_nmt_nfkc_examples_and_the_whole_map():
     assert digest == "bbd13d1196b727c036a5a24f8f5cf4a2144e7eae652feff13cb608ad50bde803"
 
 
-def test_nmt_nfkc_is_sentencepieces():
-    sentencepiece = pytest.importorskip("sentencepiece", minversion="0.2.3")
-    normalizer = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc", add_dummy_prefix=False,
-                                                       remove_extra_whitespaces=True, escape_whitespaces=False)
+def test_nmt_nfkc_is_sentencepieces_on_marks_hangul_and_kana():
     rng = random.Random(3)
     ranges = ([(0x300, 0x34F), (0x3099, 0x309B), (0x1161, 0x1176), (0x11A8, 0x11C3)],
               [(0x3000, 0x3400), (0x1100, 0x1113)], [(0xFF00, 0xFFF0)])
     pools = ["aeoAEOU  \u3000\u00b4<=", *([chr(code) for span in spans for code in range(*span)] for spans in ranges)]
     mixed = ("".join(rng.choice(rng.choice(pools)) for _ in range(12)) for _ in range(20_000))
-    for text in [*unicode_strings(4000, 9), *mixed]:
-        assert nmt_nfkc(text) == normalizer.normalize(text)
+    digest = hashlib.sha256("".join(map(nmt_nfkc, mixed)).encode()).hexdigest()    # that of sentencepiece 0.2.3
+    assert digest == "41e3e024b32953030e29bdb9e5b9401ed8e03f4d7166f28cca61a9b28223b3c3"
 
 
 # Files
@@ -765,24 +709,6 @@ def test_shards_and_documents_are_checked_as_they_are_read(small):
             list(read_val_docs(small, meta))
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(BadInput, match="file: No space left"), atomic_write(path) as file:
-        file.write(b"new")
-        raise OSError(28, "No space left on device")
-    with pytest.raises(KeyError), atomic_write(path) as file:
-        raise KeyError
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
-
-
-def test_a_missing_dataset_names_the_command_that_prepares_it(tmp_path):
-    with pytest.raises(BadInput, match="python data/prepare.py docs PATH --name=nothing"):
-        find_dataset("nothing")
-    with pytest.raises(BadInput, match="no meta.json"):
-        find_dataset(tmp_path)
-
-
 # Commands
 
 def test_demo_is_deterministic_and_disjoint(tmp_path, monkeypatch):
@@ -824,12 +750,6 @@ def test_docs_names_every_document_that_it_skips(tmp_path, monkeypatch, capsys):
         with pytest.raises(BadInput, match=message):
             prepare_main(monkeypatch, tmp_path, *flags, *more.split())
     assert sorted(os.listdir(tmp_path / "data")) == before
-
-
-def test_bad_input_exits_2_with_one_line():
-    command = [sys.executable, ROOT / "data" / "prepare.py", "docs", "/nowhere", "--name=x"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "prepare.py: /nowhere: not there\n")
 
 
 # FineWeb, against a server of the hub's shape
@@ -1072,20 +992,22 @@ def test_trellis_gains_at_least_0_8_dB_over_scalar_and_statistics_3_dB_more():
     assert 0.6 < kl / (0.05 / pack.constant_for([known], 1.0)) ** 2 < 1.02   # uniform errors at the plan's own price
 
 
-def test_expected_kl_is_the_measured_one(run_to_pack):
+def test_expected_kl_is_the_measured_one_for_every_bank(run_to_pack):
     checkpoint = train_gpt.load_checkpoint(run_to_pack / "checkpoint.pt")
-    cfg, weights = checkpoint["config"], checkpoint["weights"]
-    banks = pack.gather(checkpoint, run_to_pack)
-    packed = pack.pack_model(asdict(cfg), weights, banks, 1e-3)
-    tokens = torch.from_numpy(train_gpt.synthetic_tokens(cfg.vocab_size, 2048, seed=1).astype(np.int64))
-    seg = make_segments(np.arange(0, 2048, 60), 2048, cfg.seq_len)
-    with torch.no_grad():
-        full, again = GPT(cfg), pack.unpack_model(packed.blob)[1]
-        full.load_state_dict(weights)
-        logp = [model.logits(model(tokens, seg)).log_softmax(-1) for model in (full, again)]
-    measured = (logp[0].exp() * (logp[0] - logp[1])).sum(-1).mean().item()
-    expected = sum(pack.expected_kl(bank, packed.state[name]) for name, bank in zip(pack.split(weights)[0], banks))
-    assert 1e-4 < expected and 0.5 < measured / expected < 2
+    model, weights, banks = GPT(checkpoint["config"]), checkpoint["weights"], pack.gather(checkpoint, run_to_pack)
+    packed = pack.pack_model(asdict(checkpoint["config"]), weights, banks, 1e-3)
+    tokens = torch.from_numpy(train_gpt.synthetic_tokens(1024, 2048, seed=1).astype(np.int64))
+
+    @torch.no_grad()
+    def log_p(**changes):
+        model.load_state_dict(weights | changes)
+        return model.logits(model(tokens, make_segments(np.arange(0, 2048, 60), 2048, 24))).log_softmax(-1)
+
+    for name, bank in zip(pack.split(weights)[0], banks):
+        error = log_p() - log_p(**{name: packed.state[name]})
+        measured = (log_p().exp() * error).sum(-1).mean().item()
+        most = 2 if name == "embed.weight" else 1.25                  # whose two uses are added as if they were apart
+        assert 0.8 < measured / pack.expected_kl(bank, packed.state[name]) < most, name
 
 
 DEGENERATE = {"zeros": lambda W, H, g: W.zero_(), "rank one": lambda W, H, g: W.copy_(W[:1] * W[:, :1]),
@@ -1236,11 +1158,14 @@ def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path)
             pass
 
 
-def test_artifact_runs_and_bad_flags_end_in_one_line(packed_run, tmp_path):
-    for command in ([str(packed_run[0] / "artifact.pyz"), "--data=nowhere"], [str(ROOT / "pack.py"), "no-such-run"],
-                    [str(ROOT / "pack.py"), "--cap_bytes=0"]):
-        out = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
-        assert out.returncode == 2 and len(out.stderr.strip().splitlines()) == 1, out.stderr
+@pytest.mark.parametrize("command, words", [
+    ("train_gpt.py --layers=3", "train_gpt.py: .*--layers"), ("pack.py nothing", "pack.py: nothing: no such run"),
+    ("ARTIFACT --data=nowhere", "artifact.pyz: no dataset 'nowhere'"),
+    ("data/prepare.py docs /nowhere --name=x", "prepare.py: /nowhere: not there")])
+def test_bad_input_exits_2_with_one_line(command, words, packed_run, tmp_path):
+    name, *flags = command.split()
+    done = run(packed_run[0] / "artifact.pyz" if name == "ARTIFACT" else ROOT / name, *flags, cwd=tmp_path)
+    assert done.returncode == 2 and re.fullmatch(words + r".*\n", done.stderr), done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
