@@ -340,7 +340,7 @@ class GPT(nn.Module):
         lanes, skip_scale, skip_gate, x0_mix = (cast(x).unbind() for x in (
             self.lanes, self.skip_scale, self.skip_gate.sigmoid(), self.x0_mix.view(-1, cfg.n_embd)))
         # Scales of a product's input or output are folded into its matrix: a product the size of the weights instead of
-        # one the size of the activations, each way. Deeper blocks read a smaller norm (public: -0.002 with partial RoPE).
+        # one of the activations, each way. Deeper blocks read a smaller norm (public: -0.002 with partial RoPE).
         depth = torch.arange(1, cfg.n_layer + 1, device=tokens.device)[:, None, None] ** -0.5
         weights = {"qkv": self.qkv * depth, "o": self.o * self.attn_scale[:, :, None], "up": self.up * depth,
                    "down": self.down * self.mlp_scale[:, :, None], "gate": self.attn_gate * (0.5 * depth)}

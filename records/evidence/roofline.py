@@ -1,0 +1,224 @@
+"""What the record's training step moves and computes on an H100, counted on a machine without a GPU.
+
+    python records/evidence/roofline.py                      un-looped and looped, by part of the model
+    python records/evidence/roofline.py --against=HEAD~1     and what another commit's train_gpt.py counts
+    python records/evidence/roofline.py --n_embd=640 --mlp_dim=2560 --row_tokens=49152      any setting of Config
+
+GPT.losses is traced on fake tensors, and inductor lowers, fuses and schedules both passes for sm_90: each node of its
+schedule says which bytes its kernel reads and writes and how many FLOPs a product has. Nothing is compiled or run. It
+needs a CUDA build of torch 2.11 (the GPU it does without), for it reaches into parts of inductor that move:
+
+    python3 -m venv cu && cu/bin/pip install torch==2.11.0 numpy tiktoken zstandard
+    cu/bin/python records/evidence/roofline.py
+
+The prediction: ms = GB / 2.5 of inductor's own kernels + TFLOP / 0.6 + 2.0 for attention in each block application + 10
+for the optimizer and communication: constants that give the public record's measured 96.0 and 140.9 ms from its model
+by the same count (two points, four constants: a plausible reading, no proof).
+"""
+import copy
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
+import torch  # noqa: E402
+
+from data.dataset import BadInput, Parser, command  # noqa: E402
+
+GB_PER_MS, TFLOP_PER_MS, ATTENTION_MS, REST_MS = 2.5, 0.6, 2.0, 10.0
+H100 = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32,
+    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024, gcnArchName="",
+    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
+    L2_cache_size=50 << 20)
+# Parts of the model by what a kernel's operations came from: the first row that matches names it. Products, attention
+# and loss are kernels of their own; the others are inductor's.
+LIBRARY = [("MLP's products", ("mlp_",)), ("loss", ("softcap_ce",)), ("attention", ("attention",)),
+           ("other products", ("",))]
+OWN = [("XSA and gate", ("sigmoid",)), ("heads: norm, rotary, gain", ("cos", "split_with_sizes")),
+       ("embedding and head", ("embedding",)),
+       ("residual stream, norms, mixes, lanes", ("rsqrt", "pow", "where", "add")),
+       ("gradients of small vectors, casts", ("",))]
+
+
+def pretend_gpu() -> None:
+    """Makes torch believe in one H100, as far as tracing and scheduling ask."""
+    import torch._subclasses.fake_tensor as fake_tensor
+    fake_tensor.init_gpu_context = lambda *_, **__: None
+    answers = dict(is_available=True, device_count=1, current_device=0, get_device_capability=(9, 0), _lazy_init=None,
+                   is_initialized=True, get_device_properties=H100, get_device_name=H100.name, is_bf16_supported=True,
+                   synchronize=None, get_rng_state=torch.zeros(16, dtype=torch.uint8), set_rng_state=None)
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+
+
+def load_trainer(path: Path):
+    """Another train_gpt.py as a module of its own; its operators get names of their own too."""
+    source = path.read_text().replace("nanogolf::", f"nanogolf{abs(hash(path)) % 10 ** 8}::")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("counted", None, origin=str(ROOT)))
+    module.__file__ = str(ROOT / "train_gpt.py")
+    sys.modules["counted"] = module
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+def count(trainer, settings: dict, looped: bool) -> dict:
+    """-> {"kernels": [(pass, part, is inductor's own, bytes, FLOPs)], "saved": bytes kept for the backward pass,
+    "visits": block applications}."""
+    from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
+    from torch._inductor.compile_fx import _recursive_post_grad_passes
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes import post_grad
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+    from torch.utils import _pytree as pytree
+    post_grad.reinplace_inplaceable_ops = lambda *_, **__: None  # trips over devices that change
+    cfg = trainer.Config(**{"vocab_size": 8192, **settings})
+    mode, gpu, kernels, saved = FakeTensorMode(), torch.device("cuda", 0), [], [0]
+    fused = {name: getattr(trainer, name) for name in ("fused_mlp", "fused_ce")}
+    attend = lambda q, k, v, seg: torch.ops.roofline.attention(q, k, v, seg.cu_seqlens)[0]
+    model = trainer.GPT(cfg, attend, torch.bfloat16, **fused)
+    names = [name for name, _ in model.named_parameters()]
+
+    def compiler(which):
+        def compile_pass(graph, inputs):
+            original = copy.deepcopy(graph)
+            move = lambda x: gpu if isinstance(x, torch.device) else x
+            for node in graph.graph.nodes:
+                node.args, node.kwargs = pytree.tree_map(move, node.args), pytree.tree_map(move, node.kwargs)
+            graph.recompile()
+            with mode, torch.no_grad():
+                inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=gpu) for x in inputs]
+                FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*inputs)
+            if which == "forward":
+                kept = {x: x.meta["val"] for x in graph.graph.output_node().args[0] if x.op != "placeholder"}
+                saved[0] = sum(x.numel() * x.element_size() for x in kept.values())
+            with V.set_fake_mode(mode), torch.no_grad():
+                post_grad.view_to_reshape(graph)
+                _recursive_post_grad_passes(graph, is_inference=False)
+                lowered = GraphLowering(graph, example_inputs=inputs, is_backward=which == "backward")
+                with V.set_graph_handler(lowered), DebugContext():
+                    lowered.run(*inputs)
+                    lowered._update_scheduler()
+                    for node in lowered.scheduler.nodes:
+                        if type(node.node).__name__ == "MultiOutput":
+                            continue  # the name of a result, no kernel
+                        extern = "Extern" in type(node).__name__
+                        parts = " ".join(o.name for x in node.get_nodes() if x.node for o in x.node.get_origins())
+                        table = LIBRARY if extern else OWN
+                        part = next(name for name, keys in table if any(key in parts for key in keys))
+                        kernels.append((which, part, not extern, node.get_read_write_buffers_sizes(),
+                                        node.estimate_flops() or 0))
+            return make_boxed_func(original.forward)
+        return compile_pass
+
+    def loss(parameters, tokens, targets, cu, pos):
+        wrapped = torch.nn.Module()
+        wrapped.m, wrapped.forward = model, model.losses
+        return torch.func.functional_call(wrapped, {f"m.{n}": p for n, p in zip(names, parameters)}, (
+            tokens, targets, trainer.Segments(cu, pos, cfg.seq_len, None, None), looped)).sum() / cfg.batch_tokens
+
+    with mode:  # on the CPU: gradients of fake CUDA tensors would ask the driver for a stream
+        parameters = [torch.empty(p.shape, requires_grad=True) for p in model.parameters()]
+        row = torch.zeros(cfg.row_tokens, dtype=torch.long)
+        step = aot_function(loss, fw_compiler=compiler("forward"), bw_compiler=compiler("backward"),
+                            partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table())
+        step(parameters, row, row, torch.zeros(257, dtype=torch.int32), row.int()).backward()
+    n = sum(p.numel() for p in model.parameters())
+    order = trainer.block_order(cfg, looped)
+    return {"kernels": kernels, "saved": saved[0], "visits": len(order), "weights": n,
+            "flop": trainer.count_flops(cfg, looped) * cfg.row_tokens, "cfg": cfg}
+
+
+def define_attention() -> None:
+    """Attention as one opaque kernel with its backward: q (N, H, d), k and v (N, K, d)."""
+    op = lambda name: torch.library.custom_op(f"roofline::{name}", mutates_args=())
+
+    @op("attention")
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                  cu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("counted, not run")
+
+    @op("attention_backward")
+    def backward(g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
+                 lse: torch.Tensor, cu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        raise RuntimeError("counted, not run")
+
+    attention.register_fake(lambda q, k, v, cu: (
+        q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
+    backward.register_fake(lambda g, q, k, v, o, lse, cu: tuple(x.new_empty(x.shape) for x in (q, k, v)))
+    attention.register_autograd(
+        lambda ctx, g, _: (*backward(g, *ctx.saved_tensors), None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, inputs[3]))
+
+
+def totals(x: dict) -> dict:
+    """The numbers of one count: GB, kernels, TFLOP, predicted ms."""
+    own = [k for k in x["kernels"] if k[2]]
+    gb, tflop = sum(k[3] for k in own) / 1e9, x["flop"] / 1e12
+    rest = sum(k[3] for k in x["kernels"]) / 1e9 - gb
+    return {"inductor's own kernels, GB": gb, "products, attention and loss, GB": rest,
+            "saved for backward, GB": x["saved"] / 1e9, "kernels": len(x["kernels"]), "of them inductor's own": len(own),
+            "products, TFLOP": tflop,
+            "predicted ms": gb / GB_PER_MS + tflop / TFLOP_PER_MS + ATTENTION_MS * x["visits"] + REST_MS}
+
+
+def table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---|" + "--:|" * (len(rows[0]) - 1), *lines[1:]])
+
+
+def main() -> int:
+    parser = Parser(prog="roofline.py", description=__doc__)
+    parser.add_argument("--against", default="", metavar="REF", help="a commit whose train_gpt.py is counted too")
+    import train_gpt
+    for f in fields(train_gpt.Config):
+        parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__, help=f"Config's, {f.default!r}")
+    args = vars(parser.parse_args())
+    against, settings = args.pop("against"), {k: v for k, v in args.items() if v is not None}
+    train_gpt.check_config(train_gpt.Config(**settings))
+    if not torch.version.cuda or not torch.__version__.startswith("2.11"):
+        raise BadInput(f"roofline.py needs a CUDA build of torch 2.11, here is {torch.__version__}: "
+                       "python3 -m venv cu && cu/bin/pip install torch==2.11.0 numpy tiktoken zstandard")
+    pretend_gpu()
+    define_attention()
+    counted = {"": train_gpt}
+    if against:
+        shown = subprocess.run(["git", "show", f"{against}:train_gpt.py"], cwd=ROOT, capture_output=True, text=True)
+        if shown.returncode:
+            raise BadInput(f"--against={against}: {shown.stderr.strip().splitlines()[-1]}")
+        with tempfile.TemporaryDirectory() as folder:
+            (path := Path(folder) / "train_gpt.py").write_text(shown.stdout)
+            counted[f"{against}, "] = load_trainer(path)
+    found = {f"{name}{'looped' if looped else 'un-looped'}": count(trainer, settings, looped)
+             for name, trainer in counted.items() for looped in (False, True)}
+    sums = {name: totals(x) for name, x in found.items()}
+    rows = [["", *sums]] + [[key, *(f"{x[key]:,.1f}" if isinstance(x[key], float) else f"{x[key]:,}"
+                                    for x in sums.values())] for key in next(iter(sums.values()))]
+    print(f"{found['un-looped']['cfg'].row_tokens:,} tokens, forward and backward, on one GPU\n\n{table(rows)}\n")
+    rows = [["GB (kernels) by part", *found]]
+    for part, _ in LIBRARY + OWN:
+        by = [[k for k in x["kernels"] if k[1] == part] for x in found.values()]
+        rows.append([part, *(f"{sum(k[3] for k in some) / 1e9:.1f} ({len(some)})" for some in by)])
+    print(table(rows))
+    x = found["un-looped"]
+    n, rows, largest = x["weights"], x["cfg"].row_tokens, max(y["saved"] for y in found.values())
+    print(f"\noptimizer: {24 * n / 8e9:.2f} GB on a rank of eight (24 bytes a weight); reduce-scatter and all-gather "
+          f"in bf16: {4 * n / 1e9:.2f} GB")
+    for memory in (8, 24, 80):  # GB; a quarter more than what is saved is held while it runs, 22 bytes a weight always
+        halvings = next(k for k in range(64) if 1.25 * largest / 2 ** k + 22 * n < 0.9e9 * memory)
+        print(f"a GPU of {memory} GB holds rows of {rows >> halvings:,} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
