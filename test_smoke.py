@@ -1909,18 +1909,31 @@ def test_the_p_value_is_students():
     assert stats.t_upper(60, 2) == pytest.approx(0.5 - 60 / (2 * math.sqrt(2 + 3600)), rel=1e-9)
     t, df, p = stats.welch(2.0, 4.0, 4, 9.0, 9)   # by hand: sqrt(1 + 1) and (1 + 1)^2 / (1/3 + 1/8)
     assert (t, df) == (pytest.approx(math.sqrt(2)), pytest.approx(96 / 11)) and stats.welch(0.0, 0, 3, 0, 3)[2] == 0.5
+    # The same seeds are paired: gains of 0.001, 0.002 and 0.003 whatever the seeds' own spread. t = sqrt(12), df = 2.
+    ours, theirs = {1: 1.0, 2: 1.2, 3: 1.4}, {1: 1.001, 2: 1.202, 3: 1.403}
+    c = stats.comparison(ours, theirs, 1.0)
+    assert c["paired"] and (c["t"], c["df"]) == (pytest.approx(12 ** 0.5), 2)
+    assert c["p"] == pytest.approx(0.5 - 12 ** 0.5 / (2 * math.sqrt(2 + 12)), rel=1e-6)
+    assert c["verdict"] == f"run {c['runs_for_any_gain'] - 3} more a side" and c["runs_for_any_gain"] in (4, 5, 6)
+    assert stats.comparison(theirs, ours, 1.0)["verdict"] == "drop"
+    apart = stats.comparison(ours, {s + 3: v for s, v in theirs.items()}, 1.0)
+    assert not apart["paired"] and apart["p"] > 0.4
 
 
 def test_compare_takes_nats_from_the_dataset_and_refuses_what_does_not_compare(tmp_path):
-    a, b = ([fake_run(tmp_path / f"{side}{s}", s, base + s / 1e4) for s in (1, 2, 3)]
-            for side, base in (("a", 1.19), ("b", 1.2)))
+    a, b = ([fake_run(tmp_path / f"{side}{s}", s, base + spread * s / 1e4) for s in (1, 2, 3)]
+            for side, base, spread in (("a", 1.19, 1), ("b", 1.2, 2)))
     c = json.loads(command("compare", *a, "--", *b, "--json", code=0))
-    assert c["gain_bpb"] == pytest.approx(0.01) and c["gain_nats"] == pytest.approx(0.01 * NATS_PER_BIT)
+    assert c["gain_bpb"] == pytest.approx(0.0102) and c["gain_nats"] == pytest.approx(0.0102 * NATS_PER_BIT)
     assert c["written_rule"] and c["practised_rule"] and c["p"] < c["p_written"] < 1e-3
     assert 0 < c["noise_floor_bpb"] < 0.01
     worse = json.loads(command("compare", *b, "--", *a, "--json", code=0))
     assert not worse["practised_rule"] and worse["runs_for_any_gain"] is None and worse["p"] > 0.99
-    assert "at least one side needs two" in command("compare", a[0], "--", b[0], code=2)
+    assert "each side needs two" in command("compare", *a, "--", b[0], code=2)
+    assert "stands there twice" in command("compare", a[0], a[0], "--", *b, code=2)
+    longer = [fake_run(tmp_path / f"e{s}", s, 1.18, predictor="adaptive") for s in (1, 2, 3)]
+    plain = [fake_run(tmp_path / f"f{s}", s, 1.18, predictor="plain") for s in (1, 2, 3)]
+    assert "not alike in predictor: adaptive, plain" in command("compare", *longer, "--", *plain, code=2)
     other = fake_run(tmp_path / "d", dataset={"val_docs_sha256": "f" * 64})
     assert "different documents" in command("compare", *a, "--", other, code=2)
     assert "no whole score" in command("compare", fake_run(tmp_path / "c", limit_docs=10), "--", *b, code=2)

@@ -3,7 +3,7 @@
     python records/check.py FOLDER...                     review; nothing in the folder is executed or imported
     python records/check.py --base=REF                    also check that this change set only adds one record
     python records/check.py FOLDER --rescore=ARTIFACT     also run this repository's judge on the artifact, isolated
-    python records/check.py compare RUN... -- RUN...      is the left side better? Welch's t, one-sided; runs or records
+    python records/check.py compare RUN... -- RUN...      is the left side better? Paired where the seeds match
 
 One finding a line: `LEVEL rule file:line message [source of the rule]`; rules.py has them all. Records of this
 repository are read strictly, folders from elsewhere leniently (--mode). Exit code by the worst finding: 0 INFO or none,
@@ -394,9 +394,10 @@ def nearest_record(text, folders):
 
 
 def check_significance(r, parent):
-    ours, theirs = ([v["val_bpb"] for _, v in seed_results(x) if is_number(v.get("val_bpb"))] for x in (r.json, parent))
+    ours, theirs = ({s: v["val_bpb"] for s, v in seed_results(x) if is_number(v.get("val_bpb"))}
+                    for x in (r.json, parent))
     factor = nats_per_bit(r.json.get("dataset"))
-    if len(ours) < 2 or not theirs or factor is None:
+    if min(len(ours), len(theirs)) < 2 or factor is None:
         return r.emit("significance", "submission.json", "too few seeds for a test against the parent")
     c = comparison(ours, theirs, factor)
     practised = "met" if c["practised_rule"] else "not met"

@@ -1,4 +1,4 @@
-"""Is one set of runs better than another? Welch's t test without scipy, and the `compare` command of check.py."""
+"""Is one set of runs better than another? t tests without scipy, and the `compare` command of check.py."""
 import json
 import math
 import statistics
@@ -59,29 +59,46 @@ def t_critical(p, df):
     return high
 
 
-def comparison(a, b, nats_per_bit):
-    """Candidate's and baseline's scores in bits per byte -> dict of gain, tests and what it would take.
+def comparison(ours, theirs, nats_per_bit):
+    """{seed: val_bpb} of the candidate and of the baseline, bits per byte -> dict of gain (above 0: the candidate is
+    better), test, verdict and what it would take.
 
+    The same seeds on both sides are compared pair by pair, since they share their noise; others by Welch's test.
     nats_per_bit turns bits per byte into nats per token: ln 2 x bytes / tokens of the dataset. `p` tests gain > 0;
-    `p_written` tests gain > 0.005 nats, which is what the written rule asks to be shown at p < 0.01. A side with one
-    run borrows the other's variance. BadInput where both have one.
+    `p_written` tests gain > 0.005 nats, which is what the written rule asks to be shown at p < 0.01. BadInput where a
+    side has one run: that says nothing about noise.
     """
-    va, vb = (statistics.variance(x) if len(x) > 1 else None for x in (a, b))
-    if va is None and vb is None:
-        raise BadInput("one run a side says nothing about noise; at least one side needs two")
-    va, vb = (vb if va is None else va), (va if vb is None else vb)
-    gain, margin = statistics.fmean(b) - statistics.fmean(a), RULE_NATS / nats_per_bit
-    t, df, p = welch(gain, va, len(a), vb, len(b))
-    p_written = welch(gain - margin, va, len(a), vb, len(b))[2]
+    if min(len(ours), len(theirs)) < 2:
+        raise BadInput("one run says nothing about noise; each side needs two at least")
+    a, b = [*ours.values()], [*theirs.values()]
+    paired = ours.keys() == theirs.keys()
+    if paired:
+        d = [theirs[s] - ours[s] for s in ours]
+        var, n = (statistics.variance(d), 0.0), lambda k: (k or len(d), 1)
+    else:
+        var, n = (statistics.variance(a), statistics.variance(b)), lambda k: (k or len(a), k or len(b))
+
+    def test(shift, k=0):
+        """-> (t, df, p) of gain > shift, with these runs or with k a side."""
+        na, nb = n(k)
+        return welch(gain - shift, var[0], na, var[1], nb)
 
     def runs_needed(shift):
         sizes = range(max(2, len(a), len(b)), 1001) if gain > shift else ()
-        return next((n for n in sizes if welch(gain - shift, va, n, vb, n)[2] < RULE_P), None)
-    error = (va / len(a) + vb / len(b)) ** 0.5
-    return {"gain_bpb": gain, "gain_nats": gain * nats_per_bit, "t": t, "df": df, "p": p, "p_written": p_written,
-            "written_rule": p_written < RULE_P, "practised_rule": gain > 0 and p < PRACTISED_P,
+        return next((k for k in sizes if test(shift, k)[2] < RULE_P), None)
+
+    gain, margin = statistics.fmean(b) - statistics.fmean(a), RULE_NATS / nats_per_bit
+    t, df, p = test(0.0)
+    error = (var[0] / n(0)[0] + var[1] / n(0)[1]) ** 0.5
+    more = runs_needed(0.0)
+    verdict = "keep" if p < RULE_P else "drop"
+    if verdict == "drop" and more and more <= 30:
+        verdict = f"run {more - min(len(a), len(b))} more a side"
+    return {"gain_bpb": gain, "gain_nats": gain * nats_per_bit, "paired": paired, "t": t, "df": df, "p": p,
+            "p_written": test(margin)[2], "written_rule": test(margin)[2] < RULE_P,
+            "practised_rule": gain > 0 and p < PRACTISED_P, "verdict": verdict,
             "noise_floor_bpb": t_critical(RULE_P, df) * error if error else 0.0,
-            "runs_for_any_gain": runs_needed(0.0), "runs_for_written_rule": runs_needed(margin)}
+            "runs_for_any_gain": more, "runs_for_written_rule": runs_needed(margin)}
 
 
 def nats_per_bit(dataset):
@@ -91,19 +108,22 @@ def nats_per_bit(dataset):
 
 
 def load_scores(path):
-    """A run or a record folder -> ([(seed, val_bpb)], dataset dict). BadInput where there is no whole score."""
+    """A run or a record folder -> ({seed: val_bpb}, dataset dict, {what must be alike: value}). BadInput where there is
+    no whole score."""
     path = Path(path)
     if (path / "submission.json").is_file():
         submission = load_submission(path)
-        rows, data = [(s, v.get("val_bpb")) for s, v in seed_results(submission)], submission.get("dataset")
+        rows, data, alike = [(s, v.get("val_bpb")) for s, v in seed_results(submission)], submission.get("dataset"), {}
     else:
         run = read_run(path)
-        rows, data = [(str(run["seed"]), run["val_bpb"])], run["dataset"]
+        rows, data, score = [(str(run["seed"]), run["val_bpb"])], run["dataset"], run["score"] or {}
+        alike = {key: run["config"].get(key) for key in ("max_seconds", "max_steps")}
+        alike |= {"predictor": score.get("predictor"), "steps": run["steps"] if alike["max_steps"] else None}
     if not rows or not all(is_number(v) and v > 0 for _, v in rows):
         raise BadInput(f"{path}: no whole score (score it with: python eval_bpb.py {path})")
     if nats_per_bit(data) is None:
         raise BadInput(f"{path}: no dataset with val_tokens and val_bytes, so nats cannot be told from bits")
-    return rows, data
+    return dict(rows), data, alike
 
 
 def compare(argv):
@@ -114,35 +134,38 @@ def compare(argv):
         raise BadInput("compare RUN... -- RUN... [--json]: candidates on the left, baseline on the right")
     cut = argv.index("--")
     loaded = [[load_scores(p) for p in side] for side in (argv[:cut], argv[cut + 1:])]
-    sides = [[row for rows, _ in side for row in rows] for side in loaded]
-    datas = [data for side in loaded for _, data in side]
+    for side, paths in zip(loaded, (argv[:cut], argv[cut + 1:])):
+        seeds = [seed for rows, _, _ in side for seed in rows]
+        if len(seeds) != len({*seeds}):
+            raise BadInput(f"{' '.join(paths)}: a seed stands there twice")
+    ours, theirs = ({s: v for rows, _, _ in side for s, v in rows.items()} for side in loaded)
+    datas = [data for side in loaded for _, data, _ in side]
     if len({d.get("val_docs_sha256") for d in datas}) > 1:
         raise BadInput(f"scored on different documents: {', '.join(sorted({str(d.get('name')) for d in datas}))}")
-    a, b = ([v for _, v in side] for side in sides)
+    for key in ("max_seconds", "max_steps", "predictor", "steps"):
+        values = {alike[key] for side in loaded for _, _, alike in side if alike.get(key) is not None}
+        if len(values) > 1:
+            raise BadInput(f"not alike in {key}: {', '.join(sorted(map(str, values)))}; such runs do not compare")
     data, factor = datas[-1], nats_per_bit(datas[-1])
-    c = comparison(a, b, factor)
-    one, two = map(dict, sides)
-    if one.keys() == two.keys() and len(one) == len(a) == len(b) > 1:   # the same seeds: their noise is partly shared
-        d = [two[s] - one[s] for s in one]
-        c["p_paired"] = welch(statistics.fmean(d), statistics.variance(d), len(d), 0.0, 1)[2]
+    c = comparison(ours, theirs, factor)
     if as_json:
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in c.items()}
-        print(json.dumps({"candidate": a, "baseline": b, "nats_per_bit": factor, **finite}))
+        print(json.dumps({"candidate": ours, "baseline": theirs, "nats_per_bit": factor, **finite}))
         return 0
-    for title, values in (("candidate", a), ("baseline", b)):
-        spread = f"std {statistics.stdev(values):.5f}" if len(values) > 1 else "one run, no spread"
-        print(f"{title:<10} val_bpb {statistics.fmean(values):.5f}  {spread}  n {len(values)}")
-    print(f"gain       {c['gain_nats']:+.5f} nats per token = {c['gain_bpb']:+.5f} bits per byte "
+    for title, values in (("candidate", [*ours.values()]), ("baseline", [*theirs.values()])):
+        mean, std = statistics.fmean(values), statistics.stdev(values)
+        print(f"{title:<10} val_bpb {mean:.5f}  std {std:.5f}  n {len(values)}")
+    print(f"gain       {c['gain_nats']:+.5f} nats per token = {c['gain_bpb']:+.5f} bits per byte, above 0 is better "
           f"(dataset {data.get('name')}: 1 bit per byte is {factor:.4f} nats per token)")
     if len({d.get("tokenizer_sha256") for d in datas}) > 1:
         print("           the tokenizers differ: nats are per token of the baseline's")
-    paired = f", paired by seed p {c['p_paired']:.3g}" if "p_paired" in c else ""
-    print(f"Welch      t {c['t']:.3f}, df {c['df']:.2f}, one-sided p {c['p']:.3g}{paired}")
+    how = "paired by seed" if c["paired"] else "Welch's test: the seeds differ"
+    print(f"test       {how}: t {c['t']:.3f}, df {c['df']:.2f}, one-sided p {c['p']:.3g}")
     met = {True: "met", False: "not met"}
     print(f"written    {RULE_NATS} nats at p < {RULE_P}: {met[c['written_rule']]}, p {c['p_written']:.3g}")
     print(f"practised  any gain at p < {PRACTISED_P}: {met[c['practised_rule']]}")
     print(f"noise      with this spread and these runs, a gain under {c['noise_floor_bpb']:.5f} bits per byte "
           f"does not reach p < {RULE_P}")
     print(f"to settle  runs a side if gain and spread stay: {c['runs_for_any_gain'] or 'no number'} for any gain, "
-          f"{c['runs_for_written_rule'] or 'no number'} for the written rule")
+          f"{c['runs_for_written_rule'] or 'no number'} for the written rule\nverdict    {c['verdict']}")
     return 0

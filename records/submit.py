@@ -117,12 +117,16 @@ def submission(runs, args, track, parent):
 
 def verdict(mine, other):
     """One sentence: this record against another on the same documents, with p."""
-    scores = [[v["val_bpb"] for _, v in seed_results(x)] for x in (mine, other)]
-    gain = f"{other['val_bpb'] - mine['val_bpb']:+.5f} bits per byte"
-    if max(map(len, scores)) < 2:
-        return f"{gain}; one seed a side, so no test."
+    scores = [{s: v["val_bpb"] for s, v in seed_results(x)} for x in (mine, other)]
+    gain = f"a gain of {other['val_bpb'] - mine['val_bpb']:+.5f} bits per byte"
+    budgets = [{k: (x.get("config") or {}).get(k) for k in ("max_seconds", "max_steps")} for x in (mine, other)]
+    if budgets[0] != budgets[1]:
+        return f"{gain} with another budget, so no test."
+    if min(map(len, scores)) < 2:
+        return f"{gain}; a side has one seed, so no test."
     c = comparison(*scores, nats_per_bit(mine["dataset"]))
-    return (f"{gain}, {c['gain_nats']:+.5f} nats per token. Welch's one-sided p is {c['p']:.3g} for any gain and "
+    how = "paired by seed" if c["paired"] else "Welch's"
+    return (f"{gain}, {c['gain_nats']:+.5f} nats per token. One-sided p ({how}) is {c['p']:.3g} for any gain and "
             f"{c['p_written']:.3g} for the {RULE_NATS} nats of the written rule, which asks {RULE_P}.")
 
 
