@@ -1701,6 +1701,7 @@ BROKEN = {   # rule: how to break it
     "limited-score": seed_with(limit_docs=100),
     "audit": seed_with(audit={**dict.fromkeys(check.PROOFS, "pass"), "replay": "FAIL: moved"}),
     "dynamic-code": code("exec(open('other.txt').read())"),
+    "loaded-code": code("from os import execvp as go", "go('ls', ['ls'])"),
     "encoded-source": code(wrap(TRAINER)),
     "payload": code('exec(decode("' + "Zz9!" * 80 + '"))'),
     "judge-changed": write("data/dataset.py", "def read_val_docs(folder, meta, limit=None):\n    return []\n"),
@@ -1725,6 +1726,25 @@ def test_a_broken_record_is_caught_by_the_name_of_its_rule(rule, tmp_path):
     strict = rule != "code-bytes"   # a rule for the public challenge's way of counting only
     folder = next((tmp_path / "records/track_10min_16mb").iterdir())
     assert levels(folder, strict).get(rule) == rules.RULES[rule][0 if strict else 1]
+
+
+@pytest.mark.parametrize("line, rule", [
+    ('__builtins__["exec"]("x = 1")', "dynamic-code"), ('importlib.import_module("x")', "loaded-code"),
+    ("pickle.loads(b'')", "loaded-code"), ('torch.load("x", weights_only=False)', "loaded-code"),
+    ("marshal.loads(b'')", "loaded-code"), ('ctypes.CDLL("x")', "loaded-code"), ("os.execvp('x', [])", "loaded-code"),
+    ("from os import system as run; run('curl x')", "network"), ("OnlineNgramCache = 1", "mixture"),
+    ("from subprocess import run; run('pip install x')", "network"), ("def eval_val_ngram(): pass", "mixture"),
+    ("collect_hessians(model, train_loader)", "train-data-late"), ("gptq_calibrate(train_pattern)", "train-data-late"),
+    ('torch.load("x", weights_only=True); re.compile("x"); model.eval()', None)])
+def test_other_ways_to_write_it_are_seen_too(line, rule, tmp_path):
+    write("pack.py", line + "\n")(make_record(tmp_path))
+    found = set(levels(next((tmp_path / "records/track_10min_16mb").iterdir()))) - {"source-hash"}
+    assert rule in found if rule else not found
+
+
+def test_copies_of_one_run_are_not_seeds(tmp_path):
+    seed_with(artifact_sha256=f"{1:064d}")(make_record(tmp_path))
+    assert levels(next((tmp_path / "records/track_10min_16mb").iterdir()))["seeds"] == "FAIL"
 
 
 def test_every_rule_has_a_test_and_what_was_never_ruled_on_never_fails():

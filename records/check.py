@@ -301,6 +301,9 @@ def check_ours(r):
                 emit("audit", f"seed {seed}: {probe}: {verdict}")
         if r.record and (missing := PROOFS - audit.keys()):
             emit("audit", f"seed {seed}: not proved by {', '.join(sorted(missing))}; score it with --audit")
+    shas = Counter(row["artifact_sha256"] for _, row in results if row.get("artifact_sha256"))
+    if copies := [s for s, row in results if shas[row.get("artifact_sha256")] > 1]:
+        emit("seeds", f"seeds {', '.join(copies)} have the same artifact: copies of one run are not seeds")
     for key in ("source_sha256", "config_sha256"):
         if len({str(row.get(key)) for _, row in results}) > 1:
             emit("seeds", f"the seeds differ in {key}")

@@ -2,7 +2,7 @@
 
 FAIL can be proved from the files; FLAG is for a person to decide; INFO is context. The source is the public challenge's
 README, or an issue or pull request of openai/parameter-golf (#N) with the grade of the ruling (maintainer,
-author-withdrawn, community, unruled), or a section of this project's design. What was never ruled on is never a FAIL.
+author-withdrawn, community, unruled), or the file of this project that says it. What was never ruled on never FAILs.
 """
 import re
 
@@ -10,7 +10,7 @@ TRACKS = ("track_10min_16mb", "track_non_record_16mb")
 CLOCK_SECONDS, CLOCK_SLACK = 600, 1.0                # training and scoring have 600 s each; one step may overrun
 RULE_NATS, RULE_P, PRACTISED_P = 0.005, 0.01, 0.25   # public README; as accepted in May 2026 (#1900, #1902)
 BEST_PUBLIC_BPB = 1.05651                            # #2135, folded by the audit #2146
-FINEWEB_VAL_DOCS, FINEWEB_VAL_BYTES = 50_000, 151_078_222                                # DESIGN 7; #1916
+FINEWEB_VAL_DOCS, FINEWEB_VAL_BYTES = 50_000, 151_078_222     # data/README.md; #1916
 BYTES_PER_TOKEN = {"sp1024": 2.436, "sp4096": 3.319, "sp8192": 3.7266, "caseops": 3.1572}   # of that validation text
 BAD_TOKEN_COUNTS = {9_662_464: "10,000 documents only", 36_562_944: "a parallel preparation split (#2109)"}
 BAD_BYTE_COUNTS = {164_594_398: "wrong, #2138", 176_332_748: "wrong, #1804"}
@@ -21,7 +21,7 @@ CHILD_CPU_SECONDS, CHILD_BYTES = 60, 3 << 30                  # of the process t
 LEVELS = ("INFO", "FLAG", "FAIL")
 RULES = {  # rule: (level for this repository's records, level for folders from elsewhere, where the rule comes from)
     # the package
-    "folder-name": ("FAIL", "FLAG", "public README, submission process; DESIGN 9"),
+    "folder-name": ("FAIL", "FLAG", "public README, submission process"),
     "folder-date": ("FLAG", "INFO", "public README, submission process"),
     "missing-file": ("FAIL", "FLAG", "public README, required files 1-4"),
     "log-count": ("FAIL", "FLAG", "public README, p < 0.01 needs logs"),
@@ -50,7 +50,7 @@ RULES = {  # rule: (level for this repository's records, level for folders from 
     "eval-clock": ("FAIL", "FLAG", "public README FAQ, 10 minutes; maintainer"),
     "clock-override": ("FAIL", "FLAG", "#1908 #1956, community"),
     "network": ("FAIL", "FLAG", "public README FAQ, maintainer"),
-    "train-data-late": ("FLAG", "FLAG", "#609, maintainer; DESIGN 4"),
+    "train-data-late": ("FLAG", "FLAG", "#609, maintainer; README.md, Rules"),
     # the score
     "val-in-training": ("FAIL", "FAIL", "#44, maintainer"),
     "score-first": ("FLAG", "FLAG", "#402, maintainer; #1017 C3"),
@@ -62,16 +62,17 @@ RULES = {  # rule: (level for this repository's records, level for folders from 
     "best-of": ("FLAG", "FLAG", "#573; #1017 C4, community"),
     "byte-lut": ("FLAG", "FLAG", "#1719 #1143 #897, author-withdrawn"),
     "byte-count": ("FLAG", "FLAG", "#2138; #1017, community"),
-    "bpb-arithmetic": ("FAIL", "FLAG", "DESIGN 6"),
-    "val-count": ("FAIL", "FLAG", "#837; DESIGN 7"),
+    "bpb-arithmetic": ("FAIL", "FLAG", "eval_bpb.py"),
+    "val-count": ("FAIL", "FLAG", "#837; data/README.md"),
     "data-overlap": ("FLAG", "FLAG", "#2127, community"),
     "limited-score": ("FAIL", "FLAG", "#1835, community"),
-    "audit": ("FAIL", "INFO", "DESIGN 6"),
-    "rescore": ("FAIL", "FAIL", "DESIGN 6"),
-    "dynamic-code": ("FAIL", "FLAG", "issue 7, sources are plain; #1603, community"),
-    "encoded-source": ("FAIL", "INFO", "issue 7, sources are plain"),
+    "audit": ("FAIL", "INFO", "eval_bpb.py"),
+    "rescore": ("FAIL", "FAIL", "eval_bpb.py"),
+    "dynamic-code": ("FAIL", "FLAG", "records/LOOP.md: sources are plain; #1603, community"),
+    "loaded-code": ("FAIL", "FLAG", "records/LOOP.md: sources are plain; weights are no pickle"),
+    "encoded-source": ("FAIL", "INFO", "records/LOOP.md: sources are plain"),
     "payload": ("FAIL", "FLAG", "#1804, community: an unreadable scorer cannot be checked"),
-    "judge-changed": ("FLAG", "INFO", "DESIGN 6"),
+    "judge-changed": ("FLAG", "INFO", "eval_bpb.py"),
     "unruled": ("INFO", "INFO", "unruled"),
     "score-range": ("FLAG", "FLAG", "280 public claims below 1.0, nearly all errors; community"),
     # statistics and provenance
@@ -80,19 +81,22 @@ RULES = {  # rule: (level for this repository's records, level for folders from 
     "seed-spread": ("FLAG", "FLAG", "merged records have a std of 0.0002-0.0017; community"),
     "log-score": ("FAIL", "FLAG", "#86, maintainer: claim 1.1502, rerun 1.1864"),
     "readme-score": ("FAIL", "FLAG", "#2076, community"),
-    "source-hash": ("FAIL", "INFO", "issue 7, the sources as run"),
+    "source-hash": ("FAIL", "INFO", "records/LOOP.md: the sources as run"),
     "environment": ("FLAG", "FLAG", "#1177, community"),
     "significance": ("FLAG", "INFO", "public README, 0.005 nats at p < 0.01; maintainer"),
-    "parent": ("FAIL", "INFO", "issue 7, lineage as data"),
+    "parent": ("FAIL", "INFO", "records/LOOP.md: lineage"),
     "tainted-parent": ("FLAG", "FLAG", "records/rulings.json"),
     "near-copy": ("FLAG", "FLAG", "#1624, community"),
-    "nearest": ("INFO", "INFO", "issue 7, copies and lineage"),
+    "nearest": ("INFO", "INFO", "records/LOOP.md: lineage"),
 }
 
 BASE_PACKAGES = {"torch", "numpy", "tiktoken", "zstandard", "triton"}   # triton comes with torch where it is used
 PUBLIC_PACKAGES = {"sentencepiece", "brotli", "tqdm", "kernels", "flash_attn", "flash_attn_interface", "mlx", "einops"}
 NETWORK = {"requests", "urllib.request", "http.client", "httpx", "aiohttp", "ftplib", "socket", "huggingface_hub",
            "datasets", "wandb", "boto3"}
+# Calls that run or load what is not written in the source, by their full name.
+LOADS_CODE = re.compile(r"(cloud)?pickle\.loads?|joblib\.load|marshal\.loads?|ctypes\.(CDLL|cdll\.LoadLibrary|PyDLL)"
+                        r"|os\.(exec\w+|spawn\w+|posix_spawnp?)|importlib\.(import_module|util\.spec_from_file_location)")
 NETWORK_COMMAND = re.compile(r"\b(curl|wget|git clone|pip3? install|aria2c|scp|rsync)\b")
 FORBIDDEN = (   # (pattern on the name inside the folder, what it is)
     (re.compile(r"\.(ptz?|pth|bin|np[yz]|so|pyd|dll|exe|ckpt|safetensors|onnx|pkl|pickle|parquet"
@@ -108,7 +112,7 @@ MACHINE_PATH = re.compile(r"(/home/|/Users/|/root/|/workspace/|/mnt/|[A-Z]:\\)\w
 IDENTIFIERS = (   # (pattern on a lower-case identifier, rule, message)
     (r"pre_?quant_?(ttt|adapt)", "pre-quant-ttt", "learns from validation text that is not scored yet"),
     (r"within_(gate|word)|word_gate|agree2plus", "target-gate", "a gate that knows the token to be predicted"),
-    (r"(^|_)ppm(_|$)|n_?gram_(cache|mix|table|hash|tilt)", "mixture", "probe that it sums to 1 over the vocabulary"),
+    (r"(^|_)ppm(_|$)|n_?gram_?(cache|mix|table|hash|tilt)|val_n_?gram", "mixture", "probe that it sums to 1 over the vocabulary"),
     (r"slot_(delta|lr|steps?|epochs?)$|use_slot", "unruled",
      "SLOT: most fail the flip test (#1240); a causal one was never ruled on (#1336)"),
     (r"dirichlet", "unruled", "Dirichlet-smoothed caches were never ruled on (#948)"),
@@ -123,5 +127,5 @@ TEXT = (          # (pattern on sources, scripts and logs, rule, message)
 WALLCLOCK = re.compile(r"MAX_WALLCLOCK_SECONDS['\"]?\s*[=:,]\s*['\"]?(\d[\d_]*(?:\.\d+)?)")
 # What identifiers mean: validation text, a source of training text, the token that is to be predicted.
 VAL = r"(^|_)val(id|idation)?(_|$)"
-TRAIN = r"(^|_)train_(files?|loader|shards?|data|tokens)"
+TRAIN = r"(^|_)train_(files?|loader|shards?|data|tokens|pattern)"
 TARGET = r"^(y|tgt|targets?|labels?|(tgt|target)_ids?|y_\w+)$"

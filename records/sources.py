@@ -18,7 +18,7 @@ import zlib
 import zstandard
 
 from records.rules import (BAD_BYTE_COUNTS, BASE_PACKAGES, CLOCK_SECONDS, FINEWEB_VAL_BYTES, IDENTIFIERS, LAYER_LIMIT,
-                           MACHINE_PATH, NETWORK, NETWORK_COMMAND, PAYLOAD_LIMIT, PUBLIC_PACKAGES, SECRET, SOURCE_LIMIT,
+                           LOADS_CODE, MACHINE_PATH, NETWORK, NETWORK_COMMAND, PAYLOAD_LIMIT, PUBLIC_PACKAGES, SECRET, SOURCE_LIMIT,
                            TARGET, TEXT, TRAIN, VAL, WALLCLOCK)
 
 RAW_LZMA = [{"id": lzma.FILTER_LZMA2, "dict_size": 64 << 20}]
@@ -127,6 +127,9 @@ def scan(review, name, text, depth=0):
     nodes = list(ast.walk(tree))
     guarded = {id(n) for t in nodes if isinstance(t, ast.Try) and t.handlers for n in ast.walk(t)}
     runs_text = False
+    # `from os import system as run` makes run() a call of os.system.
+    review.aliases = {a.asname or a.name: f"{n.module}.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom)
+                      for a in n.names if n.module in ("os", "subprocess", "pickle", "marshal", "ctypes", "importlib")}
     for n in nodes:
         if isinstance(n, (ast.Import, ast.ImportFrom)):
             scan_import(review, name, n, id(n) in guarded)
@@ -194,15 +197,24 @@ def scan_import(review, name, node, guarded):
 
 def scan_call(review, name, node):
     """The rules on one call. True if it runs text as code."""
-    called = dotted(node.func)
+    called = review.aliases.get(dotted(node.func), dotted(node.func))
     given = identifiers(*node.args, *node.keywords)
     if called in ("min", "torch.minimum", "np.minimum") and matching(given, r"(^|_)(loss|losses|nll|bpb)(_|$)"):
         review.emit("best-of", name, "takes the smaller of two losses", node.lineno)
     if called.startswith(("subprocess.", "os.system", "os.popen")) and offline(name):
         if m := NETWORK_COMMAND.search(" ".join(constants(str, node))):
             review.emit("network", name, f"runs {m[1]}", node.lineno)
-    if re.search(r"hessian|calib|gptq", called.lower()) and (val := matching(given, VAL)):
-        review.emit("val-calibration", name, f"{called}() is given {val}", node.lineno)
+    if re.search(r"hessian|calib|gptq", called.lower()):
+        if val := matching(given, VAL):
+            review.emit("val-calibration", name, f"{called}() is given {val}", node.lineno)
+        elif (train := matching(given, TRAIN)) and not (review.strict and name == "train_gpt.py"):
+            review.emit("train-data-late", name, f"{called}() is given {train}: inside the 600 s?", node.lineno)
+    unsafe = called == "torch.load" and any(k.arg == "weights_only" and getattr(k.value, "value", 1) is False
+                                            for k in node.keywords)
+    if unsafe or LOADS_CODE.fullmatch(called):
+        review.emit("loaded-code", name, f"{called}(): brings in code that is not written here", node.lineno)
+    if isinstance(node.func, ast.Subscript) and dotted(node.func.value) in ("__builtins__", "builtins.__dict__"):
+        called = " ".join(constants(str, node.func.slice))
     runs = called in ("exec", "eval", "__import__", "builtins.exec", "builtins.eval", "runpy.run_path") \
         or (called == "compile" and len(node.args) >= 3)
     if runs:
