@@ -701,6 +701,24 @@ def test_a_damaged_dataset_is_refused_by_file_name(small, name, damage, words):
         read_meta(small)
 
 
+def test_verify_sees_a_flip_that_no_reader_sees(small, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "verify", str(small)])
+    prepare.main()
+    assert "whole" in capsys.readouterr().out
+    shard = small / "train_000000.bin"
+    whole = shard.read_bytes()
+    at = 1024 + 2 * 5   # a token within the vocabulary
+    shard.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+    read_meta(small)
+    with pytest.raises(BadInput, match="train_000000.bin: its sha256"):
+        prepare.main()
+    shard.write_bytes(whole)
+    meta = json.loads((small / "meta.json").read_text())
+    (small / "meta.json").write_text(json.dumps({**meta, "train_docs": meta["train_docs"] + 1}))
+    with pytest.raises(BadInput, match="train_docs is"):
+        prepare.main()
+
+
 def test_shards_and_documents_are_checked_as_they_are_read(small):
     meta = read_meta(small)
     write_shard(small / "x.bin", np.array([1, 2, 5000]))

@@ -3,6 +3,7 @@
     python data/prepare.py demo                         the standard library's own source and documentation, in seconds
     python data/prepare.py docs PATH... --name=NAME     your .jsonl, .jsonl.zst and .txt files, or folders of them
     python data/prepare.py fineweb                      the challenge's FineWeb documents, from the Hugging Face hub
+    python data/prepare.py verify NAME                  every hash and count of a dataset, which readers do not check
 
 A .jsonl file holds a document a line, {"text": ...}; a .txt file is one document. Validation documents are chosen by
 document hash (docs, demo) or are the first 50,000 (fineweb). A stopped `fineweb` continues where it was; the others
@@ -29,8 +30,8 @@ import zstandard
 
 sys.path[:0] = [path for path in [str(Path(__file__).resolve().parent.parent)] if path not in sys.path]
 from data import hub  # noqa: E402
-from data.dataset import (BadInput, DocsHash, Parser, Progress, ROOT, atomic_write, command, read_meta,  # noqa: E402
-                          read_shard, read_val_docs, write_shard)
+from data.dataset import (BadInput, DocsHash, Parser, Progress, ROOT, atomic_write, command, find_dataset,  # noqa: E402
+                          read_meta, read_shard, read_val_docs, write_shard)
 from data.text_rules import TEXT_RULES  # noqa: E402
 from data.tokenizer import MAX_PHRASES, Tokenizer  # noqa: E402
 from data.train_bpe import train_tokenizer  # noqa: E402
@@ -444,6 +445,27 @@ def fineweb(args):
     print(f"train and validation are disjoint by document hash; {overlap:,} documents left out of train for that")
 
 
+def verify(args):
+    """All of a dataset against its meta.json: sha256 of every file, every token below the vocabulary, documents by their
+    boundaries, the validation documents' own hash. Readers leave most of it out."""
+    for name in args.paths:
+        folder = find_dataset(name)
+        meta = read_meta(folder)
+        for file, entry in meta["files"].items():
+            if hub.sha256_file(folder / file, f"reading {file}") != entry.get("sha256"):
+                raise BadInput(f"{folder / file}: its sha256 is not the one in meta.json")
+        for split in ("train", "val"):
+            shards = (read_shard(path, meta["vocab_size"]) for path in sorted(folder.glob(f"{split}_*.bin")))
+            docs = sum(int(np.count_nonzero(tokens == Tokenizer.boundary)) for tokens in shards)
+            if docs != meta[f"{split}_docs"]:
+                said = meta[f"{split}_docs"]
+                raise BadInput(f"{folder}/meta.json: {split}_docs is {said:,}, but the shards hold {docs:,}")
+        for _ in read_val_docs(folder, meta):
+            pass  # at its end it has compared number, bytes and sha256
+        print(f"{folder}: whole: {len(meta['files'])} files, {meta['train_docs']:,} training and {meta['val_docs']:,} "
+              "validation documents, every hash and count as in meta.json")
+
+
 def read_tokenizer(args):
     """--tokenizer -> its bytes, checked, or None."""
     try:
@@ -457,8 +479,8 @@ def read_tokenizer(args):
 
 def main():
     parser = Parser(prog="prepare.py", description=__doc__)
-    parser.add_argument("command", choices=["demo", "docs", "fineweb"])
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="docs: files or folders")
+    parser.add_argument("command", choices=["demo", "docs", "fineweb", "verify"])
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="docs: files or folders; verify: datasets")
     parser.add_argument("--name", help="the dataset is written to data/NAME")
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json; without it one is trained")
     parser.add_argument("--vocab_size", type=int, default=8192, help="of a trained tokenizer: tokens in all")
@@ -476,6 +498,10 @@ def main():
         raise BadInput(f"--phrases is 0 to {MAX_PHRASES}, --vocab_size 2 to 65535")
     if args.val_docs is not None and (args.val_docs < 1 or args.val_path):
         raise BadInput("--val_docs is at least 1, and not with --val_path")
+    if args.command == "verify":
+        if not args.paths:
+            raise BadInput("verify NAME: a dataset's name under data/, or its folder")
+        return verify(args)
     if args.command != "docs" and (args.paths or args.val_docs or args.val_path):
         raise BadInput(f"PATH, --val_docs and --val_path are not for {args.command}")
     args.phrases = min(args.vocab_size // 16, MAX_PHRASES) if args.phrases is None else args.phrases
