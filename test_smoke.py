@@ -43,7 +43,7 @@ from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
 from records import check, ledger, rules, sources, stats, submit
-from records.evidence import ablate, shapes
+from records.evidence import ladder
 from train_gpt import Config, GPT, Loader, Optimizer, Validation, make_segments
 
 
@@ -1899,19 +1899,16 @@ def test_copies_and_parents_are_found_with_what_changed(tmp_path, monkeypatch):
     assert levels(copy).keys() == {"nearest", "near-copy"}
 
 
-def test_every_ablation_applies_to_the_trainer_as_it_is():
-    for name, (_, changes, _) in ablate.VARIANTS.items():
-        source, flags = ablate.patched(changes)
+def test_every_variant_of_the_ladder_applies_to_the_trainer_as_it_is():
+    for name, (_, changes, _, _) in ladder.VARIANTS.items():
+        source, flags = ladder.patched(changes, ladder.RUNGS["low"])
         compile(source, name, "exec")
         assert source != (ROOT / "train_gpt.py").read_text() or flags
-
-
-def test_shapes_are_possible_and_compared_at_equal_bytes():
-    for _, shape in shapes.SHAPES.values():
-        train_gpt.check_config(shapes.config(shape, 512))
+        shape = {k: v for k, v in ladder.RUNGS["low"].items() if k != "steps"}
+        train_gpt.parse_config(["--preset=proxy", *(f"--{k}={v}" for k, v in shape.items()), *flags])
     points = [(100, 2.0), (400, 1.0)]
-    assert np.allclose(shapes.between(points, [100, 200, 400]), [2.0, 1.5, 1.0])  # 200 is half-way on the log scale
-    assert np.isnan(shapes.between(points, [99, 401])).all()
+    assert np.allclose(ladder.between(points, [100, 200, 400]), [2.0, 1.5, 1.0])  # 200 is half-way on the log scale
+    assert np.isnan(ladder.between(points, [99, 401])).all()
 
 
 def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):

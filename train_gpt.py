@@ -92,7 +92,8 @@ class Config:
     grad_clip: float = 0.3          # largest global gradient norm
     cooldown: float = 0.85          # share of the run at its end in which the learning rate falls linearly
     lr_floor: float = 0.10          # learning rate at the end, relative to its peak (#1787)
-    ema_decay: float = 0.9965       # per step; the averaged weights are the ones that are saved
+    ema_decay: float = 0.9965       # per step, of the averaged weights
+    ema_share: float = 0.8          # of them in what is saved; the rest: the last weights (modded-nanogpt #325)
     # measuring
     val_points: int = 4             # validations, evenly spaced in progress, the last at the end; the clock is stopped
     val_tokens: int = 0             # tokens of the validation documents used in training runs; 0: all
@@ -129,7 +130,7 @@ def check_config(cfg: Config) -> None:
             raise BadInput(f"--{f.name}={value} must be a finite number, 0 or more")
         if f.name in POSITIVE and value == 0:
             raise BadInput(f"--{f.name}=0 must be above 0")
-        if f.name in BELOW_ONE and value >= 1 or f.name in ("lr_floor", "cooldown") and value > 1:
+        if f.name in BELOW_ONE and value >= 1 or f.name in ("lr_floor", "cooldown", "ema_share") and value > 1:
             raise BadInput(f"--{f.name}={value} is too large: it is a share")
     head_dim, looped = cfg.n_embd // cfg.n_head, block_order(cfg, True)
     encoder = looped[:len(looped) // 2] + list(range(cfg.n_layer // 2))
@@ -1487,7 +1488,7 @@ def train(cfg: Config, preset: str, data: Dataset, curve, state, folder: Path | 
             next_val = int(progress * cfg.val_points) + 1
             with torch.no_grad():
                 raw = [p.clone() for p in params]
-                torch._foreach_copy_(params, ema)
+                torch._foreach_lerp_(params, ema, cfg.ema_share)
             scores = validate(val, losses, step, progress, looped, clock, log)
             if folder:
                 save_checkpoint(folder / "checkpoint.pt", cfg, model, data, {}, {**run, **scores})
@@ -1526,7 +1527,7 @@ def train(cfg: Config, preset: str, data: Dataset, curve, state, folder: Path | 
     while in_flight:
         last = report(*in_flight.pop(0), last, clock, cfg, limit, peak_flops, log)
     with torch.no_grad():
-        torch._foreach_copy_(params, ema)
+        torch._foreach_lerp_(params, ema, cfg.ema_share)
     late = lambda: cfg.max_seconds and clock.seconds() >= cfg.max_seconds  # the estimate was too low: fewer tokens do
     stats = calibrate(model, loader, n_chunks, calib_chunk(cfg), cfg.seed + world.rank, late) if n_chunks else {}
     for x in stats.values() if world.size > 1 else ():

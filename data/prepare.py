@@ -483,7 +483,8 @@ def main():
     parser.add_argument("paths", nargs="*", metavar="PATH", help="docs: files or folders; verify: datasets")
     parser.add_argument("--name", help="the dataset is written to data/NAME")
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json; without it one is trained")
-    parser.add_argument("--vocab_size", type=int, default=8192, help="of a trained tokenizer: tokens in all")
+    parser.add_argument("--vocab_size", type=int, help="of a trained tokenizer: tokens in all (None: 16384 for "
+                        "fineweb, 8192 for docs)")
     parser.add_argument("--phrases", type=int, help="of a trained tokenizer: tokens that are phrases (None: a 16th)")
     parser.add_argument("--val_docs", type=int, metavar="N", help="docs: of validation (None: 10 %%, at most 1000)")
     parser.add_argument("--val_path", metavar="PATH", help="docs: validation documents are these instead")
@@ -494,6 +495,8 @@ def main():
     args = parser.parse_args()
     if args.workers < 1 or not 1 <= args.train_tokens < 1e15:
         raise BadInput("--workers and --train_tokens are at least 1")
+    if args.vocab_size is None:
+        args.vocab_size = 16384 if args.command == "fineweb" else 8192
     if not (0 <= (args.phrases or 0) <= MAX_PHRASES and 2 <= args.vocab_size <= 65535):
         raise BadInput(f"--phrases is 0 to {MAX_PHRASES}, --vocab_size 2 to 65535")
     if args.val_docs is not None and (args.val_docs < 1 or args.val_path):
