@@ -1135,12 +1135,12 @@ def read_state(run: str) -> dict:
     folder = Path(run) if Path(run).is_dir() else Path("runs") / run
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        changed = [f for f in SOURCES if (folder / "source" / f).read_bytes() != (ROOT / f).read_bytes()]
+        if changed := [f for f in SOURCES if (folder / "source" / f).read_bytes() != (ROOT / f).read_bytes()]:
+            raise ValueError(f"{', '.join(changed)} changed since the run began")
         state |= {"config": config_from(state["config"]), "folder": str(folder)}
     except Exception as e:  # torch.load has no single error for bad bytes
-        raise BadInput(f"--resume={run}: no whole {folder}/state.pt: {(str(e).splitlines() or [''])[0]}") from None
-    if changed:
-        raise BadInput(f"--resume={run}: {', '.join(changed)} changed since the run began")
+        reason = (str(e).splitlines() or [""])[0]
+        raise BadInput(f"--resume={run}: {folder}/state.pt cannot be used: {reason}") from None
     return state
 
 

@@ -446,8 +446,8 @@ def fineweb(args):
 
 
 def verify(args):
-    """All of a dataset against its meta.json: sha256 of every file, every token below the vocabulary, documents by their
-    boundaries, the validation documents' own hash. Readers leave most of it out."""
+    """All of a dataset against its meta.json, of which readers leave most out: sha256 of every file, every token below
+    the vocabulary, documents by their boundaries, the validation documents' own hash."""
     for name in args.paths:
         folder = find_dataset(name)
         meta = read_meta(folder)

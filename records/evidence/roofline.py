@@ -82,7 +82,7 @@ def count(trainer, settings: dict, looped: bool) -> dict:
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
     from torch.utils import _pytree as pytree
     post_grad.reinplace_inplaceable_ops = lambda *_, **__: None  # trips over devices that change
-    cfg = trainer.Config(**{"vocab_size": 8192, **settings})
+    cfg = trainer.Config(**{"vocab_size": 16384, **settings})
     mode, gpu, kernels, saved = FakeTensorMode(), torch.device("cuda", 0), [], [0]
     fused = {name: getattr(trainer, name) for name in ("fused_mlp", "fused_ce")}
     attend = lambda q, k, v, seg: torch.ops.roofline.attention(q, k, v, seg.cu_seqlens)[0]
@@ -167,7 +167,8 @@ def totals(x: dict) -> dict:
     gb, tflop = sum(k[3] for k in own) / 1e9, x["flop"] / 1e12
     rest = sum(k[3] for k in x["kernels"]) / 1e9 - gb
     return {"inductor's own kernels, GB": gb, "products, attention and loss, GB": rest,
-            "saved for backward, GB": x["saved"] / 1e9, "kernels": len(x["kernels"]), "of them inductor's own": len(own),
+            "saved for backward, GB": x["saved"] / 1e9, "kernels": len(x["kernels"]),
+            "of them inductor's own": len(own),
             "products, TFLOP": tflop,
             "predicted ms": gb / GB_PER_MS + tflop / TFLOP_PER_MS + ATTENTION_MS * x["visits"] + REST_MS}
 
