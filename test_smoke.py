@@ -1448,6 +1448,21 @@ def test_the_proof_fails_for_a_predictor_that(cheat, proofs):
     assert proofs(source)[proof].startswith("FAIL")
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_random_leaks_are_caught_where_the_stated_power_says_so(seed):
+    rng = random.Random(seed)
+    share, ahead, strength = 10 ** rng.uniform(-2.2, -0.5), rng.randrange(1, 4), rng.uniform(0.5, 5)
+    verdict = proofs(f"""
+class Mine(Flat):
+    def predict(self, spans, inputs):
+        logits, at = Flat.predict(self, spans, inputs), np.arange(max(len(inputs) - {ahead}, 0))
+        at = at[(inputs[at] * 7919 + at * 104729 + {seed}) % 10007 < {share} * 10007]
+        logits[at, inputs[at + {ahead}]] += {strength}
+        return logits
+""", 9.0)["replay"]
+    assert float(re.search(r"leaks at ([-.e0-9]+) of the places", verdict)[1]) < share and verdict.startswith("FAIL")
+
+
 PLANS = {"d: skips hard tokens": "[[0, 0, n - 1]]", "e: scores a token twice": "[[0, 0, n]], [[0, n - 1, n]]",
          "e: twice in one round": "[[0, 0, n], [0, 0, n]]", "f: reorders within a document": "[[0, 5, n]], [[0, 0, 5]]",
          "spans outside": "[[0, 0, n + 1]]", "no document": "[[99, 0, n]]", "nothing": "",

@@ -123,6 +123,14 @@ def find_dataset(name_or_path):
     raise BadInput(f"no dataset {name!r}; prepare it with: python data/prepare.py {how}")
 
 
+def find_run(name=""):
+    """A run's folder, its name under runs/, or empty for the newest run -> Path. BadInput where there is none."""
+    for folder in (Path(name or "runs/latest"), Path("runs") / (name or "latest")):
+        if folder.is_dir():
+            return folder.resolve() if folder.is_symlink() else folder
+    raise BadInput(f"{name or 'runs/latest'}: no such run; train one first, python train_gpt.py")
+
+
 def read_meta(folder):
     """Folder -> the dict of meta.json, checked, and every file on disk against it: sizes, shard headers, tokenizer.
 
