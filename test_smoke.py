@@ -1449,15 +1449,15 @@ def test_the_proof_fails_for_a_predictor_that(cheat, proofs):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_leaks_are_caught_where_the_stated_power_says_so(seed):
+def test_random_leaks_are_caught_where_the_stated_power_says_so(proofs, seed):
     rng = random.Random(seed)
     share, ahead, strength = 10 ** rng.uniform(-2.2, -0.5), rng.randrange(1, 4), rng.uniform(0.5, 5)
     verdict = proofs(f"""
 class Mine(Flat):
     def predict(self, spans, inputs):
         logits, at = Flat.predict(self, spans, inputs), np.arange(max(len(inputs) - {ahead}, 0))
-        at = at[(inputs[at] * 7919 + at * 104729 + {seed}) % 10007 < {share} * 10007]
-        logits[at, inputs[at + {ahead}]] += {strength}
+        at = at[(inputs[at + {ahead}] * 7919 + at * 104729 + {seed}) % 10007 < {share} * 10007]
+        logits[at, inputs[at + 1]] += {strength}
         return logits
 """, 9.0)["replay"]
     assert float(re.search(r"leaks at ([-.e0-9]+) of the places", verdict)[1]) < share and verdict.startswith("FAIL")

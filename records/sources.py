@@ -127,6 +127,9 @@ def scan(review, name, text, depth=0):
     nodes = list(ast.walk(tree))
     guarded = {id(n) for t in nodes if isinstance(t, ast.Try) and t.handlers for n in ast.walk(t)}
     runs_text = False
+    # What stands below the border of eval_bpb.py is compared with the root's.
+    at = text.find("\n# The judge") if name == "eval_bpb.py" else -1
+    review.judge = text[:at].count("\n") + 1 if at >= 0 else len(text) + 2
     # `from os import system as run` makes run() a call of os.system.
     review.aliases = {a.asname or a.name: f"{n.module}.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom)
                       for a in n.names if n.module in ("os", "subprocess", "pickle", "marshal", "ctypes", "importlib")}
@@ -211,7 +214,7 @@ def scan_call(review, name, node):
             review.emit("train-data-late", name, f"{called}() is given {train}: inside the 600 s?", node.lineno)
     unsafe = called == "torch.load" and any(k.arg == "weights_only" and getattr(k.value, "value", 1) is False
                                             for k in node.keywords)
-    if unsafe or LOADS_CODE.fullmatch(called):
+    if (unsafe or LOADS_CODE.fullmatch(called)) and node.lineno < review.judge:
         review.emit("loaded-code", name, f"{called}(): brings in code that is not written here", node.lineno)
     if isinstance(node.func, ast.Subscript) and dotted(node.func.value) in ("__builtins__", "builtins.__dict__"):
         called = " ".join(constants(str, node.func.slice))
