@@ -3,7 +3,7 @@
     python data/prepare.py demo                         the standard library's own source and documentation, in seconds
     python data/prepare.py docs PATH... --name=NAME     your .jsonl, .jsonl.zst and .txt files, or folders of them
     python data/prepare.py fineweb                      the challenge's FineWeb documents, from the Hugging Face hub
-    python data/prepare.py verify NAME                  every hash and count of a dataset, which readers do not check
+    python data/prepare.py verify NAME                  every hash of a dataset, and all counts but train_bytes
 
 A .jsonl file holds a document a line, {"text": ...}; a .txt file is one document. Validation documents are chosen by
 document hash (docs, demo) or are the first 50,000 (fineweb). A stopped `fineweb` continues where it was; the others
@@ -463,7 +463,7 @@ def verify(args):
         for _ in read_val_docs(folder, meta):
             pass  # at its end it has compared number, bytes and sha256
         print(f"{folder}: whole: {len(meta['files'])} files, {meta['train_docs']:,} training and {meta['val_docs']:,} "
-              "validation documents, every hash and count as in meta.json")
+              "validation documents, every hash and all counts but train_bytes as in meta.json")
 
 
 def read_tokenizer(args):
