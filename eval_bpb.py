@@ -502,8 +502,9 @@ def replay(predictor, streams, rounds, nats: dict, vocab_size: int, seconds: flo
     """Asks a new predictor again, at every place of rounds drawn at random, with all inputs behind that place hidden
     -> verdict. What it then pays must be what was scored: such a number could have been coded and decoded.
 
-    Place k of all spans of a round is asked in one call. As many rounds are drawn as fit into `seconds`, for it took
-    `scored` seconds to ask for each round once. Rounds before them that hold the same documents are asked once.
+    Place k of all spans of a round is asked in one call, in rising order: what an earlier call showed is known. As many
+    rounds are drawn as fit into `seconds`, for it took `scored` seconds to ask for each round once; one that takes much
+    of that is asked from a random place on. Rounds before them that hold the same documents are asked once.
     """
     lengths = np.array([len(s) - 1 for s in streams])
     again = check_plan(predictor.plan(lengths.copy()), lengths, vocab_size)
@@ -511,8 +512,8 @@ def replay(predictor, streams, rounds, nats: dict, vocab_size: int, seconds: flo
         return "FAIL: a new predictor plans other rounds from the same lengths"
     random, end, total = secrets.SystemRandom(), time.perf_counter() + seconds, sum(map(len, nats.values()))
     order = random.sample(sorted(nats), len(nats))
-    cost = np.cumsum([scored * len(nats[i]) / total * (rounds[i][:, 2] - rounds[i][:, 1]).max() for i in order])
-    drawn = set(order[:1 + int(np.searchsorted(cost, seconds))])
+    cost = {i: scored * len(nats[i]) / total * (rounds[i][:, 2] - rounds[i][:, 1]).max() for i in order}
+    drawn = set(order[:1 + int(np.searchsorted(np.cumsum([*cost.values()]), seconds))])
     groups = [group for group in find_groups(rounds) if drawn & {*group}]
     random.shuffle(groups)
     moves, docs = [np.zeros(0)], set()
@@ -521,7 +522,9 @@ def replay(predictor, streams, rounds, nats: dict, vocab_size: int, seconds: flo
             inputs, targets = cut(rounds[i], streams)
             sizes = rounds[i][:, 2] - rounds[i][:, 1]
             place = np.arange(len(inputs)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # in its span
-            for k in range(int(sizes.max()) if i in drawn else 0):
+            n = int(sizes.max())
+            first = n if i not in drawn else random.randrange(n) if cost[i] > seconds / 8 else 0
+            for k in range(first, n):
                 if time.perf_counter() > end:
                     break
                 noise = np.frombuffer(secrets.token_bytes(8 * len(inputs)), np.uint64) % np.uint64(vocab_size)
