@@ -948,39 +948,28 @@ class Validation:
 
     def __init__(self, data: Dataset, cfg: Config, rank: int, world_size: int, device: torch.device, padded: bool):
         tokens = data.val()
-        starts = np.flatnonzero(tokens == data.boundary)
-        edges = np.append(starts, len(tokens))
+        edges = np.append(np.flatnonzero(tokens == data.boundary), len(tokens))
         if cfg.val_tokens:
             edges = edges[:max(2, int(np.searchsorted(edges, cfg.val_tokens, side="right")))]
-        self.n_docs, self.n_tokens = len(edges) - 1, int(edges[-1])
-        self.n_bytes = self.count_bytes(data, tokens[:self.n_tokens])
-        # A document's last target is the boundary of the next; rows are filled up with boundaries, which do not count.
+        self.n_docs, self.n_tokens, self.n_bytes = len(edges) - 1, int(edges[-1]), data.meta["val_bytes"]
+        if data.tokenizer and self.n_tokens < len(tokens):
+            docs = np.split(tokens[:self.n_tokens], edges[1:-1])
+            self.n_bytes = sum(len(data.tokenizer.decode(doc[1:]).encode()) for doc in docs)
+        # The last target of a document is the boundary of the next one; what fills up the last row does not count.
         row = cfg.row_tokens
-        n_rows = -(-self.n_tokens // row)
-        padded_tokens = np.full(n_rows * row + 1, data.boundary, np.int64)
-        padded_tokens[:self.n_tokens] = tokens[:self.n_tokens]
-        self.rows = []
-        for r in range(rank, n_rows, world_size):
-            x = padded_tokens[r * row:(r + 1) * row + 1]
-            n = min(row, self.n_tokens - r * row)
-            self.rows.append((torch.from_numpy(x), np.flatnonzero(x[:n] == data.boundary), n))
-        self.cfg, self.world_size, self.device, self.padded = cfg, world_size, device, padded
-
-    @staticmethod
-    def count_bytes(data: Dataset, tokens: np.ndarray) -> int:
-        """-> UTF-8 bytes of the documents that these tokens spell; 0 for random tokens."""
-        if data.tokenizer is None or len(tokens) == data.meta["val_tokens"]:
-            return data.meta["val_bytes"]
-        docs = np.split(tokens, np.flatnonzero(tokens == data.boundary)[1:])
-        return sum(len(data.tokenizer.decode(doc[1:]).encode()) for doc in docs)
+        filled = np.concatenate([tokens[:self.n_tokens], [data.boundary], np.zeros(row, np.int64)])
+        self.rows = [(filled[a:a + row + 1], min(row, self.n_tokens - a))
+                     for a in range(rank * row, self.n_tokens, world_size * row)]
+        self.boundary, self.cfg, self.world_size, self.device, self.padded = (
+            data.boundary, cfg, world_size, device, padded)
 
     @torch.no_grad()
     def __call__(self, losses, looped: bool) -> tuple[float, float]:
         """losses(tokens, targets, seg, looped) as GPT.losses -> (nats per token, bits per byte)."""
         nats = torch.zeros((), dtype=torch.float64)
-        for x, starts, n in self.rows:
-            x = x.to(self.device)
-            seg = make_segments(starts, len(x) - 1, self.cfg.seq_len, self.device, self.padded, self.cfg.seq_len)
+        for row, n in self.rows:
+            x, starts = torch.from_numpy(row).to(self.device), np.flatnonzero(row[:-1] == self.boundary)
+            seg = make_segments(starts, len(row) - 1, self.cfg.seq_len, self.device, self.padded, self.cfg.seq_len)
             nats += losses(x[:-1], x[1:], seg, looped)[:n].cpu().double().sum()
         if self.world_size > 1:
             nats = nats.to(self.device)
