@@ -1318,6 +1318,25 @@ def test_cached_prediction_looks_back_as_far_as_training_did_and_no_further():
     assert run_predictor(cached, [stream], 40)[0] == pytest.approx(expected, abs=3e-5)
 
 
+def test_reading_on_with_cached_keys_and_values_is_the_whole_forward_pass(judge, packed_run, capfd, tmp_path):
+    model, tokens, cache = scoring_model(), torch.randint(40, (24,)), {}
+    with torch.no_grad():
+        whole = model.logits(model(tokens, make_segments(np.array([0]), 24, 24)))
+        parts = [eval_bpb.read_on(model, torch.cat([tokens[a - 1:a] if a else tokens[:1], tokens[a:b]]), a, cache)
+                 for a, b in itertools.pairwise([0, 5, 6, 7, 15, 16, 24])]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+    artifact, written = make_artifact(packed_run, tmp_path / "artifact.pyz"), []
+    long = "words " * 200  # more than the context
+    for flags in ("--seed=1", "--seed=1", "--seed=2", "--temperature=0", "--top_p=0"), ("--seed=1",):
+        text = long if len(flags) == 1 else "Import os"
+        for flag in flags:
+            assert eval_bpb.main([str(artifact), f"--sample={text}", "--tokens=60", "--device=cpu", flag]) == 0
+            written.append(capfd.readouterr().out)
+            assert written[-1].startswith(text) and len(written[-1]) > len(text)
+    one, same, other, likeliest, alone, _ = written
+    assert one == same != other and likeliest == alone
+
+
 def test_adaptive_learns_from_what_was_scored_and_each_document_for_itself():
     model, rng = scoring_model(), np.random.default_rng(2)
     streams = [np.concatenate([[0], np.tile(rng.integers(0, 40, 9), 40), [0]]) for _ in range(3)]
