@@ -42,7 +42,7 @@ from data.dataset import BadInput, read_meta, read_shard, read_val_docs, write_s
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
-from records import check, ledger, rules, sources, stats, submit
+from records import check, ledger, plot, rules, sources, stats, submit
 from records.evidence import ladder
 from train_gpt import Config, GPT, Loader, Optimizer, Validation, make_segments
 
@@ -358,6 +358,7 @@ def test_ranks_agree_runs_repeat_and_end_with_a_checkpoint(tmp_path):
     assert saved["four"]["stats"]["tokens"] >= saved["a"]["stats"]["tokens"] == 256
     assert (tmp_path / "runs/latest").resolve() == (tmp_path / "runs/four").resolve()
     assert saved["a"]["run"]["finished"] and saved["a"]["run"]["steps"] == 6
+    assert "training loss" in (tmp_path / "runs/a/curve.svg").read_text()
     assert (tmp_path / "runs/a/source/train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
     again = run_train(tmp_path, "--max_steps=6", "--run=a")
     assert again.returncode == 2 and "--run=a" in again.stderr and again.stderr.count("\n") == 1
@@ -2033,6 +2034,25 @@ def test_the_leaderboard_ranks_records_and_draws_them(tmp_path):
     assert text.index("[best]") < text.index("[worse]") and "A&#124;&lt;b&gt;" in text
     assert board["leaderboard.svg"].count("<circle") == 2 and "prefers-color-scheme:dark" in board["leaderboard.svg"]
     minidom.parseString(board["leaderboard.svg"])
+
+
+def test_curves_hold_every_point_of_every_run_once(tmp_path):
+    folders = [tmp_path / "a<b>", tmp_path / "empty"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("")
+    rows = [("step", 1.0, 9.0), ("step", 2.0, 3.0), ("val", 2.0, 1.5), ("step", 3.0, 2.5), ("resume", 2.5, 0.0),
+            ("step", 3.5, 2.4), ("step", 4.0, None)]
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(
+        {"kind": k, "train_seconds": at, "train_loss": v} | ({"val_bpb": v} if k == "val" else {"lr": 1.0})) + "\n"
+        for k, at, v in rows) + '{"kind": "st')
+    points = plot.read_points(folders[0])
+    assert [at for at, _ in points["lr"]] == [1.0, 2.0, 3.5, 4.0] and len(points["val_bpb"]) == 1
+    assert [v for _, v in points["train_loss"]] == [9.0, 3.0, 1.5, 2.4]
+    picture = minidom.parseString(plot.draw(folders))
+    assert len(picture.getElementsByTagName("circle")) == 1
+    assert [t.firstChild.data for t in picture.getElementsByTagName("text")][:2] == ["a<b>: 1.5000", "empty"]
+    minidom.parseString(plot.draw(folders[1:]))
 
 
 def test_the_ledger_gets_one_line_a_run_with_its_parent_and_status(tmp_path):

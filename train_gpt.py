@@ -5,7 +5,7 @@
                                                               and a dataset: a small model in two minutes on two cores
     python train_gpt.py --help                                every setting, its unit and its default
 
-Writes runs/<run>/: log.txt, metrics.jsonl, checkpoint.pt (averaged weights and what pack.py needs to know), source/.
+Writes runs/<run>/: log.txt, metrics.jsonl, curve.svg, checkpoint.pt (averaged weights, what pack.py needs), source/.
 Then `python pack.py` makes the one file that counts and `python eval_bpb.py` scores it.
 """
 import hashlib
@@ -26,6 +26,7 @@ import time
 import warnings
 import zipfile
 from argparse import SUPPRESS
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -1348,8 +1349,17 @@ def main(argv: list[str] | None = None) -> int:
             return code
         raise
     finally:
+        if folder:
+            draw_curve(folder)
         if world.size > 1:
             dist.destroy_process_group()
+
+
+def draw_curve(folder: Path) -> None:
+    """The run as a picture, curve.svg, where records/ is at hand."""
+    with suppress(ImportError):
+        from records import plot
+        plot.write(folder / "curve.svg", [folder])
 
 
 def note_in_ledger(folder: Path) -> None:
