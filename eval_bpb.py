@@ -45,7 +45,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from data.dataset import BadInput, Parser, Progress, atomic_write, command, find_dataset, read_meta, read_val_docs
+from data.dataset import (BadInput, Parser, Progress, atomic_write, command, find_dataset, find_run, read_meta,
+                          read_val_docs)
 from data.tokenizer import Tokenizer
 from train_gpt import SOURCES, Segments, block_order, environment, make_segments, note_in_ledger, pick_attention
 
@@ -840,7 +841,7 @@ class Remote:
 def parse(argv):
     parser = Parser(prog="eval_bpb.py", description=__doc__)
     add = parser.add_argument
-    add("artifact", nargs="?", default="runs/latest/artifact.pyz", metavar="ARTIFACT", help="file made by pack.py")
+    add("artifact", nargs="?", default="", metavar="ARTIFACT", help="file made by pack.py; empty: the newest run's")
     add("--data", default="", metavar="NAME", help="dataset: a name under data/ or a folder; empty: that of the run")
     add("--limit_docs", type=int, default=0, metavar="N", help="documents: only the first N, no score; 0: all")
     add("--predictor", default="", metavar="NAME", help="one of the artifact's predictors; empty: its own choice")
@@ -872,7 +873,7 @@ def main(argv: list[str] | None = None) -> int:
     phases, args = Phases(), parse(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
-    artifact, confined = Path(args.artifact), args.audit or args.isolate
+    artifact, confined = Path(args.artifact or find_run() / "artifact.pyz"), args.audit or args.isolate
     blob, tokenizer = open_artifact(artifact)
     if args.sample is not None:
         call_artifact(artifact, "sample", device, args.sample, args.tokens, args.temperature, args.top_p, args.seed)

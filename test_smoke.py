@@ -38,7 +38,7 @@ import eval_bpb
 import pack
 import train_gpt
 from data import hub as hub_files, prepare
-from data.dataset import BadInput, read_meta, read_shard, read_val_docs, write_shard
+from data.dataset import BadInput, find_run, read_meta, read_shard, read_val_docs, write_shard
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
@@ -495,6 +495,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path):
     for pid in (process.pid, *map(int, ranks)):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
+    (tmp_path / "runs/killed/crash.json").write_text("{}")  # as the others leave it when one rank is killed
     again = run_train(tmp_path, "--resume=killed", ranks=2, shape=())
     assert again.returncode == 0, again.stderr[-2000:]
     whole, resumed = (train_gpt.load_checkpoint(tmp_path / f"runs/{name}/checkpoint.pt")
@@ -503,7 +504,8 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path):
     for kind in ("weights", "stats"):
         assert all(torch.equal(x, resumed[kind][k]) for k, x in whole[kind].items())
     assert (whole["run"]["resumed"], resumed["run"]["resumed"]) == (0, 1)
-    assert not (tmp_path / "runs/killed/state.pt").exists()
+    assert {p.name for p in (tmp_path / "runs/killed").iterdir()} == {
+        "checkpoint.pt", "curve.svg", "log.txt", "metrics.jsonl", "source"}
     for flags, words in ((["--resume=killed"], "state.pt"), (["--resume=x", "--seed=2"], "no other flag")):
         done = run_train(tmp_path, *flags, shape=())
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
@@ -527,6 +529,19 @@ def test_a_row_that_does_not_fit_is_halved_and_the_batch_stays(tmp_path, monkeyp
     fits = 0
     with pytest.raises(BadInput, match="--row_tokens"):
         train_gpt.main([*RUN, "--max_steps=2", "--run=none"])
+
+
+def test_where_no_link_may_be_made_the_newest_run_is_named_in_a_file(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    for name in ("first", "second"):
+        assert train_gpt.main([*RUN, "--max_steps=1", f"--run={name}"]) == 0
+    assert not (tmp_path / "runs/latest").is_symlink() and find_run() == find_run("latest") == Path("runs/second")
+    with pytest.raises(BadInput, match="second.artifact.pyz"):
+        eval_bpb.main([])
 
 
 def test_early_abort_needs_a_real_lag():

@@ -39,7 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.dataset import BadInput, Parser, atomic_write, command, find_dataset, read_meta, read_shard
+from data.dataset import BadInput, Parser, atomic_write, command, find_dataset, find_run, read_meta, read_shard
 from data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -1133,7 +1133,7 @@ def save_state(folder: Path | None, params, ema, optimizer: Optimizer, numbers: 
 
 def read_state(run: str) -> dict:
     """A run's folder or name -> its saved state, with "config" a Config and "folder". Raises BadInput."""
-    folder = Path(run) if Path(run).is_dir() else Path("runs") / run
+    folder = find_run(run)
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if changed := [f for f in SOURCES if (folder / "source" / f).read_bytes() != (ROOT / f).read_bytes()]:
@@ -1250,7 +1250,10 @@ def open_run(cfg: Config, preset: str) -> Path:
             (folder / "source" / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, folder / "source" / file)
         link = Path("runs") / f".latest{os.getpid()}"
-        link.symlink_to(name, target_is_directory=True)
+        try:
+            link.symlink_to(name, target_is_directory=True)
+        except OSError:  # Windows lets few make links: a file with the name
+            link.write_text(name)
         os.replace(link, Path("runs") / "latest")
     except FileExistsError:
         raise BadInput(f"--run={name}: {folder} exists; nothing is overwritten, choose another name") from None
@@ -1553,7 +1556,8 @@ def train(cfg: Config, preset: str, data: Dataset, curve, state, folder: Path | 
     run["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0
     if folder:
         save_checkpoint(folder / "checkpoint.pt", cfg, model, data, stats, run)
-        (folder / "state.pt").unlink(missing_ok=True)
+        for path in (folder / "state.pt", folder / "crash.json", *folder.glob(".*.tmp")):  # of lives that were ended
+            path.unlink(missing_ok=True)
         if stop:
             log("stopped early as asked; the checkpoint holds the averaged weights so far")
         keys = ("val_bpb", "val_loss", "train_seconds", "steps", "tokens", "seed", "peak_memory_mb")
