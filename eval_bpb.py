@@ -4,6 +4,7 @@
     python eval_bpb.py ARTIFACT --audit   a stranger's: its code confined, under the clock, its score proved by replay
     torchrun --standalone --nproc_per_node=8 eval_bpb.py      the documents shared among 8 GPUs
     python artifact.pyz --data=NAME       the same score from the file alone
+    python artifact.pyz --sample="import os"                  what the model writes after these words; no score
 
 bits per byte = nats of all targets / ln 2 / UTF-8 bytes of all documents. A document of n tokens has n + 1 targets: its
 tokens, then the boundary that closes it, which carries 0 bytes but is charged, as the public scorer charges it. Its
@@ -44,7 +45,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from data.dataset import BadInput, Parser, Progress, atomic_write, command, find_dataset, read_meta, read_val_docs
+from data.dataset import (BadInput, Parser, Progress, atomic_write, command, find_dataset, find_run, read_meta,
+                          read_val_docs)
 from data.tokenizer import Tokenizer
 from train_gpt import SOURCES, Segments, block_order, environment, make_segments, note_in_ledger, pick_attention
 
@@ -286,14 +288,65 @@ def build(path: str, name: str, device: str):
 
 
 def prepare(name: str, cfg, model, device: str):
-    """Model in float32 on the CPU -> the predictor `name`, the model on the device, in bf16 on a GPU that has it."""
+    """Model in float32 on the CPU -> the predictor `name`, the model on the device."""
+    return PREDICTORS[name](cfg, move(model, device), torch.device(device))
+
+
+def move(model, device: str):
+    """Model in float32 on the CPU -> on the device, without gradients, in bf16 on a GPU that has it."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model.dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     attention, model.attend = pick_attention(device, model.dtype)
     model.padded = attention == "sdpa"
-    return PREDICTORS[name](cfg, model.to(device).requires_grad_(False), device)
+    return model.to(device).requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A look at what the model has learned. Nothing here is scored.
+
+
+def read_on(model, tokens: Tensor, place: int, cache: dict) -> Tensor:
+    """tokens (1 + N,) int64, the one before and those at place.. of a document -> logits (N, V).
+
+    cache {visit: keys and values (places, K, d)} grows with them; attention looks back as far as in training.
+    """
+    def attend(q, k, v, seg, visit):
+        if visit in cache:
+            k, v = (torch.cat([old[len(k) - model.cfg.seq_len:], x]) for old, x in zip(cache[visit], (k, v)))
+        cache[visit] = k, v
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, places, d)
+        y = F.scaled_dot_product_attention(q, k, v, causal_lower_right(q.size(2), k.size(2)), enable_gqa=True)
+        return y[0].transpose(0, 1)
+    pos = torch.arange(place, place + len(tokens) - 1, dtype=torch.int32, device=tokens.device)
+    return model.logits(model(tokens[1:], Segments(None, pos, 0, None, None), True, attend=attend, prev=tokens[:-1]))
+
+
+@torch.inference_mode()
+def sample(path: str, device: str, text: str, n_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """Prints text and, token by token, what follows: up to n_tokens, or to where the document ends.
+
+    A token is drawn from softmax(logits / temperature), among the fewest that together have probability top_p.
+    """
+    from pack import load
+    cfg, model, tokenizer = load(path)
+    model, random = move(model, device), torch.Generator().manual_seed(seed)
+    tokens, cache, shown = [tokenizer.boundary, *tokenizer.encode(text).tolist()], {}, 0
+    first = read = max(0, len(tokens) - cfg.seq_len)  # of a long text the end is read
+    for left in range(n_tokens, -1, -1):
+        so_far = tokenizer.decode(tokens).rstrip("\ufffd")  # of the last character more bytes may come
+        print(so_far[shown:], end="", flush=True)
+        shown = len(so_far)
+        if not left or len(tokens) > 1 and tokens[-1] == tokenizer.boundary:
+            break
+        new = torch.tensor([tokens[read - 1], *tokens[read:]], device=device)
+        p = (read_on(model, new, read - first, cache)[-1].cpu() / max(temperature, 1e-6)).softmax(-1)
+        read = len(tokens)
+        p, order = p.sort(descending=True)
+        p[p.cumsum(0) - p > top_p] = 0
+        tokens.append(order[torch.multinomial(p, 1, generator=random)].item())
+    print()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -580,15 +633,15 @@ def tell_wrong_lengths(predictor, streams, rounds, nats: dict, vocab_size: int) 
 # bytes of length, content. The child runs the judge's own end of the pipe, from this file's source.
 
 
-def import_artifact(path: Path, name: str, device: str):
-    """-> the artifact's own predictor, its name. From here on `import train_gpt` and its like give the artifact's."""
+def call_artifact(path: Path, function: str, *args):
+    """-> what a function of the artifact's own eval_bpb.py returns. `import train_gpt` then gives the artifact's too."""
     for module in [m for m in sys.modules if m in ("eval_bpb", "train_gpt", "pack", "data") or m.startswith("data.")]:
         del sys.modules[module]
     if sys.path[0] != str(path):
         sys.path.insert(0, str(path))
     importlib.invalidate_caches()
     try:
-        return importlib.import_module("eval_bpb").build(str(path), name, device)
+        return getattr(importlib.import_module("eval_bpb"), function)(str(path), *args)
     except Exception as e:
         if type(e).__name__ == "BadInput":  # the artifact's own class of that name
             raise BadInput(str(e)) from None
@@ -788,7 +841,7 @@ class Remote:
 def parse(argv):
     parser = Parser(prog="eval_bpb.py", description=__doc__)
     add = parser.add_argument
-    add("artifact", nargs="?", default="runs/latest/artifact.pyz", metavar="ARTIFACT", help="file made by pack.py")
+    add("artifact", nargs="?", default="", metavar="ARTIFACT", help="file made by pack.py; empty: the newest run's")
     add("--data", default="", metavar="NAME", help="dataset: a name under data/ or a folder; empty: that of the run")
     add("--limit_docs", type=int, default=0, metavar="N", help="documents: only the first N, no score; 0: all")
     add("--predictor", default="", metavar="NAME", help="one of the artifact's predictors; empty: its own choice")
@@ -799,8 +852,13 @@ def parse(argv):
     add("--trust", action="store_true", help="go on where this system cannot confine the child")
     add("--max_seconds", type=float, default=None, metavar="S",
         help="s from the start of the process to the score, 0: no limit; unset: 600 on fineweb, else 0")
+    add("--sample", metavar="TEXT", help="no score: print what the model writes after TEXT, its code trusted")
+    add("--tokens", type=int, default=256, metavar="N", help="of a sample, at most")
+    add("--temperature", type=float, default=0.8, metavar="T", help="of a sample; 0: the likeliest token, always")
+    add("--top_p", type=float, default=0.95, metavar="P", help="of a sample: tokens that together are so likely")
+    add("--seed", type=int, default=0, metavar="N", help="of a sample")
     args = parser.parse_args(argv)
-    for name in ("limit_docs", "audit_seconds", "max_seconds"):
+    for name in ("limit_docs", "audit_seconds", "max_seconds", "tokens", "temperature", "top_p", "seed"):
         if not 0 <= (getattr(args, name) or 0) < math.inf:
             raise BadInput(f"--{name}={getattr(args, name)} must be a number, 0 or more")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -815,8 +873,11 @@ def main(argv: list[str] | None = None) -> int:
     phases, args = Phases(), parse(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
-    artifact, confined = Path(args.artifact), args.audit or args.isolate
+    artifact, confined = Path(args.artifact or find_run() / "artifact.pyz"), args.audit or args.isolate
     blob, tokenizer = open_artifact(artifact)
+    if args.sample is not None:
+        call_artifact(artifact, "sample", device, args.sample, args.tokens, args.temperature, args.top_p, args.seed)
+        return 0
     folder = find_data(artifact, args.data)
     meta, vocab_size, remotes = read_meta(folder), tokenizer.vocab_size, []
     about = {"mode": "audited" if args.audit else "confined" if confined else "trusted", "unconfined": ""}
@@ -824,7 +885,7 @@ def main(argv: list[str] | None = None) -> int:
     def make():
         """A predictor of the artifact that knows of nothing yet."""
         if not confined:
-            predictor, about["predictor"] = import_artifact(artifact, args.predictor, device)
+            predictor, about["predictor"] = call_artifact(artifact, "build", args.predictor, device)
             return predictor
         remotes.append(Remote(blob, args.predictor, device, vocab_size))
         about["unconfined"], about["predictor"] = remotes[-1].open()

@@ -38,11 +38,11 @@ import eval_bpb
 import pack
 import train_gpt
 from data import hub as hub_files, prepare
-from data.dataset import BadInput, read_meta, read_shard, read_val_docs, write_shard
+from data.dataset import BadInput, find_run, read_meta, read_shard, read_val_docs, write_shard
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
-from records import check, ledger, rules, sources, stats, submit
+from records import check, ledger, plot, rules, sources, stats, submit
 from records.evidence import ladder
 from train_gpt import Config, GPT, Loader, Optimizer, Validation, make_segments
 
@@ -358,6 +358,7 @@ def test_ranks_agree_runs_repeat_and_end_with_a_checkpoint(tmp_path):
     assert saved["four"]["stats"]["tokens"] >= saved["a"]["stats"]["tokens"] == 256
     assert (tmp_path / "runs/latest").resolve() == (tmp_path / "runs/four").resolve()
     assert saved["a"]["run"]["finished"] and saved["a"]["run"]["steps"] == 6
+    assert "training loss" in (tmp_path / "runs/a/curve.svg").read_text()
     assert (tmp_path / "runs/a/source/train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
     again = run_train(tmp_path, "--max_steps=6", "--run=a")
     assert again.returncode == 2 and "--run=a" in again.stderr and again.stderr.count("\n") == 1
@@ -494,6 +495,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path):
     for pid in (process.pid, *map(int, ranks)):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
+    (tmp_path / "runs/killed/crash.json").write_text("{}")  # as the others leave it when one rank is killed
     again = run_train(tmp_path, "--resume=killed", ranks=2, shape=())
     assert again.returncode == 0, again.stderr[-2000:]
     whole, resumed = (train_gpt.load_checkpoint(tmp_path / f"runs/{name}/checkpoint.pt")
@@ -502,7 +504,8 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path):
     for kind in ("weights", "stats"):
         assert all(torch.equal(x, resumed[kind][k]) for k, x in whole[kind].items())
     assert (whole["run"]["resumed"], resumed["run"]["resumed"]) == (0, 1)
-    assert not (tmp_path / "runs/killed/state.pt").exists()
+    assert {p.name for p in (tmp_path / "runs/killed").iterdir()} == {
+        "checkpoint.pt", "curve.svg", "log.txt", "metrics.jsonl", "source"}
     for flags, words in ((["--resume=killed"], "state.pt"), (["--resume=x", "--seed=2"], "no other flag")):
         done = run_train(tmp_path, *flags, shape=())
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
@@ -526,6 +529,19 @@ def test_a_row_that_does_not_fit_is_halved_and_the_batch_stays(tmp_path, monkeyp
     fits = 0
     with pytest.raises(BadInput, match="--row_tokens"):
         train_gpt.main([*RUN, "--max_steps=2", "--run=none"])
+
+
+def test_where_no_link_may_be_made_the_newest_run_is_named_in_a_file(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    for name in ("first", "second"):
+        assert train_gpt.main([*RUN, "--max_steps=1", f"--run={name}"]) == 0
+    assert not (tmp_path / "runs/latest").is_symlink() and find_run() == find_run("latest") == Path("runs/second")
+    with pytest.raises(BadInput, match="second.artifact.pyz"):
+        eval_bpb.main([])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1312,6 +1328,25 @@ def test_cached_prediction_looks_back_as_far_as_training_did_and_no_further():
     assert run_predictor(cached, [stream], 40)[0] == pytest.approx(expected, abs=3e-5)
 
 
+def test_reading_on_with_cached_keys_and_values_is_the_whole_forward_pass(judge, packed_run, capfd, tmp_path):
+    model, tokens, cache = scoring_model(), torch.randint(40, (24,)), {}
+    with torch.no_grad():
+        whole = model.logits(model(tokens, make_segments(np.array([0]), 24, 24)))
+        parts = [eval_bpb.read_on(model, torch.cat([tokens[a - 1:a] if a else tokens[:1], tokens[a:b]]), a, cache)
+                 for a, b in itertools.pairwise([0, 5, 6, 7, 15, 16, 24])]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+    artifact, written = make_artifact(packed_run, tmp_path / "artifact.pyz"), []
+    long = "words " * 200  # more than the context
+    for flags in ("--seed=1", "--seed=1", "--seed=2", "--temperature=0", "--top_p=0"), ("--seed=1",):
+        text = long if len(flags) == 1 else "Import os"
+        for flag in flags:
+            assert eval_bpb.main([str(artifact), f"--sample={text}", "--tokens=60", "--device=cpu", flag]) == 0
+            written.append(capfd.readouterr().out)
+            assert written[-1].startswith(text) and len(written[-1]) > len(text)
+    one, same, other, likeliest, alone, _ = written
+    assert one == same != other and likeliest == alone
+
+
 def test_adaptive_learns_from_what_was_scored_and_each_document_for_itself():
     model, rng = scoring_model(), np.random.default_rng(2)
     streams = [np.concatenate([[0], np.tile(rng.integers(0, 40, 9), 40), [0]]) for _ in range(3)]
@@ -2008,6 +2043,25 @@ def test_the_leaderboard_ranks_records_and_draws_them(tmp_path):
     assert text.index("[best]") < text.index("[worse]") and "A&#124;&lt;b&gt;" in text
     assert board["leaderboard.svg"].count("<circle") == 2 and "prefers-color-scheme:dark" in board["leaderboard.svg"]
     minidom.parseString(board["leaderboard.svg"])
+
+
+def test_curves_hold_every_point_of_every_run_once(tmp_path):
+    folders = [tmp_path / "a<b>", tmp_path / "empty"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("")
+    rows = [("step", 1.0, 9.0), ("step", 2.0, 3.0), ("val", 2.0, 1.5), ("step", 3.0, 2.5), ("resume", 2.5, 0.0),
+            ("step", 3.5, 2.4), ("step", 4.0, None)]
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(
+        {"kind": k, "train_seconds": at, "train_loss": v} | ({"val_bpb": v} if k == "val" else {"lr": 1.0})) + "\n"
+        for k, at, v in rows) + '{"kind": "st')
+    points = plot.read_points(folders[0])
+    assert [at for at, _ in points["lr"]] == [1.0, 2.0, 3.5, 4.0] and len(points["val_bpb"]) == 1
+    assert [v for _, v in points["train_loss"]] == [9.0, 3.0, 1.5, 2.4]
+    picture = minidom.parseString(plot.draw(folders))
+    assert len(picture.getElementsByTagName("circle")) == 1
+    assert [t.firstChild.data for t in picture.getElementsByTagName("text")][:2] == ["a<b>: 1.5000", "empty"]
+    minidom.parseString(plot.draw(folders[1:]))
 
 
 def test_the_ledger_gets_one_line_a_run_with_its_parent_and_status(tmp_path):

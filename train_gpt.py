@@ -5,7 +5,7 @@
                                                               and a dataset: a small model in two minutes on two cores
     python train_gpt.py --help                                every setting, its unit and its default
 
-Writes runs/<run>/: log.txt, metrics.jsonl, checkpoint.pt (averaged weights and what pack.py needs to know), source/.
+Writes runs/<run>/: log.txt, metrics.jsonl, curve.svg, checkpoint.pt (averaged weights, what pack.py needs), source/.
 Then `python pack.py` makes the one file that counts and `python eval_bpb.py` scores it.
 """
 import hashlib
@@ -26,6 +26,7 @@ import time
 import warnings
 import zipfile
 from argparse import SUPPRESS
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -38,7 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.dataset import BadInput, Parser, atomic_write, command, find_dataset, read_meta, read_shard
+from data.dataset import BadInput, Parser, atomic_write, command, find_dataset, find_run, read_meta, read_shard
 from data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -1115,9 +1116,10 @@ def load_checkpoint(path: Path) -> dict:
 
 def read_state(run: str) -> dict:
     """A run's folder or name -> the state from which it can go on, with its "folder". Raises BadInput."""
-    folder = Path(run) if Path(run).is_dir() else Path("runs") / run
+    folder = find_run(run)
     state = read_saved(folder / "state.pt", "ema", "optimizer", "preset", "step", "next_val", "seconds", "resumed")
-    if changed := [f for f in SOURCES if (folder / "source" / f).read_bytes() != (ROOT / f).read_bytes()]:
+    source = lambda root, f: (root / f).read_bytes() if (root / f).is_file() else b""
+    if changed := [f for f in SOURCES if source(folder / "source", f) != source(ROOT, f)]:
         raise BadInput(f"--resume={run}: {', '.join(changed)} changed since the run began")
     return state | {"folder": str(folder)}
 
@@ -1213,7 +1215,10 @@ def open_run(cfg: Config, preset: str) -> Path:
             (folder / "source" / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, folder / "source" / file)
         link = Path("runs") / f".latest{os.getpid()}"
-        link.symlink_to(name, target_is_directory=True)
+        try:
+            link.symlink_to(name, target_is_directory=True)
+        except OSError:  # Windows lets few make links: a file with the name
+            link.write_text(name)
         os.replace(link, Path("runs") / "latest")
     except FileExistsError:
         raise BadInput(f"--run={name}: {folder} exists; nothing is overwritten, choose another name") from None
@@ -1293,8 +1298,17 @@ def main(argv: list[str] | None = None) -> int:
             return code
         raise
     finally:
+        if folder:
+            draw_curve(folder)
         if world.size > 1:
             dist.destroy_process_group()
+
+
+def draw_curve(folder: Path) -> None:
+    """The run as a picture, curve.svg, where records/ is at hand."""
+    with suppress(ImportError):
+        from records import plot
+        plot.write(folder / "curve.svg", [folder])
 
 
 def note_in_ledger(folder: Path) -> None:
@@ -1490,7 +1504,8 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
     run["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0
     if folder:
         save_checkpoint(folder / "checkpoint.pt", cfg, model, data, stats, run)
-        (folder / "state.pt").unlink(missing_ok=True)
+        for path in (folder / "state.pt", folder / "crash.json", *folder.glob(".*.tmp")):  # of lives that were ended
+            path.unlink(missing_ok=True)
         if stop:
             log("stopped early as asked; the checkpoint holds the averaged weights so far")
         keys = ("val_bpb", "val_loss", "train_seconds", "steps", "tokens", "seed", "peak_memory_mb")

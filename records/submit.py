@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "records"]  # no shadowed packages
 from data.dataset import BadInput, Parser, atomic_write, command
+from records import plot
 from records.check import known_records, nearest_record
 from records.ledger import (CAP_BYTES, PER_RUN, config_differences, digest, is_number, load_submission, read_regular,
                             read_run, seed_results)
@@ -220,7 +221,7 @@ def leaderboard(records=ROOT / "records"):
         rows = [row(*e) for e in sorted(mine, key=lambda e: (dataset_name(e[1]), e[1]["val_bpb"]))]
         head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
         text += [f"## {title}\n", head + "".join(rows) if rows else "None yet.\n"]
-    return {"README.md": "\n".join(text), "leaderboard.svg": plot(entries)}
+    return {"README.md": "\n".join(text), "leaderboard.svg": draw(entries)}
 
 
 def dataset_of(s):
@@ -242,55 +243,29 @@ def row(path, s):
     return f"| {' | '.join(cells)} |\n"
 
 
-STYLE = """<style>
-text{font:12px sans-serif;fill:#57606a}.axis{fill:none;stroke:#8c959f}.line{fill:none;stroke-width:2}
-.c0{stroke:#0969da}.c1{stroke:#bc4c00}.c2{stroke:#8250df}circle{fill:none;stroke-width:2}
-@media(prefers-color-scheme:dark){text{fill:#9da7b3}.axis{stroke:#6e7681}
-.c0{stroke:#58a6ff}.c1{stroke:#f0883e}.c2{stroke:#bc8cff}}
-</style>"""
-
-
-def plot(entries, width=720, height=300):
-    """An SVG of the best score so far, one step line per dataset. No background: it reads in light and dark."""
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">', STYLE]
-    left, right, top, bottom = 64, width - 20, 30, height - 36
-
-    def label(x, y, text, anchor):
-        out.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
+def draw(entries):
+    """The best score so far, one step line per dataset -> SVG."""
     series = {}
     for path, s in entries:
-        series.setdefault(dataset_name(s), []).append((path.name[:10], s["val_bpb"], path.name[11:]))
+        day = datetime.date.fromisoformat(path.name[:10]).toordinal()
+        series.setdefault(dataset_name(s), []).append((day, s["val_bpb"], path.name[11:]))
     points = [point for rows in series.values() for point in rows]
     if not points:
-        label(width / 2, height / 2, "no record yet", "middle")
-        return "\n".join([*out, "</svg>\n"])
-    days = sorted(datetime.date.fromisoformat(day).toordinal() for day, _, _ in points)
-    scores = sorted(score for _, score, _ in points)
-    margin = 0.1 * (scores[-1] - scores[0]) or 0.01
-    low, high, span = scores[0] - margin, scores[-1] + margin, max(days[-1] - days[0], 1)
-
-    def x(day):
-        return left + (right - left) * (datetime.date.fromisoformat(day).toordinal() - days[0]) / span
-
-    def y(score):
-        return bottom - (bottom - top) * (score - low) / (high - low)
-    out.append(f'<path class="axis" d="M{left} {top}V{bottom}H{right}"/>')
-    label(left, top - 14, "val_bpb, best so far", "start")
-    for i in range(5):
-        score = low + (high - low) * i / 4
-        label(left - 8, y(score) + 4, f"{score:.4f}", "end")
-    label(left, bottom + 18, datetime.date.fromordinal(days[0]).isoformat(), "start")
-    label(right, bottom + 18, datetime.date.fromordinal(days[0] + span).isoformat(), "end")
+        return plot.svg([plot.text(plot.WIDTH / 2, 40, "no record yet", "middle")], 80)
+    days = min(day for day, _, _ in points), max(day for day, _, _ in points) + 1
+    ticks = [(day, datetime.date.fromordinal(day).isoformat()) for day in days]
+    scores = plot.widen([score for _, score, _ in points], 0.1)
+    parts, x, y = plot.axes("val_bpb, best so far", 30, 264, days, scores, ticks)
     for n, (name, rows) in enumerate(sorted(series.items())):
-        best, line = math.inf, ""
+        color, best, line = f"c{n % len(plot.COLORS)}", math.inf, ""
         for day, score, slug in sorted(rows):
             line += f"H{x(day):.1f}V{y(min(best, score)):.1f}" if line else f"M{x(day):.1f} {y(score):.1f}"
             best = min(best, score)
-            out.append(f'<circle class="c{n % 3}" cx="{x(day):.1f}" cy="{y(score):.1f}" r="3">'
-                       f'<title>{escape(slug)} {score:.5f}</title></circle>')
-        out.append(f'<path class="line c{n % 3}" d="{line}H{right}"/>')
-        label(right, y(best) - 8, f"{name} {best:.4f}", "end")
-    return "\n".join([*out, "</svg>\n"])
+            parts.append(f'<circle class="{color}" cx="{x(day):.1f}" cy="{y(score):.1f}" r="3">'
+                         f'<title>{escape(slug)} {score:.5f}</title></circle>')
+        parts += [f'<path class="line {color}" d="{line}H{plot.RIGHT}"/>',
+                  plot.text(plot.RIGHT, y(best) - 8, f"{name} {best:.4f}", "end")]
+    return plot.svg(parts, 300)
 
 
 def main():
