@@ -490,7 +490,7 @@ def main():
             add.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json; without it one is trained")
             add.add_argument("--vocab_size", type=int, default=16384 if run is fineweb else 8192,
                              help="of a trained tokenizer: tokens in all")
-            add.add_argument("--phrases", type=int, help="of a trained tokenizer: tokens that are phrases (None: a 16th)")
+            add.add_argument("--phrases", type=int, help="of a trained tokenizer: phrases (None: a 16th)")
             add.add_argument("--text_rule", choices=sorted(TEXT_RULES), default="nmt_nfkc" if run is fineweb else "raw")
             add.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
         if run is docs:
