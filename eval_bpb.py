@@ -634,7 +634,7 @@ def tell_wrong_lengths(predictor, streams, rounds, nats: dict, vocab_size: int) 
 
 
 def call_artifact(path: Path, function: str, *args):
-    """-> what a function of the artifact's own eval_bpb.py returns. `import train_gpt` then gives the artifact's too."""
+    """-> what a function of the artifact's eval_bpb.py returns. `import train_gpt` then gives its own too."""
     for module in [m for m in sys.modules if m in ("eval_bpb", "train_gpt", "pack", "data") or m.startswith("data.")]:
         del sys.modules[module]
     if sys.path[0] != str(path):

@@ -555,7 +555,7 @@ DEMO = DEMO_PATH.read_bytes()
 def prepare_main(monkeypatch, root, *args):
     """Runs `prepare.py ARGS` in this process with data/ under `root`, one worker."""
     monkeypatch.setattr(prepare, "ROOT", root)
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args), "--workers=1"])
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args), *["--workers=1"] * (args[0] != "demo")])
     (root / "data").mkdir(exist_ok=True)
     prepare.main()
 
@@ -787,6 +787,19 @@ def test_docs_names_every_document_that_it_skips(tmp_path, monkeypatch, capsys):
         with pytest.raises(BadInput, match=message):
             prepare_main(monkeypatch, tmp_path, *flags, *more.split())
     assert sorted(os.listdir(tmp_path / "data")) == before
+
+
+def test_each_command_of_prepare_shows_and_takes_its_own_flags_only(capsys, monkeypatch):
+    own = {"demo": [], "docs": ["--name", "--on_bad"], "fineweb": ["--name", "--train_tokens"], "verify": []}
+    for name, flags in own.items():
+        monkeypatch.setattr(sys, "argv", ["prepare.py", name, "--help"])
+        with pytest.raises(SystemExit):
+            prepare.main()
+        shown = capsys.readouterr().out
+        assert [flag for flag in ("--name", "--on_bad", "--train_tokens") if flag in shown] == flags
+        monkeypatch.setattr(sys, "argv", ["prepare.py", name, "--seed=1"])
+        with pytest.raises(BadInput):
+            prepare.main()
 
 
 # FineWeb, against a stand-in for the hub's client

@@ -23,7 +23,8 @@ COLORS = [("#0969da", "#58a6ff"), ("#bc4c00", "#f0883e"), ("#8250df", "#bc8cff")
 
 def svg(parts, height):
     """The parts of a picture -> the picture, with the styles that follow the reader's choice of light or dark."""
-    light, dark = ("".join(f".c{n}{{stroke:{c}}}.f{n}{{fill:{c}}}" for n, c in enumerate(side)) for side in zip(*COLORS))
+    light, dark = ("".join(f".c{n}{{stroke:{color}}}.f{n}{{fill:{color}}}" for n, color in enumerate(colors))
+                   for colors in zip(*COLORS))
     style = ("text{font:12px sans-serif;fill:#57606a}.axis{fill:none;stroke:#8c959f}.grid{stroke:#8c959f;opacity:.25}"
              ".line{fill:none;stroke-width:2;stroke-linejoin:round}circle{fill:none;stroke-width:2}" + light +
              "@media(prefers-color-scheme:dark){text{fill:#9da7b3}.axis{stroke:#6e7681}" + dark + "}")
@@ -67,8 +68,8 @@ def widen(values, share=0.05):
 
 
 def read_points(folder):
-    """A run's metrics.jsonl -> {key of PANELS: [(train_seconds, value)]}. Steps that a resumed run did again count once,
-    a last line that a kill cut does not count."""
+    """A run's metrics.jsonl -> {key of PANELS: [(train_seconds, value)]}. Steps that a resumed run did again are there
+    once, a last line that a kill cut is not."""
     points = {key: [] for key in PANELS}
     try:
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
