@@ -124,6 +124,8 @@ def test_segments_are_documents_cut_every_seq_len_and_on_a_gpu_of_one_shape():
         assert seg.cu_seqlens.diff().max() <= seq_len and seg.cu_seqlens[-1] == 98304
     alone = make_segments(np.array([0, 500, 501]), 98304, 1024, padded=False, longest=3072)
     assert alone.cu_seqlens[:5].tolist() == [0, 500, 501, 1525, 2549]  # where they fit, documents stay apart
+    crowd = make_segments(np.append(np.arange(0, 4000, 2), 50_000), 98304, 1024, padded=False, longest=3072)
+    assert {3998, 50_000} <= {*crowd.cu_seqlens.tolist()}  # where they do not, the long ones do
 
 
 def test_recurrence_with_one_pass_is_the_plain_model():
@@ -653,8 +655,6 @@ def test_a_dataset_holds_its_documents_exactly(small):
     assert list(read_val_docs(small, meta, 2)) == texts["val"][:2]
     framed = b"".join(len(text.encode()).to_bytes(8, "little") + text.encode() for text in texts["val"])
     assert meta["val_docs_sha256"] == hashlib.sha256(framed).hexdigest()
-    for name, entry in meta["files"].items():
-        assert hashlib.sha256((small / name).read_bytes()).hexdigest() == entry["sha256"]
 
 
 @pytest.mark.parametrize("name, damage, words", [
@@ -1309,7 +1309,6 @@ def test_ranks_share_the_rounds_and_give_the_same_number(packed_run, dataset, tm
 # ---- the zoo
 
 HONEST_PREDICTORS = {
-    "chunked": 'Mine = lambda cfg, model, device: Plain(cfg, model, device)',
     "sliding": 'Mine = lambda cfg, model, device: Sliding(cfg, model, device)',
     "score-first learning, batches of like length": 'Mine = Adaptive',
     "hash of the two inputs before": """
@@ -1595,7 +1594,7 @@ def test_a_system_that_cannot_confine_is_no_place_for_strangers(judge, dataset, 
         judge("", "--predictor=flat")
 
 
-def test_an_artifact_or_a_flag_or_documents_that_are_not_right_are_refused(judge, small, dataset, packed_run, tmp_path):
+def test_an_artifact_or_a_flag_that_is_not_right_is_refused(dataset, packed_run, tmp_path):
     artifact = make_artifact(packed_run, tmp_path / "a.pyz")
     whole = artifact.read_bytes()
     for bad in (whole[:-400], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], b"", b"PK"):
@@ -1608,14 +1607,6 @@ def test_an_artifact_or_a_flag_or_documents_that_are_not_right_are_refused(judge
             eval_bpb.main([str(artifact), *([f"--data={dataset}"] if "data" not in flag else []), flag])
     with pytest.raises(BadInput, match="--data"):
         eval_bpb.main([str(artifact)])
-    path = small / "val_docs.jsonl.zst"
-    lines = zstandard.ZstdDecompressor().decompress(path.read_bytes(), 1 << 20).decode().replace("quick", "quack")
-    path.write_bytes(zstandard.compress(lines.encode()))
-    meta = json.loads((small / "meta.json").read_text())
-    meta["files"][path.name]["bytes"] = path.stat().st_size
-    (small / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(BadInput, match="not those of meta.json"):
-        judge("", f"--data={small}", "--predictor=flat", "--trust")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
