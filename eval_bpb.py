@@ -1,7 +1,7 @@
 """Score an artifact: bits per byte on the validation documents.
 
     python eval_bpb.py                    the newest run's artifact, runs/latest/artifact.pyz
-    python eval_bpb.py ARTIFACT --audit   a stranger's: its code confined, under the clock, its score proved by replay
+    python eval_bpb.py ARTIFACT           another: code that is not this folder's is confined and proves its score
     torchrun --standalone --nproc_per_node=8 eval_bpb.py      the documents shared among 8 GPUs
     python artifact.pyz --data=NAME       the same score from the file alone
     python artifact.pyz --sample="import os"                  what the model writes after these words; no score
@@ -17,38 +17,16 @@ score.json beside the artifact.
 """
 import time
 BEGIN = time.perf_counter() - time.process_time()  # of the process: up to here all its time was CPU time
-import hashlib
-import importlib
-import inspect
-import json
-import math
 import os
-import secrets
-import select
-import shutil
-import signal
-import struct
-import subprocess
-import sys
-import tempfile
-import threading
-import zipfile
-from collections import defaultdict
-from contextlib import contextmanager, suppress
-from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: see train_gpt.py
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from data.dataset import (BadInput, Parser, Progress, atomic_write, command, find_dataset, find_run, read_meta,
-                          read_val_docs)
-from data.tokenizer import Tokenizer
-from train_gpt import SOURCES, Segments, block_order, environment, make_segments, note_in_ledger, pick_attention
+from data.dataset import BadInput
+from train_gpt import Segments, block_order, make_segments, pick_attention
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Predictors: the half that belongs to the submission. The judge calls
@@ -307,7 +285,7 @@ def move(model, device: str):
 # A look at what the model has learned. Nothing here is scored.
 
 
-def read_on(model, tokens: Tensor, place: int, cache: dict) -> Tensor:
+def read_on(model, tokens, place: int, cache: dict):
     """tokens (1 + N,) int64, the one before and those at place.. of a document -> logits (N, V).
 
     cache {visit: keys and values (places, K, d)} grows with them; attention looks back as far as in training.
@@ -349,11 +327,39 @@ def sample(path: str, device: str, text: str, n_tokens: int, temperature: float,
     print()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ----------------------------------------------------------------------------------------------------------------------
+# ======================================================================================================================
+# ======================================================================================================================
 # The judge. Below this line nothing may be changed: records/check.py compares it with the root's. Of all that stands
-# above it uses one name, build(path, name, device) of the artifact's own copy, and what the comment over the predictors
-# promises; nothing above uses anything from here.
+# above it uses BEGIN and build(path, name, device), and what the comment over the predictors promises. Nothing above
+# uses anything from here; even the imports are its own.
+
+import hashlib
+import importlib
+import inspect
+import io
+import json
+import math
+import secrets
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections import defaultdict
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from data.dataset import (Parser, Progress, atomic_write, command, find_dataset, find_run, read_meta,
+                          read_val_docs)
+from data.tokenizer import Tokenizer
+from train_gpt import SOURCES, environment, note_in_ledger
 
 PLACE_TOLERANCE = {"cpu": 1e-4, "cuda": 0.05, "mps": 0.05}  # nats that one place may move in a replay: rounding
 MEAN_TOLERANCE = {"cpu": 1e-6, "cuda": 1e-4, "mps": 1e-4}  # nats a place by which a replay may cost more, on average
@@ -366,17 +372,19 @@ class Refused(BadInput):
     """The predictor broke a rule: there is no score."""
 
 
-def open_artifact(path: Path) -> tuple[bytes, Tokenizer]:
-    """-> the file's bytes, the Tokenizer of its tokenizer.json; all parts match their checksums. Raises BadInput."""
+def open_artifact(path: Path) -> tuple[bytes, Tokenizer, list[str]]:
+    """-> the file's bytes, the Tokenizer of its tokenizer.json, the names of the SOURCES in it that are not the judge's
+    own, byte for byte. Raises BadInput unless all parts match their checksums."""
     try:
         blob = path.read_bytes()
-        with zipfile.ZipFile(path) as z:
+        with zipfile.ZipFile(io.BytesIO(blob)) as z:
             missing = {*SOURCES, "tokenizer.json"} - set(z.namelist())
             if missing or max(part.file_size for part in z.infolist()) > 1 << 28:
                 raise ValueError(f"it has no {', '.join(missing)}" if missing else "it claims more than 2^28 bytes")
             if (bad := z.testzip()) is not None:
                 raise ValueError(f"{bad} does not match its checksum")
-            return blob, Tokenizer(z.read("tokenizer.json"))
+            own = lambda name: __loader__.get_data(os.path.join(os.path.dirname(__file__), name))  # or from a zip
+            return blob, Tokenizer(z.read("tokenizer.json")), [f for f in SOURCES if z.read(f) != own(f)]
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror or e}: pack a run first, python pack.py") from None
     except Exception as e:  # zipfile has many errors for bad bytes
@@ -629,23 +637,16 @@ def tell_wrong_lengths(predictor, streams, rounds, nats: dict, vocab_size: int) 
             f"over the ends of {len(moves)} documents, on average")
 
 
-# ---- the predictor in this process, or confined in a child. Frames on the child's stdin and stdout: 4 bytes of name, 8
-# bytes of length, content. The child runs the judge's own end of the pipe, from this file's source.
+# ---- a predictor whose code is not the judge's own, confined in a child. Frames on its stdin and stdout: 4 bytes
+# of name, 8 bytes of length, content. The child runs the judge's own end of the pipe, from this file's source.
+
+READABLE = [os.path.realpath(p) for p in ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", sys.prefix,
+                                          sys.base_prefix, Path(torch.__file__).parents[1])]  # by the child
 
 
-def call_artifact(path: Path, function: str, *args):
-    """-> what a function of the artifact's eval_bpb.py returns. `import train_gpt` then gives its own too."""
-    for module in [m for m in sys.modules if m in ("eval_bpb", "train_gpt", "pack", "data") or m.startswith("data.")]:
-        del sys.modules[module]
-    if sys.path[0] != str(path):
-        sys.path.insert(0, str(path))
-    importlib.invalidate_caches()
-    try:
-        return getattr(importlib.import_module("eval_bpb"), function)(str(path), *args)
-    except Exception as e:
-        if type(e).__name__ == "BadInput":  # the artifact's own class of that name
-            raise BadInput(str(e)) from None
-        raise
+def one_line(data: bytes) -> str:
+    """What a child says, without what could make a terminal show something else."""
+    return "".join(c if c.isprintable() else " " for c in data.decode("utf-8", "replace")).strip()
 
 
 def send(pipe, name: bytes, *arrays) -> None:
@@ -671,9 +672,10 @@ def receive(pipe, limits: dict) -> tuple[bytes, bytearray]:
 
 
 def confine(readable: list, memory: int) -> str:
-    """Takes from this process the network, all files but `readable` (to read) and its folder (to write), and memory
-    (bytes; 0: no limit) beyond a limit, as far as Linux lets an ordinary user: namespaces, Landlock, limits. It goes on
-    in a fork that is the first of its own processes, so that none of them outlives it. -> what is missing, or ""."""
+    """Takes from this process the network, what processes share, all files but `readable` (to read) and its folder (to
+    write), and memory (bytes; 0: no limit) beyond a limit, as far as Linux lets an ordinary user: namespaces, Landlock,
+    seccomp, limits. It goes on in a fork that is the first of its own processes, so that none of them outlives it.
+    -> what is missing, or "". What stays is what a machine remembers by itself: caches, times of last access."""
     import ctypes
     import os
     import resource
@@ -681,7 +683,7 @@ def confine(readable: list, memory: int) -> str:
     uid, gid = os.getuid(), os.getgid()
     try:
         libc = ctypes.CDLL(None, use_errno=True)
-        alone = libc.unshare(0x10000000 | 0x40000000 | 0x20000000) == 0  # CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID
+        alone = libc.unshare(0x78000000) == 0  # CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC
     except (OSError, AttributeError):
         return "namespaces and Landlock (this is not Linux)"
     maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1", "oom_score_adj": "1000"}
@@ -702,16 +704,26 @@ def confine(readable: list, memory: int) -> str:
     rights = (1 << min(12 + version, 15)) - 1
     ruleset = libc.syscall(444, struct.pack("<Q", rights), ctypes.c_size_t(8), 0) if version > 0 else -1
     files = ruleset >= 0
-    for path, allowed in [(p, 0b1101) for p in readable] + [("/dev", 0b1110), (".", rights)]:
-        if files and os.path.isdir(path):
+    devices = [f"/dev/{n}" for n in os.listdir("/dev") if n in ("null", "zero", "urandom") or n.startswith("nvidia")]
+    for path, allowed in [*((p, 0b1101) for p in readable), *((p, 0b0110) for p in devices), (".", rights)]:
+        if files and os.path.exists(path):
             fd = os.open(path, os.O_PATH)
             files = libc.syscall(445, ruleset, 1, struct.pack("<Qi", allowed, fd), 0) == 0
             os.close(fd)
     files = files and libc.prctl(38, 1, 0, 0, 0) == 0 and libc.syscall(446, ruleset, 0) == 0  # 38: no new privileges
+    # By seccomp, three ways out that the others leave: sockets that are files, keyrings, io_uring to reach the first.
+    arch, *calls = {"x86_64": (0xC000003E, 42, 248, 249, 250, 425),  # connect, add_key, request_key, keyctl, io_uring
+                    "aarch64": (0xC00000B7, 203, 217, 218, 219, 425)}.get(os.uname().machine, (0,))
+    program = [(0x20, 0, 0, 4), (0x15, 0, len(calls) + 3, arch), (0x20, 0, 0, 0)]  # load the architecture, the call
+    program += [(0x15, len(calls) - i + 1, 0, call) for i, call in enumerate(calls)]  # equal: to the last line
+    program += [(0x35, 1, 0, 1 << 30), (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50000 | 13)]  # x86's other table; yes; EACCES
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    shut = bool(calls) and libc.prctl(22, 2, struct.pack("HP", len(program), ctypes.addressof(code)), 0, 0) == 0
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
     if memory:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    return " and ".join(["user namespaces"] * (not alone) + ["Landlock"] * (not files))
+    missing = {"user namespaces": alone, "Landlock": files, "seccomp": shut}
+    return " and ".join(name for name, there in missing.items() if not there)
 
 
 def serve(name: str, device: str, missing: str) -> None:
@@ -754,33 +766,31 @@ class Remote:
     def __init__(self, blob: bytes, name: str, device: str, vocab_size: int):
         self.folder, self.vocab_size = tempfile.mkdtemp(prefix="nanogolf"), vocab_size
         (Path(self.folder) / "artifact.pyz").write_bytes(blob)
-        packages = str(Path(torch.__file__).resolve().parents[1])
-        readable = ["/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", sys.prefix, sys.base_prefix, packages]
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if device == "cpu" else 0
         code = "\n".join([*map(inspect.getsource, (confine, failure, send, receive, serve)),
-                          f"missing = confine({readable!r}, {memory})", "import importlib, os, struct, sys",
+                          f"missing = confine({READABLE!r}, {memory})", "import importlib, os, struct, sys",
                           "import numpy as np", f"serve({name!r}, {device!r}, missing)"])
         env = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
                                                             "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT")}
-        env |= {"HOME": self.folder, "TMPDIR": self.folder, "PYTHONPATH": packages}
+        env |= {"HOME": self.folder, "TMPDIR": self.folder, "PYTHONPATH": READABLE[-1]}
         self.child = subprocess.Popen([sys.executable, "-c", code], cwd=self.folder, env=env, start_new_session=True,
                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.too_much = ""
         threading.Thread(target=self.read_stderr, daemon=True).start()
 
     def read_stderr(self):
-        """Shows what the child writes; more than STDERR_BYTES end it."""
+        """Shows what the child writes, line by line and as its words; more than STDERR_BYTES end it."""
         left = STDERR_BYTES
-        while data := self.child.stderr.read1(1 << 16):
-            sys.stderr.write(data[:max(left, 0)].decode("utf-8", "replace"))
-            if (left := left - len(data)) < 0 and not self.too_much:
+        while data := self.child.stderr.readline(1 << 12):
+            if (left := left - len(data)) >= 0:
+                print(f"artifact: {one_line(data)}", file=sys.stderr)
+            elif not self.too_much:
                 self.too_much = f", having written more than {STDERR_BYTES} bytes to stderr"
-                sys.stderr.write("\n")
                 self.kill()
 
     def open(self) -> list[str]:
         """-> [what the system lacks to confine the child or "", the predictor's name], once the artifact is loaded."""
-        return [self.receive({name: 1 << 12}).decode("utf-8", "replace") for name in (b"conf", b"open")]
+        return [one_line(self.receive({name: 1 << 8})) for name in (b"conf", b"open")]
 
     def receive(self, limits: dict) -> bytearray:
         try:
@@ -794,7 +804,7 @@ class Remote:
         except ValueError as e:
             raise Refused(f"the predictor's process sent {e}") from None
         if name == b"bad!":
-            raise Refused(" ".join(content.decode("utf-8", "replace").split()))
+            raise Refused(one_line(content))
         return content
 
     def ask(self, limits: dict, name: bytes, *arrays) -> bytearray:
@@ -846,13 +856,13 @@ def parse(argv):
     add("--limit_docs", type=int, default=0, metavar="N", help="documents: only the first N, no score; 0: all")
     add("--predictor", default="", metavar="NAME", help="one of the artifact's predictors; empty: its own choice")
     add("--device", default="", metavar="NAME", help="cuda, mps or cpu; empty: the best there is")
-    add("--isolate", action="store_true", help="run the artifact's code in a confined child process")
-    add("--audit", action="store_true", help="for a stranger's artifact: --isolate, and the score proved by replay")
+    add("--audit", action="store_true", help="confine and prove even what runs this folder's own code")
     add("--audit_seconds", type=float, default=300.0, metavar="S", help="s of replay, on each rank")
-    add("--trust", action="store_true", help="go on where this system cannot confine the child")
+    add("--trust", action="store_true", help="other code than this folder's is yours: no proof (but with --audit), and "
+        "go on where this system cannot confine it")
     add("--max_seconds", type=float, default=None, metavar="S",
         help="s from the start of the process to the score, 0: no limit; unset: 600 on fineweb, else 0")
-    add("--sample", metavar="TEXT", help="no score: print what the model writes after TEXT, its code trusted")
+    add("--sample", metavar="TEXT", help="no score: print what the model writes after TEXT")
     add("--tokens", type=int, default=256, metavar="N", help="of a sample, at most")
     add("--temperature", type=float, default=0.8, metavar="T", help="of a sample; 0: the likeliest token, always")
     add("--top_p", type=float, default=0.95, metavar="P", help="of a sample: tokens that together are so likely")
@@ -873,20 +883,28 @@ def main(argv: list[str] | None = None) -> int:
     phases, args = Phases(), parse(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
-    artifact, confined = Path(args.artifact or find_run() / "artifact.pyz"), args.audit or args.isolate
-    blob, tokenizer = open_artifact(artifact)
+    artifact = Path(args.artifact or find_run() / "artifact.pyz")
+    blob, tokenizer, foreign = open_artifact(artifact)
     if args.sample is not None:
-        call_artifact(artifact, "sample", device, args.sample, args.tokens, args.temperature, args.top_p, args.seed)
+        if foreign:
+            raise BadInput(f"--sample: {artifact} has other code than this folder: python {artifact} --sample=TEXT")
+        sample(str(artifact), device, args.sample, args.tokens, args.temperature, args.top_p, args.seed)
         return 0
+    audit = args.audit or bool(foreign) and not args.trust
+    about = {"mode": "audited" if audit else "trusted" if foreign else "own", "unconfined": ""}
     folder = find_data(artifact, args.data)
     meta, vocab_size, remotes = read_meta(folder), tokenizer.vocab_size, []
-    about = {"mode": "audited" if args.audit else "confined" if confined else "trusted", "unconfined": ""}
+    if foreign and rank == 0:
+        print(f"note: the artifact's {', '.join(foreign)} differ from this folder's: its code runs confined"
+              + (" and must prove its score (--trust if it is yours)" if audit else ""), flush=True)
 
     def make():
         """A predictor of the artifact that knows of nothing yet."""
-        if not confined:
-            predictor, about["predictor"] = call_artifact(artifact, "build", args.predictor, device)
+        if about["mode"] == "own":
+            predictor, about["predictor"] = build(str(artifact), args.predictor, device)
             return predictor
+        if above := [p for p in READABLE if os.path.realpath(folder).startswith(p + os.sep)]:
+            raise BadInput(f"{folder} is in {above[0]}, where the artifact's code may read: move it")
         remotes.append(Remote(blob, args.predictor, device, vocab_size))
         about["unconfined"], about["predictor"] = remotes[-1].open()
         if about["unconfined"] and not args.trust:
@@ -924,7 +942,7 @@ def main(argv: list[str] | None = None) -> int:
         nats, verdicts = score(predictor, streams, rounds, mine, vocab_size, phases), {}
         timer.cancel()
         seconds = time.perf_counter() - BEGIN
-        if args.audit and mine:
+        if audit and mine:
             predictor.close()
             timer = watch(seconds + 3 * args.audit_seconds + 600)  # should a call in the proof never return
             with phases("audit"):
@@ -948,16 +966,16 @@ def main(argv: list[str] | None = None) -> int:
     if rank == 0:
         about |= {"audit": verdicts, "max_seconds": limit, "phases": phases.report() | {"to_score": round(seconds, 3)}}
         about["environment"] = environment(torch.device(device), world_size)
-        report(artifact, blob, meta, streams, n_bytes, nats, about)
+        report(artifact, blob, folder, meta, streams, n_bytes, nats, about)
     return 2 if any(v.startswith("FAIL") for v in verdicts.values()) else 0
 
 
-MODES = {"trusted": "trusted: the artifact's code ran in the judge's own process; --audit for a stranger's",
-         "confined": "confined: the artifact's code ran in a child that was sent only what is revealed",
-         "audited": "audited: confined, under the clock, and proved by replay"}
+MODES = {"own": "own: the artifact's code is this judge's own folder's, byte for byte, and that is what ran",
+         "trusted": "trusted: the artifact's code is not this folder's; it ran in a child and NOTHING IS PROVED",
+         "audited": "audited: the artifact's code ran confined, and its score is proved by replay"}
 
 
-def report(artifact: Path, blob: bytes, meta: dict, streams, n_bytes: int, nats: float, about: dict) -> None:
+def report(artifact: Path, blob: bytes, folder: Path, meta: dict, streams, n_bytes: int, nats: float, about: dict):
     """Prints the summary and writes score.json. A number that cannot be trusted is never called val_bpb."""
     n_tokens, n_docs = sum(len(s) - 1 for s in streams), len(streams)
     doubts = [f"the {k} failed" for k, v in about["audit"].items() if v.startswith("FAIL")]
@@ -970,7 +988,8 @@ def report(artifact: Path, blob: bytes, meta: dict, streams, n_bytes: int, nats:
                "artifact_sha256": hashlib.sha256(blob).hexdigest(),
                "dataset": {k: v for k, v in meta.items() if k != "files"}, **about,
                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    print(f"artifact: {artifact}\ndataset: {meta['name']}: {n_docs} documents, {n_bytes} bytes, {n_tokens} targets")
+    print(f"artifact: {artifact}\ndataset: {meta['name']} in {folder}: {n_docs} documents, {n_bytes} bytes, "
+          f"{n_tokens} targets")
     print(f"predictor: {about['predictor']} on {about['environment']['device']}\nmode: {MODES[about['mode']]}")
     if about["unconfined"]:
         print(f"NOT CONFINED: this system has no {about['unconfined']}")
