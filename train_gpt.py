@@ -58,6 +58,8 @@ class Config:
     device: str = ""                # cuda, mps or cpu; empty: the best there is
     max_seconds: float = 600.0      # s, the training clock: steps, averaging and calibration; 0: no limit
     max_steps: int = 0              # steps; progress is then step / max_steps and the run is deterministic; 0: no limit
+    parent: str = ""                # the run or record that this one has to beat, for the ledger
+    idea: str = ""                  # what differs from the parent, in one sentence
     # model (11 x 512 with 17 block applications: #1493, #1855)
     vocab_size: int = 0             # tokens; 0: the dataset's
     n_layer: int = 11               # blocks
@@ -1090,6 +1092,7 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
 
 def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: dict, run: dict) -> None:
     buffer = io.BytesIO()  # a full disk must fail in write(), not in torch.save
+    cfg = replace(cfg, parent="", idea="")  # of the run; its artifact does not pay for them
     torch.save({"config": asdict(cfg), "weights": {k: v.detach().cpu() for k, v in model.state_dict().items()},
                 "stats": {k: v.cpu() for k, v in stats.items()}, "run": run,
                 "tokenizer": data.tokenizer.blob.decode() if data.tokenizer else ""}, buffer)
