@@ -1692,7 +1692,7 @@ def fake_run(folder, seed=1, val_bpb=1.2, data="fineweb", device="8 x NVIDIA H10
 
 
 def submit_runs(tmp_path, runs, name="x", track=None):
-    args = dict(author="Ann", github_id="ann", blurb="", date="2026-01-02", parent=None)
+    args = dict(author="Ann", github_id="ann", blurb="", date="2026-01-02", parent=None, idea=None)
     return submit.build(argparse.Namespace(runs=runs, name=name, track=track, **args), tmp_path / "records")
 
 

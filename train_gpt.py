@@ -59,6 +59,8 @@ class Config:
     device: str = ""                # cuda, mps or cpu; empty: the best there is
     max_seconds: float = 600.0      # s, the training clock: steps, averaging and calibration; 0: no limit
     max_steps: int = 0              # steps; progress is then step / max_steps and the run is deterministic; 0: no limit
+    parent: str = ""                # the run or record that this one has to beat, for the ledger
+    idea: str = ""                  # what differs from the parent, in one sentence
     # model (11 x 512 with 17 block applications: #1493, #1855)
     vocab_size: int = 0             # tokens; 0: the dataset's
     n_layer: int = 11               # blocks
@@ -1086,6 +1088,7 @@ def write_saved(path: Path, **values) -> None:
 
 def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: dict, run: dict) -> None:
     tokenizer = data.tokenizer.blob.decode() if data.tokenizer else ""
+    cfg = replace(cfg, parent="", idea="")  # of the run; its artifact does not pay for them
     write_saved(path, config=asdict(cfg), weights=model.state_dict(), stats=stats, run=run, tokenizer=tokenizer)
 
 
