@@ -17,7 +17,6 @@ import os
 import platform
 import queue
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,6 @@ import time
 import warnings
 import zipfile
 from argparse import SUPPRESS
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -40,10 +38,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.dataset import BadInput, Parser, atomic_write, command, find_dataset, find_run, read_meta, read_shard
+from data.runs import Log, draw_curve, environment, no_cuda, note_in_ledger, open_run
 from data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/dataset.py", "data/tokenizer.py")
+SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/dataset.py", "data/runs.py",
+           "data/tokenizer.py")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}              # dense bf16, by name of the GPU, for MFU
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1177,79 +1177,6 @@ class Clock:
         return self.total + (time.perf_counter() - self.since if self.since is not None else 0.0)
 
 
-class Log:
-    """log.txt for eyes and awk, metrics.jsonl for programs, the terminal for whoever waits. Only rank 0 writes."""
-
-    def __init__(self, folder: Path | None):
-        self.text = open(folder / "log.txt", "a") if folder else None
-        self.json = open(folder / "metrics.jsonl", "a") if folder else None
-        self.live = bool(folder) and sys.stderr.isatty()
-
-    def __call__(self, line: str = "", **numbers) -> None:
-        """A line of text, or key:value pairs that go to both files; `kind` names the line in metrics.jsonl."""
-        if not self.text:
-            return
-        if numbers:
-            self.record(**numbers)
-            digits = {"progress": 2, "step_ms": 1, "train_seconds": 1, "eta": 0}
-            line = " ".join(f"{k}:{v:.{digits.get(k, 4)}f}" if isinstance(v, float) else f"{k}:{v}"
-                            for k, v in numbers.items() if k != "kind")
-        self.redraw("")
-        print(line, flush=True)
-        print(line, file=self.text, flush=True)
-
-    def record(self, **values) -> None:
-        """A line of metrics.jsonl; what is not finite becomes null."""
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        print(json.dumps(values), file=self.json, flush=True)
-
-    def redraw(self, line: str) -> None:
-        """The one line that moves, on a terminal only."""
-        if self.live:
-            sys.stderr.write(f"\r\x1b[K{line}")
-            sys.stderr.flush()
-
-
-def open_run(cfg: Config, preset: str) -> Path:
-    """Make runs/<run>/ with the sources as run, and point runs/latest at it. Refuses a folder that exists."""
-    name = cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}"
-    folder = Path("runs") / name
-    try:
-        folder.mkdir(parents=True)
-        for file in SOURCES:
-            (folder / "source" / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / file, folder / "source" / file)
-        link = Path("runs") / f".latest{os.getpid()}"
-        try:
-            link.symlink_to(name, target_is_directory=True)
-        except OSError:  # Windows lets few make links: a file with the name
-            link.write_text(name)
-        os.replace(link, Path("runs") / "latest")
-    except FileExistsError:
-        raise BadInput(f"--run={name}: {folder} exists; nothing is overwritten, choose another name") from None
-    except OSError as e:
-        raise BadInput(f"--run={name}: {e.filename}: {e.strerror}") from None
-    return folder
-
-
-def environment(device: torch.device, world_size: int) -> dict:
-    """What the numbers were made on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": f"{world_size} x {name}", "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
-            "os": platform.system(), "python": platform.python_version(), "torch": str(torch.__version__),
-            "cuda": torch.version.cuda or "", "numpy": np.__version__, "threads": torch.get_num_threads()}
-
-
-def no_cuda() -> str:
-    """Why there is no CUDA device here, in words; empty where there is one."""
-    if torch.cuda.is_available():
-        return ""
-    if not torch.version.cuda:
-        return f"torch {torch.__version__} is built without CUDA"
-    return (f"torch {torch.__version__} is built for CUDA {torch.version.cuda} but finds no GPU that it can use: "
-            "is there one, and is its driver new enough? (nvidia-smi)")
-
-
 class Stopped(Exception):
     """Training cannot go on: Stopped(reason, exit code)."""
 
@@ -1293,7 +1220,7 @@ def main(argv: list[str] | None = None) -> int:
     if any(problems):
         raise BadInput(next(filter(None, problems)))
     cfg = replace(cfg, vocab_size=data.meta["vocab_size"])
-    folder = None if world.rank else Path(state["folder"]) if state else open_run(cfg, preset)
+    folder = None if world.rank else Path(state["folder"]) if state else open_run(cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}", SOURCES)
     log = Log(folder)
     try:
         return train(cfg, preset, data, state, folder, log, world)
@@ -1312,22 +1239,6 @@ def main(argv: list[str] | None = None) -> int:
             draw_curve(folder)
         if world.size > 1:
             dist.destroy_process_group()
-
-
-def draw_curve(folder: Path) -> None:
-    """The run as a picture, curve.svg, where records/ is at hand."""
-    with suppress(ImportError):
-        from records import plot
-        plot.write(folder / "curve.svg", [folder])
-
-
-def note_in_ledger(folder: Path) -> None:
-    """A line for this run in runs/ledger.tsv, where records/ is at hand: not inside an artifact or a record."""
-    try:
-        from records import ledger
-    except ImportError:
-        return
-    ledger.append(folder)
 
 
 def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World, padded: bool):
@@ -1457,6 +1368,7 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
         log.redraw(f"step {step}  {progress:.0%}  loss {last['train_loss']:.4f}  {seconds:.0f} s, "
                    f"{seconds / progress - seconds if progress else 0:.0f} s left")
 
+        lr, seq_len, looped = lr_at(cfg, progress), seq_len_at(cfg, progress), looped_at(cfg, progress)
         if step and progress * cfg.val_points >= next_val:
             clock.stop()
             next_val = int(progress * cfg.val_points) + 1
@@ -1479,7 +1391,6 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
             saved = clock.total
             clock.start()
 
-        lr, seq_len, looped = lr_at(cfg, progress), seq_len_at(cfg, progress), looped_at(cfg, progress)
         train_loss = torch.zeros((), device=device)
         for micro_step in range(n_rows // world.size):
             loss = losses(*loader.next(seq_len), looped).sum() / cfg.batch_tokens
