@@ -764,8 +764,9 @@ class Remote:
     The child is told no path but those of Python, and runs confine() and serve() before any code of the artifact.
     """
 
-    def __init__(self, blob: bytes, name: str, device: str, vocab_size: int):
-        self.folder, self.vocab_size = tempfile.mkdtemp(prefix="nanogolf"), vocab_size
+    def __init__(self, remotes: list, blob: bytes, name: str, device: str, vocab_size: int):
+        self.folder, self.vocab_size, self.child = tempfile.mkdtemp(prefix="nanogolf"), vocab_size, None
+        remotes.append(self)  # at once: the clock may end everything while the child starts
         (Path(self.folder) / "artifact.pyz").write_bytes(blob)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if device == "cpu" else 0
         code = "\n".join([*map(inspect.getsource, (confine, failure, send, receive, serve)),
@@ -841,8 +842,9 @@ class Remote:
             os.killpg(self.child.pid, signal.SIGKILL)
 
     def close(self):
-        self.kill()
-        self.child.wait()
+        if self.child:
+            self.kill()
+            self.child.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -906,7 +908,7 @@ def main(argv: list[str] | None = None) -> int:
             return predictor
         if above := [p for p in READABLE if os.path.realpath(folder).startswith(p + os.sep)]:
             raise BadInput(f"{folder} is in {above[0]}, where the artifact's code may read: move it")
-        remotes.append(Remote(blob, args.predictor, device, vocab_size))
+        Remote(remotes, blob, args.predictor, device, vocab_size)
         about["unconfined"], about["predictor"] = remotes[-1].open()
         if about["unconfined"] and not args.trust:
             raise BadInput(f"this system has no {about['unconfined']} to confine the artifact's code with; --trust if "

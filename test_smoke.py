@@ -1240,8 +1240,8 @@ def test_whatever_finite_logits_come_the_probabilities_sum_to_one():
                 logits = torch.from_numpy(row).to(dtype)[None].repeat(V, 1)
                 nats = eval_bpb.count_nats(logits, everything, V).numpy()
                 assert (nats >= 0).all() and math.fsum(np.exp(-nats)) == pytest.approx(1, abs=1e-9), (dtype, size)
-    nats = eval_bpb.count_nats(torch.tensor([[1.0, 0.0], [0.5, 2.5]]), np.array([0, 0]), 2)
-    assert nats.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(2))], rel=1e-15)
+    nats = eval_bpb.count_nats(torch.tensor([[1.0, 0.0], [0.5, 2.5], [9999.0, 0.0]]), np.array([0, 0, 0]), 2)
+    assert nats.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(2)), 0.0], rel=1e-15)
 
 
 @pytest.mark.parametrize("logits", [
@@ -1578,7 +1578,7 @@ def build(path, name, device):
 
 
 HARM = {
-    "never returns": ("import time\ntime.sleep(999)", "in the phase 'score'"),
+    "never returns": ("import time\ntime.sleep(999)", "ran over 12 s in the phase '"),
     "fails": ("self.V / 0", "ZeroDivisionError: division by zero .*eval_bpb.py"),
     "leaves": ("os._exit(3)", "exit code 3"),
     "takes all memory": ("self.hoard = [torch.empty(1 << 28) for _ in range(999)]", "allocate memory"),
@@ -1608,7 +1608,7 @@ class Mine(Flat):
         {code}
         return Flat.predict(self, spans, inputs)
 """)
-    limit = f"--max_seconds={20 if 'phase' in words else 100}"
+    limit = f"--max_seconds={12 if 'phase' in words else 100}"
     done = run(ROOT / "eval_bpb.py", "a.pyz", f"--data={dataset}", "--device=cpu", "--trust", limit,
                cwd=tmp_path, TMPDIR=str(tmp_path))
     lines = [line for line in done.stderr.splitlines() if line.startswith("eval_bpb.py: ")]
