@@ -1272,7 +1272,7 @@ def test_logits_that_are_not_finite_tensors_of_the_right_shape_are_refused(logit
 
 class Pointless(eval_bpb.Adaptive):
     """Adaptive without the pointer, so that its logits are the model's own."""
-    w = 0.0, -1e4, 0.0, 0.0, 0.0, 0.0, 0.0
+    w = 0.0, 0.0, 1.0, -1e4, 0.0, 0.0, 0.0, 0.0
 
 
 def adaptive(cls, model, learns: bool):
@@ -1284,14 +1284,18 @@ def adaptive(cls, model, learns: bool):
 
 def test_the_pointer_is_what_its_formula_says():
     rng, (B, S, T, D, V) = np.random.default_rng(0), (2, 23, 9, 5, 3)
-    text, h, w = rng.integers(0, V, (B, S)), rng.standard_normal((B, S, D)), rng.standard_normal((B, 1, 7))
+    text, h, w = rng.integers(0, V, (B, S)), rng.standard_normal((B, S, D)), rng.standard_normal((B, 1, 8))
     h /= np.linalg.norm(h, axis=-1, keepdims=True)
     shares, after = eval_bpb.point(*map(torch.from_numpy, (h[:, -T:], h, text, w)), 4)
-    for b, t, s in itertools.product(range(B), range(S - T, S), range(S)):
-        score = w[b, 0, 0] * (h[b, t] @ h[b, s] - 1) + w[b, 0, 1] - w[b, 0, 6] * math.log(max(t - s, 1))
-        score += sum(w[b, 0, 2 + n] for n in range(4) if s >= n and (text[b, s - n:s + 1] == text[b, t - n:t + 1]).all())
-        assert shares[b, t - S + T, s] == pytest.approx(math.exp(score) if s < t else 0.0)
-        assert s >= t or after[b, 0, s] == text[b, s + 1]
+    for b, t in itertools.product(range(B), range(S - T, S)):
+        weights, (w0, w1, w2, w3, *w4) = [], w[b, 0]
+        for s in range(t):
+            score = 16 * w0 * (h[b, t] @ h[b, s] - 1) - w1 * math.log(t - s) + w3
+            equal = [s >= n and (text[b, s - n:s + 1] == text[b, t - n:t + 1]).all() for n in range(4)]
+            weights.append(math.exp(score + sum(x for x, e in zip(w4, equal) if e)))
+        found, expected = shares[b, t - S + T], np.array(weights) / sum(weights) ** (1 - w2)
+        assert found[:t].tolist() == pytest.approx(expected) and not found[t:].any()
+    assert (after[:, 0, :-1].numpy() == text[:, 1:]).all()
 
 
 def test_cached_prediction_is_the_models_own_and_documents_do_not_touch_each_other():
@@ -1338,6 +1342,23 @@ def test_adaptive_learns_from_what_was_scored_and_each_document_for_itself():
     assert sum(learned[1][-100:]) < sum(fixed[1][-100:]) - 5 and sum(guessed[1][-100:]) < sum(fixed[1][-100:]) - 50
     alone = run_predictor(adaptive(Pointless, model, True), streams[1:2], 40)[0]
     assert sum(alone) == pytest.approx(sum(learned[1]), rel=1e-3)
+
+
+def test_rounds_have_few_shapes_on_documents_of_web_lengths_and_compile_as_one_graph():
+    with torch.device("meta"):
+        cfg = replace(Config(), vocab_size=16384)
+        predictor = eval_bpb.Adaptive(cfg, GPT(cfg), torch.device("meta"))
+    lengths = np.random.default_rng(0).lognormal(math.log(403), 1.037, 50000).astype(np.int64) + 1
+    rounds = predictor.plan(lengths)
+    shapes = {predictor.shape(rounds[i]) for i in eval_bpb.deal(rounds, 8)[0]}
+    assert len(shapes) < 100 and max(B * T for B, T, _ in shapes) <= cfg.row_tokens // 8
+    padded = sum(math.prod(predictor.shape(spans)[:2]) for spans in rounds)
+    assert padded < 1.1 * lengths.sum()
+    model = scoring_model()
+    whole, parts = adaptive(eval_bpb.Adaptive, model, True), adaptive(eval_bpb.Adaptive, model, True)
+    whole.forward = torch.compile(whole.forward, fullgraph=True, backend="eager", dynamic=False)
+    stream = np.random.default_rng(1).integers(0, 40, 30)
+    assert run_predictor(whole, [stream], 40)[0] == pytest.approx(run_predictor(parts, [stream], 40)[0], abs=1e-5)
 
 
 def test_ranks_share_the_rounds_and_give_the_same_number(judge, dataset, tmp_path):
