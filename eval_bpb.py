@@ -124,7 +124,7 @@ def point(h: Tensor, past: Tensor, text: Tensor, w: Tensor, matches: int) -> tup
     """h (B, T, D) of the chunk, past (B, S, D) with the chunk at its end, both of length 1; text (B, S), the tokens of
     past; w (B, 1, matches + 4) -> shares (B, T, S) of the tokens after each place, those tokens (B, 1, S).
 
-    A place s < t has the weight exp(16 w0 (h_t . h_s - 1) - w1 log(t - s) + w3 + w4 [1 token equal] + w5 [2 equal] ...),
+    A place s < t weighs exp(16 w0 (h_t . h_s - 1) - w1 log(t - s) + w3 + w4 [1 token equal] + w5 [2 equal] + ...), the
     tokens compared backwards from t and s; its share is that over (the sum over s) ^ (1 - w2), for evidence saturates.
     """
     T, S, n = h.size(1), text.size(1), matches - 1
@@ -174,8 +174,8 @@ class Adaptive:
         return size
 
     def shape(self, spans) -> tuple[int, int, int]:
-        """-> B, T, tokens cached, of a round. Rounds have few shapes, so that they can be compiled or captured: documents
-        are padded to a power of two, chunks to their size; a start has one size and, up to a full context, one past."""
+        """-> B, T, tokens cached, of a round. They are few, so that rounds can be compiled or captured: documents are
+        padded to a power of two, chunks to their size; a start has one size and one past, and a full context one."""
         start, T = int(spans[0, 1]), self.size(int(spans[0, 1]))
         return 1 << (len(spans) - 1).bit_length(), T, min(start, self.seq_len - T)
 
@@ -209,7 +209,7 @@ class Adaptive:
         return self.logits.detach()[self.real]
 
     def forward(self, tokens, start: int, causal, adapters: dict, past: dict):
-        """tokens (B, T) from start on -> logits (B, T, V); what to remember, as past: {key: (B, heads, S, d)}."""
+        """tokens (B, T) from start on; past {key: (B, heads, S, d)} -> logits (B, T, V), the past of the next round."""
         (B, T), model, seen = tokens.shape, self.model, {}
 
         def recall(key, x):
@@ -240,7 +240,7 @@ class Adaptive:
         p = (model.cfg.softcap * torch.tanh(z / model.cfg.softcap)).softmax(-1)
         h = F.normalize(hidden.detach().float(), dim=-1).view(B, 1, T, -1)
         shares, after = point(h[:, 0], recall("hidden", h)[:, 0], text, adapters["w"], self.matches)
-        return p.scatter_add(2, after.expand(shares.shape), shares).log(), seen
+        return p.scatter_add(2, after.expand(shares.shape), shares).clamp(min=1e-37).log(), seen
 
     def linear(self, adapt, x, W, name, layer, visit):
         return adapt(x * (layer + 1) ** -0.5, F.linear(x, W), (name, visit))  # W has the norm's scale folded in
