@@ -18,6 +18,7 @@ score.json beside the artifact.
 import time
 BEGIN = time.perf_counter() - time.process_time()  # of the process: up to here all its time was CPU time
 import os
+from functools import partial
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: see train_gpt.py
 import numpy as np
@@ -99,107 +100,104 @@ class Plain(Sliding):
         super().__init__(cfg, model, device, stride=cfg.seq_len)
 
 
-class Guesses:
-    """What followed in this document when its last tokens stood there before: one guess a place, longest context first.
+def point(h, past, text, w, matches: int):
+    """h (B, T, D) of the chunk, past (B, S, D) with the chunk at its end, both of length 1; text (B, S), the tokens of
+    past; w (B, 1, matches + 4) -> shares (B, T, S) of the tokens after each place, those tokens (B, 1, S).
 
-    A guess has a kind: which length its context has, and how often in a row the context was followed so (1, 2, more).
+    A place s < t weighs exp(16 w0 (h_t . h_s - 1) - w1 log(t - s) + w3 + w4 [1 token equal] + w5 [2 equal] + ...), the
+    tokens compared backwards from t and s; its share is that over (the sum over s) ^ (1 - w2), for evidence saturates.
     """
-    LENGTHS = 16, 8, 5, 3, 2, 1
-    NONE = 3 * len(LENGTHS)  # the kind of no guess
-
-    def __init__(self):
-        self.followed = {}  # context -> the token after it, how often in a row
-        self.state = (), ()  # the last tokens, the contexts that they end
-
-    def read(self, tokens: list[int]) -> list[tuple[int, int]]:
-        """-> for the place after each token (guess, kind), from the tokens so far. keep() makes the reading last."""
-        new, (tail, contexts), found = {}, self.state, []
-        for token in tokens:
-            for context in contexts:
-                before = new.get(context) or self.followed.get(context)
-                new[context] = token, min(before[1] + 1, 2) if before and before[0] == token else 0
-            tail = (*tail[1 - self.LENGTHS[0]:], token)
-            contexts = [tail[-n:] for n in self.LENGTHS if n <= len(tail)]
-            found.append((0, self.NONE))
-            for i, context in enumerate(contexts, len(self.LENGTHS) - len(contexts)):
-                if before := new.get(context) or self.followed.get(context):
-                    found[-1] = before[0], 3 * i + before[1]
-                    break
-        self.reading = new, (tail, contexts)
-        return found
-
-    def keep(self):
-        self.followed |= self.reading[0]
-        self.state = self.reading[1]
+    T, S, n = h.size(1), text.size(1), matches - 1
+    text = F.pad(text, (n, 0), value=-1)
+    equal, run = text[:, -T - n:, None] == text[:, None], True  # (B, T + n, S + n)
+    ago = torch.arange(S - T, S, device=h.device)[:, None] - torch.arange(S, device=h.device)  # (T, S)
+    score = 16 * w[..., :1] * (h @ past.mT - 1) - w[..., 1:2] * ago.clamp(min=1).log() + w[..., 3:4]
+    for i in range(matches):
+        run = equal[:, n - i:T + n - i, n - i:S + n - i] & run
+        score = score + w[..., i + 4:i + 5] * run
+    score = score.masked_fill(ago <= 0, -torch.inf)
+    total = score.logsumexp(-1, keepdim=True).clamp(min=-60)
+    return (score + (w[..., 2:3] - 1) * total).exp(), F.pad(text[:, n + 1:], (0, 1))[:, None]
 
 
 class Adaptive:
     """Batches of documents of like length, a chunk a round, keys and values of the past cached. Two things learn, each
-    document from what was scored of it:
+    document from what was scored of it, documents never from each other:
 
     LoRA: y = x W^T + x A B with A (in, rank), B (rank, out), B = 0 at the document's start, one pair for each visit of
-    a looped block and one on the last hidden state. One RMSprop step a chunk on its mean loss, through the graph that
-    scored it. The public records (#1855) compute a window of 2048 tokens for each 48; here each token is computed once.
-    Guesses: the logit of a guess is raised by b[kind], b by Newton steps on the loss, shared by the batch.
+    a looped block and one for the logits. One RMSprop step a chunk on its mean loss, through the graph that scored it.
+    The public records (#1855) compute a window of 2048 tokens for each 48; here each token is computed once.
+    Pointer: point() gives tokens that followed places like this one a share beside the model's probabilities, all
+    divided by their sum (a neural cache, Grave et al., arXiv:1612.04426, that also sees what matches). It learns w.
     """
-    rank, decay, chunk = 8, 0.99, 48  # rank 16 and 32, chunk 24 and 96 within 0.004 on two small models
-    targets = "qkv", "up"  # with o and down: a fifth more time for nothing
+    rank, decay, chunk, targets = 8, 0.99, 48, ("qkv", "up")
+    matches, w = 4, (2.55, 0.35, 0.45, -6.7, 4.0, 2.6, 1.25, 0.9)  # fitted to documents that are not reported on
 
     def __init__(self, cfg, model, device):
         self.seq_len, self.model, self.device = cfg.seq_len, model, device
-        self.lr = 8 / cfg.n_embd / self.rank  # the best for 128 wide; for 512 wide what #1855 comes to
-        self.batch_docs = max(1, 2 * cfg.row_tokens // cfg.seq_len)  # the largest chunks of a batch fill a row
+        self.batch_docs = max(16, cfg.row_tokens // 1536)
         shapes = {(name, visit): getattr(model, name).shape[1:]
                   for visit in range(len(block_order(cfg, True))) for name in self.targets}
-        shapes["head", 0] = (cfg.n_embd, cfg.n_embd)
+        shapes["head", 0] = model.embed.weight.shape
         random = torch.Generator().manual_seed(0)
-        self.new = {}
+        self.new = {"w": torch.tensor([self.w], device=device)}
         for key, (n_out, n_in) in shapes.items():
             A = (torch.rand(n_in, self.rank, generator=random) * 2 - 1) * n_in ** -0.5
             self.new |= {("A", key): A.to(device), ("B", key): torch.zeros(self.rank, n_out, device=device)}
+        self.lr = dict.fromkeys(self.new, 16 / cfg.n_embd / self.rank) | {"w": 0.06}
+
+    def size(self, start: int) -> int:
+        """Tokens of the chunk at start: of few sizes, growing with the document up to a 16th of the context."""
+        size = min(self.chunk, self.seq_len // 2)
+        while 16 * size <= min(start, self.seq_len // 2):
+            size *= 2
+        return size
+
+    def shape(self, spans) -> tuple[int, int, int]:
+        """-> B, T, tokens cached, of a round. They are few, so that rounds can be compiled or captured: documents are
+        padded to a power of two, chunks to their size; a start has one size and one past, and a full context one."""
+        start, T = int(spans[0, 1]), self.size(int(spans[0, 1]))
+        return 1 << (len(spans) - 1).bit_length(), T, min(start, self.seq_len - T)
 
     def plan(self, lengths):
-        """The longest documents first. Chunks grow with the document, up to half of the context."""
+        """The longest documents first."""
         rounds, order = [], np.argsort(-lengths, kind="stable")
         for docs in np.split(order, range(self.batch_docs, len(order), self.batch_docs)):
             start = 0
             while len(docs):
-                stop = start + max(1, min(max(self.chunk, start // 8), self.seq_len // 2))
+                stop = start + self.size(start)
                 rounds.append(np.stack([docs, np.full(len(docs), start), np.minimum(lengths[docs], stop)], 1))
                 start, docs = stop, docs[lengths[docs] > stop]
         return rounds
 
-    def begin(self, n: int):
-        """State of n new documents."""
-        self.guesses, self.cache, self.n_steps = [Guesses() for _ in range(n)], {}, 0
-        self.adapters = {key: x.expand(n, -1, -1).clone() for key, x in self.new.items()}
-        self.squares = {key: torch.zeros_like(x) for key, x in self.adapters.items()}  # mean squared gradients
-        self.before = torch.zeros(n, 1, dtype=torch.long, device=self.device)  # the token before the chunk
-        self.b = torch.full((Guesses.NONE + 1,), 2.0, dtype=torch.float64)
-        self.b[-1], self.curvature = 0.0, torch.full_like(self.b, 50.0)
-
-    def keep(self, n: int):
-        """The state of the first n documents; the others, the shortest, have ended."""
-        self.guesses, self.before = self.guesses[:n], self.before[:n]
-        self.adapters = {key: x[:n] for key, x in self.adapters.items()}
-        self.squares = {key: x[:n] for key, x in self.squares.items()}
-        self.cache = {visit: (k[:n], v[:n]) for visit, (k, v) in self.cache.items()}
-
     def predict(self, spans, inputs):
-        start, sizes = int(spans[0, 1]), spans[:, 2] - spans[:, 1]
+        start, (B, T, past) = int(spans[0, 1]), self.shape(spans)
+        sizes = torch.from_numpy(spans[:, 2] - spans[:, 1]).to(self.device)
         if start == 0:
-            self.begin(len(spans))
-        elif len(spans) < len(self.guesses):
-            self.keep(len(spans))
-        B, T, device, adapters = len(spans), int(sizes.max()), self.device, self.adapters
-        self.sizes, self.seen = torch.from_numpy(sizes).to(device), {}
-        self.real = torch.arange(T, device=device) < self.sizes[:, None]  # (B, T), the rest is padding at the end
-        self.tokens = torch.zeros(B, T, dtype=torch.long, device=device)
-        self.tokens[self.real] = torch.from_numpy(inputs).to(device)
-        pos = (start + torch.arange(T, dtype=torch.int32, device=device)).repeat(B)
-        prev = torch.cat([self.before, self.tokens[:, :-1]], 1).view(-1)
-        for x in adapters.values():
-            x.requires_grad_()
+            self.adapters, self.past, self.n_steps = {k: x.repeat(B, 1, 1) for k, x in self.new.items()}, {}, 0
+            self.squares = {k: torch.zeros_like(x) for k, x in self.adapters.items()}  # mean squared gradients
+        elif B < len(self.adapters["w"]):  # the others, the shortest, have ended
+            self.adapters, self.squares, self.past = (
+                {k: x[:B] for k, x in state.items()} for state in (self.adapters, self.squares, self.past))
+        self.sizes = F.pad(sizes, (0, B - len(sizes)))[:, None]
+        self.real = torch.arange(T, device=self.device) < self.sizes  # (B, T), the rest is padding at the end
+        tokens = torch.zeros(B, T, dtype=torch.long, device=self.device)
+        tokens[self.real] = torch.from_numpy(inputs).to(self.device)
+        self.adapters = {k: x.detach().requires_grad_() for k, x in self.adapters.items()}
+        causal = causal_lower_right(T, past + T)  # made here, for the compiler cannot
+        self.logits, self.seen = self.forward(tokens, start, causal, self.adapters, self.past)
+        return self.logits.detach()[self.real]
+
+    def forward(self, tokens, start: int, causal, adapters: dict, past: dict):
+        """tokens (B, T) from start on; past {key: (B, heads, S, d)} -> logits (B, T, V), the past of the next round."""
+        (B, T), model, seen = tokens.shape, self.model, {}
+
+        def recall(key, x):
+            """x (B, heads, T, d) -> with what came before it, no further back than the model was trained to look."""
+            if key in past:
+                x = torch.cat([past[key][:, :, T - self.seq_len:], x], 2)
+            seen[key] = x.detach()
+            return x
 
         def adapt(x, y, key):
             if ("A", key) not in adapters:
@@ -207,49 +205,45 @@ class Adaptive:
             A, B_ = (adapters[part, key].to(x.dtype) for part in "AB")
             return y + (x.view(B, T, -1) @ A @ B_).view(y.shape)
 
-        def linear(x, W, name, layer, visit):
-            return adapt(x * (layer + 1) ** -0.5, F.linear(x, W), (name, visit))  # W has the norm's scale folded in
-
         def attend(q, k, v, seg, visit):
             q, k, v = (x.view(B, T, -1, x.size(-1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d)
-            if visit in self.cache:  # no further back than the model was trained to look
-                k, v = (torch.cat([old[:, :, T - self.seq_len:], x], 2) for old, x in zip(self.cache[visit], (k, v)))
-            self.seen[visit] = k.detach(), v.detach()
-            y = F.scaled_dot_product_attention(q, k, v, causal_lower_right(T, k.size(2)), enable_gqa=True)
+            k, v = recall(("k", visit), k), recall(("v", visit), v)
+            y = F.scaled_dot_product_attention(q, k, v, causal, enable_gqa=True)
             return y.transpose(1, 2).reshape(B * T, -1, q.size(-1))
 
-        hidden = self.model(self.tokens.view(-1), Segments(None, pos, 0, None, None), True, linear, attend, prev)
-        self.logits = self.model.logits(adapt(hidden, hidden, ("head", 0))[self.real.view(-1)])
-        parts = zip(self.guesses, np.split(inputs, np.cumsum(sizes)[:-1]))
-        found = torch.tensor([x for guesses, part in parts for x in guesses.read(part.tolist())])
-        self.guess, self.kind = found[:, :1].to(device), found[:, 1]
-        return self.logits.detach().scatter_add(1, self.guess, self.b[self.kind, None].float().to(device))
+        text = recall("text", tokens[:, None, :, None])[:, 0, :, 0]  # (B, S)
+        pos = (start + torch.arange(T, dtype=torch.int32, device=self.device)).repeat(B)
+        before = F.pad(text, (1, 0))[:, -T - 1:-1].flatten()
+        linear = partial(self.linear, adapt)
+        hidden = model(tokens.view(-1), Segments(None, pos, 0, None, None), True, linear, attend, before)
+        z = adapt(hidden, F.linear(hidden, model.embed.weight.to(hidden.dtype)), ("head", 0)).float().view(B, T, -1)
+        p = (model.cfg.softcap * torch.tanh(z / model.cfg.softcap)).softmax(-1)
+        h = F.normalize(hidden.detach().float(), dim=-1).view(B, 1, T, -1)
+        shares, after = point(h[:, 0], recall("hidden", h)[:, 0], text, adapters["w"], self.matches)
+        return p.scatter_add(2, after.expand(shares.shape), shares).clamp(min=1e-37).log(), seen
+
+    def linear(self, adapt, x, W, name, layer, visit):
+        return adapt(x * (layer + 1) ** -0.5, F.linear(x, W), (name, visit))  # W has the norm's scale folded in
 
     def learn(self, targets):
-        targets = torch.from_numpy(targets).to(self.device)[:, None]
-        log_p = self.logits.log_softmax(-1)
-        weights = (1 / self.sizes)[:, None].expand(self.real.shape)[self.real]  # each document's mean loss, summed
-        loss = -(log_p.gather(1, targets)[:, 0] * weights).sum()
+        goal = torch.zeros_like(self.real, dtype=torch.long)
+        goal[self.real] = torch.from_numpy(targets).to(self.device)
+        self.update(goal)
+        self.past, self.logits = self.seen, None
+
+    def update(self, goal):
+        """goal (B, T): the tokens that logits were for -> one step of all that learns."""
+        nats = self.logits.logsumexp(-1) - self.logits.gather(2, goal[..., None])[..., 0]
+        loss = (nats * self.real / self.sizes.clamp(min=1)).sum()  # each document's mean, summed
         grads = torch.autograd.grad(loss, list(self.adapters.values()))
         with torch.no_grad():
-            # The loss of a raised guess is log(1 + p (e^b - 1)) - b [hit]: slope q - [hit], curvature q (1 - q).
-            p, hit = (x[:, 0].double().cpu() for x in (log_p.gather(1, self.guess).exp(), self.guess == targets))
-            b = self.b[self.kind]
-            q = p * b.exp() / (1 + p * b.expm1())
-            self.curvature.index_add_(0, self.kind, q * (1 - q))
-            self.b -= torch.zeros_like(self.b).index_add_(0, self.kind, q - hit) / self.curvature
-            self.b[-1] = 0.0
             self.n_steps += 1
-            params, squares = ([x.detach() for x in state.values()] for state in (self.adapters, self.squares))
+            params, squares = list(self.adapters.values()), list(self.squares.values())
             torch._foreach_mul_(squares, self.decay)
             torch._foreach_addcmul_(squares, grads, grads, 1 - self.decay)
             rms = torch._foreach_sqrt(torch._foreach_div(squares, 1 - self.decay ** self.n_steps))
             torch._foreach_add_(rms, 1e-10)
-            torch._foreach_addcdiv_(params, grads, rms, -self.lr)
-        self.adapters, self.cache = dict(zip(self.adapters, params)), self.seen
-        self.before, self.logits = self.tokens[:, -1:], None
-        for guesses in self.guesses:
-            guesses.keep()
+            torch._foreach_addcdiv_(params, grads, rms, [-self.lr[key] for key in self.adapters])
 
 
 PREDICTORS = {"adaptive": Adaptive, "sliding": Sliding, "plain": Plain}  # the first is the default

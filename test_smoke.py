@@ -1253,24 +1253,38 @@ def test_logits_that_are_not_finite_tensors_of_the_right_shape_are_refused(logit
         eval_bpb.count_nats(logits, np.array([0]), 2)
 
 
-class Unguessed(eval_bpb.Adaptive):
-    """Adaptive without the guesses, so that its logits are the model's own."""
-    def predict(self, spans, inputs):
-        super().predict(spans, inputs)
-        return self.logits
+class Pointless(eval_bpb.Adaptive):
+    """Adaptive without the pointer, so that its logits are the model's own."""
+    w = 0.0, 0.0, 1.0, -1e4, 0.0, 0.0, 0.0, 0.0
 
 
 def adaptive(cls, model, learns: bool):
     model.dtype, model.padded = torch.float32, True
     predictor = cls(model.cfg, model, "cpu")
-    predictor.lr *= learns
+    predictor.lr = {key: lr * learns for key, lr in predictor.lr.items()}
     return predictor
+
+
+def test_the_pointer_is_what_its_formula_says():
+    rng, (B, S, T, D, V) = np.random.default_rng(0), (2, 23, 9, 5, 3)
+    text, h, w = rng.integers(0, V, (B, S)), rng.standard_normal((B, S, D)), rng.standard_normal((B, 1, 8))
+    h /= np.linalg.norm(h, axis=-1, keepdims=True)
+    shares, after = eval_bpb.point(*map(torch.from_numpy, (h[:, -T:], h, text, w)), 4)
+    for b, t in itertools.product(range(B), range(S - T, S)):
+        weights, (w0, w1, w2, w3, *w4) = [], w[b, 0]
+        for s in range(t):
+            score = 16 * w0 * (h[b, t] @ h[b, s] - 1) - w1 * math.log(t - s) + w3
+            equal = [s >= n and (text[b, s - n:s + 1] == text[b, t - n:t + 1]).all() for n in range(4)]
+            weights.append(math.exp(score + sum(x for x, e in zip(w4, equal) if e)))
+        found, expected = shares[b, t - S + T], np.array(weights) / sum(weights) ** (1 - w2)
+        assert found[:t].tolist() == pytest.approx(expected) and not found[t:].any()
+    assert (after[:, 0, :-1].numpy() == text[:, 1:]).all()
 
 
 def test_cached_prediction_is_the_models_own_and_documents_do_not_touch_each_other():
     model, rng = scoring_model(), np.random.default_rng(0)
     streams = [np.concatenate([[0], rng.integers(0, 40, n), [0]]) for n in (0, 1, 5, 22, 17, 9, 22)]
-    cached = adaptive(Unguessed, model, learns=False)
+    cached = adaptive(Pointless, model, learns=False)
     cached.chunk = 4
     others = [eval_bpb.prepare(name, model.cfg, model, "cpu") for name in ("plain", "sliding")]
     found = [run_predictor(p, streams, 40) for p in (cached, *others)]
@@ -1287,7 +1301,7 @@ def test_sliding_gives_every_target_its_context():
 
 def test_cached_prediction_looks_back_as_far_as_training_did_and_no_further():
     model, stream = scoring_model(), np.random.default_rng(3).integers(0, 40, 151)
-    cached = adaptive(Unguessed, model, learns=False)
+    cached = adaptive(Pointless, model, learns=False)
     cached.chunk = 5
     spans = np.concatenate(cached.plan(np.array([150])))[:, 1:]
     first = np.concatenate([np.full(b - a, max(0, b - 24)) for a, b in spans])     # oldest key of each place
@@ -1324,12 +1338,29 @@ def test_adaptive_learns_from_what_was_scored_and_each_document_for_itself():
     model, rng = scoring_model(), np.random.default_rng(2)
     streams = [np.concatenate([[0], np.tile(rng.integers(0, 40, 9), 40), [0]]) for _ in range(3)]
     fixed, learned, guessed = (run_predictor(adaptive(cls, model, learns), streams, 40)
-                               for cls, learns in ((Unguessed, False), (Unguessed, True), (eval_bpb.Adaptive, False)))
-    first = adaptive(Unguessed, model, False).plan(np.array([361]))[0][0, 2]
+                               for cls, learns in ((Pointless, False), (Pointless, True), (eval_bpb.Adaptive, False)))
+    first = adaptive(Pointless, model, False).plan(np.array([361]))[0][0, 2]
     assert learned[0][:first] == fixed[0][:first]  # nothing is known before the first chunk is scored
     assert sum(learned[1][-100:]) < sum(fixed[1][-100:]) - 5 and sum(guessed[1][-100:]) < sum(fixed[1][-100:]) - 50
-    alone = run_predictor(adaptive(Unguessed, model, True), streams[1:2], 40)[0]
+    alone = run_predictor(adaptive(Pointless, model, True), streams[1:2], 40)[0]
     assert sum(alone) == pytest.approx(sum(learned[1]), rel=1e-3)
+
+
+def test_rounds_have_few_shapes_on_documents_of_web_lengths_and_compile_as_one_graph():
+    with torch.device("meta"):
+        cfg = replace(Config(), vocab_size=16384)
+        predictor = eval_bpb.Adaptive(cfg, GPT(cfg), torch.device("meta"))
+    lengths = np.random.default_rng(0).lognormal(math.log(403), 1.037, 50000).astype(np.int64) + 1
+    rounds = predictor.plan(lengths)
+    shapes = {predictor.shape(rounds[i]) for i in eval_bpb.deal(rounds, 8)[0]}
+    assert len(shapes) < 100 and max(B * T for B, T, _ in shapes) <= cfg.row_tokens // 8
+    padded = sum(math.prod(predictor.shape(spans)[:2]) for spans in rounds)
+    assert padded < 1.1 * lengths.sum()
+    model = scoring_model()
+    whole, parts = adaptive(eval_bpb.Adaptive, model, True), adaptive(eval_bpb.Adaptive, model, True)
+    whole.forward = torch.compile(whole.forward, fullgraph=True, backend="eager", dynamic=False)
+    stream = np.random.default_rng(1).integers(0, 40, 30)
+    assert run_predictor(whole, [stream], 40)[0] == pytest.approx(run_predictor(parts, [stream], 40)[0], abs=1e-5)
 
 
 def test_ranks_share_the_rounds_and_give_the_same_number(packed_run, dataset, tmp_path):
