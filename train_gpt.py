@@ -400,8 +400,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> logits (N, V) float32, softcapped."""
-        z = F.linear(hidden, self.embed.weight.to(hidden.dtype)).float()
-        return self.cfg.softcap * torch.tanh(z / self.cfg.softcap)
+        z = F.linear(hidden, (self.embed.weight / self.cfg.softcap).to(hidden.dtype)).float()
+        return self.cfg.softcap * torch.tanh(z)
 
     def losses(self, tokens: Tensor, targets: Tensor, seg: Segments, looped: bool) -> Tensor:
         """tokens, targets (N,) int64 -> nats (N,) float32 of each target."""
