@@ -40,7 +40,7 @@ RUNGS = {
     "top": dict(steps=2400, n_layer=6, n_embd=48, n_head=4, n_kv_head=2, mlp_dim=192, loop_first=2, loop_last=2,
                 loop_passes=1, two_lane_from=5, rope_dims=4, seq_len=240, ema_decay=0.9935),
 }
-BITS, KL_GOALS = (3.5, 4.0), (0.1, 0.03, 0.01)  # per weight of the base: the sizes compared; nats: the sizes packed
+BITS, KL_GOALS = (3.5, 4.0), (0.03, 0.01, 0.003, 0.001)  # a weight of the base: sizes compared; nats: sizes packed
 VAL_DOCS = 40  # the first of the validation documents, whatever the vocabulary
 VOCABULARY, VOCABULARY_TIME = 512, 0.0685  # tokens that are 8192 of the record's; of a step, for as many tokens again
 
