@@ -393,7 +393,7 @@ def test_bad_flags_and_shapes_are_refused_in_one_line(tmp_path, monkeypatch):
                        ("--seq_len=0", "--seq_len"), ("--matrix_lr=-1", "--matrix_lr"), ("--data=nowhere", "docs PATH"),
                        ("--matrix_lr=nan", "--matrix_lr"), ("--two_lane_from=0", "--two_lane_from"),
                        ("--device=tpu", "--device"), ("--run=../up", "--run"), ("--preset=big", "--preset"),
-                       ("--compare_to=nowhere", "--compare_to"), ("--preset=record", "data/prepare.py fineweb")):
+                       ("--preset=record", "data/prepare.py fineweb")):
         with pytest.raises(BadInput) as error:
             train_gpt.main([flag] if flag == "--preset=record" else [*RUN, flag])
         assert word in str(error.value) and "\n" not in str(error.value)
@@ -526,12 +526,6 @@ def test_a_row_that_does_not_fit_is_halved_and_the_batch_stays(tmp_path, monkeyp
     fits = 0
     with pytest.raises(BadInput, match="--row_tokens"):
         train_gpt.main([*RUN, "--max_steps=2", "--run=none"])
-
-
-def test_early_abort_needs_a_real_lag():
-    curve = [(0.25, 2.0), (0.5, 1.5), (1.0, 1.0)]
-    assert train_gpt.behind(curve, 0.75, 1.27, 0.01) and not train_gpt.behind(curve, 0.75, 1.255, 0.01)
-    assert not train_gpt.behind(curve, 0.1, 9.0, 0.01)              # the other run had no score yet
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -100,8 +100,6 @@ class Config:
     calib_tokens: int = 524288      # tokens for the statistics that pack.py needs, inside the clock, over all ranks
     log_every: int = 25             # steps between log lines
     save_every: float = 60.0        # s of training between saved states, from which --resume goes on; 0: none
-    compare_to: str = ""            # another run's folder: stop when this run is behind its curve twice in a row
-    compare_margin: float = 0.01    # bits per byte that count as behind
 
 
 PRESETS = {
@@ -158,16 +156,15 @@ def check_config(cfg: Config) -> None:
 def parse_config(argv: list[str]) -> tuple[str, Config, dict | None]:
     """Command line -> (preset, Config, state of the run to resume or None). A preset is a dict of overrides;
     --key=value overrides any field, typed."""
-    source = Path(__file__).read_text() if Path(__file__).exists() else ""
-    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))  # the class is where units are written
-    parser = Parser(prog="train_gpt.py", usage="%(prog)s [--preset=NAME] [--SETTING=VALUE ...]", description=__doc__)
+    settings = inspect.getsource(Config).split("\n", 2)[2]  # the class is where units and defaults are written
+    parser = Parser(prog="train_gpt.py", usage="%(prog)s [--preset=NAME] [--SETTING=VALUE ...]", description=__doc__,
+                    epilog=f"settings, as --name=value, with the values of the record:\n{settings}")
     parser.add_argument("--preset", choices=list(PRESETS), default=SUPPRESS,
                         help="record where CUDA and data/fineweb are, else demo; proxy: the record made small")
     parser.add_argument("--resume", metavar="RUN", default=SUPPRESS,
                         help="go on with a run that was killed, from its last saved state, with its settings")
     for f in fields(Config):
-        parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__, default=SUPPRESS,
-                            help=f"{notes.get(f.name, '')} (record: {f.default!r})".replace("%", "%%"))
+        parser.add_argument(f"--{f.name}", type=f.type, default=SUPPRESS, help=SUPPRESS)
     given = vars(parser.parse_args(argv))
     if "resume" in given:
         if len(given) > 1:
@@ -755,22 +752,21 @@ class Optimizer:
         for buffer in (*self.momenta, self.adam_m, self.adam_v):
             buffer.zero_()
 
-    def state(self) -> dict:
+    def buffers(self) -> list[Tensor]:
         """-> everything it remembers, of all ranks. Every rank must call it."""
         whole = [all_gather(x, self.world_size) for x in (*self.momenta, self.adam_m, self.adam_v)]
         for _, handle in whole:
             if handle:
                 handle.wait()
-        return {"t": self.t, "buffers": [x.cpu() for x, _ in whole]}
+        return [x.cpu() for x, _ in whole]
 
-    def load(self, state: dict) -> None:
-        """Inverse of state(), on the same number of ranks: ValueError otherwise."""
-        buffers = (*self.momenta, self.adam_m, self.adam_v)
-        if [len(x) for x in state["buffers"]] != [len(x) * self.world_size for x in buffers]:
+    def load(self, step: int, buffers: list[Tensor]) -> None:
+        """Goes on after so many steps with what buffers() gave. ValueError on another number of ranks."""
+        self.t, mine = step, (*self.momenta, self.adam_m, self.adam_v)
+        if [len(x) for x in buffers] != [len(x) * self.world_size for x in mine]:
             raise ValueError("it is of another number of ranks")
-        self.t = state["t"]
-        for buffer, whole in zip(buffers, state["buffers"]):
-            buffer.copy_(whole[self.rank * len(buffer):][:len(buffer)])
+        for share, whole in zip(mine, buffers):
+            share.copy_(whole[self.rank * len(share):][:len(share)])
 
     def flat(self, tensors) -> Tensor:
         """Tensors of self.adam's shapes -> one vector (world_size * adam_size,)."""
@@ -952,39 +948,28 @@ class Validation:
 
     def __init__(self, data: Dataset, cfg: Config, rank: int, world_size: int, device: torch.device, padded: bool):
         tokens = data.val()
-        starts = np.flatnonzero(tokens == data.boundary)
-        edges = np.append(starts, len(tokens))
+        edges = np.append(np.flatnonzero(tokens == data.boundary), len(tokens))
         if cfg.val_tokens:
             edges = edges[:max(2, int(np.searchsorted(edges, cfg.val_tokens, side="right")))]
-        self.n_docs, self.n_tokens = len(edges) - 1, int(edges[-1])
-        self.n_bytes = self.count_bytes(data, tokens[:self.n_tokens])
-        # A document's last target is the boundary of the next; rows are filled up with boundaries, which do not count.
+        self.n_docs, self.n_tokens, self.n_bytes = len(edges) - 1, int(edges[-1]), data.meta["val_bytes"]
+        if data.tokenizer and self.n_tokens < len(tokens):
+            docs = np.split(tokens[:self.n_tokens], edges[1:-1])
+            self.n_bytes = sum(len(data.tokenizer.decode(doc[1:]).encode()) for doc in docs)
+        # The last target of a document is the boundary of the next one; what fills up the last row does not count.
         row = cfg.row_tokens
-        n_rows = -(-self.n_tokens // row)
-        padded_tokens = np.full(n_rows * row + 1, data.boundary, np.int64)
-        padded_tokens[:self.n_tokens] = tokens[:self.n_tokens]
-        self.rows = []
-        for r in range(rank, n_rows, world_size):
-            x = padded_tokens[r * row:(r + 1) * row + 1]
-            n = min(row, self.n_tokens - r * row)
-            self.rows.append((torch.from_numpy(x), np.flatnonzero(x[:n] == data.boundary), n))
-        self.cfg, self.world_size, self.device, self.padded = cfg, world_size, device, padded
-
-    @staticmethod
-    def count_bytes(data: Dataset, tokens: np.ndarray) -> int:
-        """-> UTF-8 bytes of the documents that these tokens spell; 0 for random tokens."""
-        if data.tokenizer is None or len(tokens) == data.meta["val_tokens"]:
-            return data.meta["val_bytes"]
-        docs = np.split(tokens, np.flatnonzero(tokens == data.boundary)[1:])
-        return sum(len(data.tokenizer.decode(doc[1:]).encode()) for doc in docs)
+        filled = np.concatenate([tokens[:self.n_tokens], [data.boundary], np.zeros(row, np.int64)])
+        self.rows = [(filled[a:a + row + 1], min(row, self.n_tokens - a))
+                     for a in range(rank * row, self.n_tokens, world_size * row)]
+        self.boundary, self.cfg, self.world_size, self.device, self.padded = (
+            data.boundary, cfg, world_size, device, padded)
 
     @torch.no_grad()
     def __call__(self, losses, looped: bool) -> tuple[float, float]:
         """losses(tokens, targets, seg, looped) as GPT.losses -> (nats per token, bits per byte)."""
         nats = torch.zeros((), dtype=torch.float64)
-        for x, starts, n in self.rows:
-            x = x.to(self.device)
-            seg = make_segments(starts, len(x) - 1, self.cfg.seq_len, self.device, self.padded, self.cfg.seq_len)
+        for row, n in self.rows:
+            x, starts = torch.from_numpy(row).to(self.device), np.flatnonzero(row[:-1] == self.boundary)
+            seg = make_segments(starts, len(row) - 1, self.cfg.seq_len, self.device, self.padded, self.cfg.seq_len)
             nats += losses(x[:-1], x[1:], seg, looped)[:n].cpu().double().sum()
         if self.world_size > 1:
             nats = nats.to(self.device)
@@ -1088,74 +1073,53 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
     return stats
 
 
-def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: dict, run: dict) -> None:
+def write_saved(path: Path, **values) -> None:
+    """What read_saved() reads. The file that stands there is replaced in one step, or stays as it is."""
     buffer = io.BytesIO()  # a full disk must fail in write(), not in torch.save
-    torch.save({"config": asdict(cfg), "weights": {k: v.detach().cpu() for k, v in model.state_dict().items()},
-                "stats": {k: v.cpu() for k, v in stats.items()}, "run": run,
-                "tokenizer": data.tokenizer.blob.decode() if data.tokenizer else ""}, buffer)
+    torch.save(values, buffer)
     with atomic_write(path) as f:
         f.write(buffer.getbuffer())
 
 
-def load_checkpoint(path: Path) -> dict:
-    """checkpoint.pt -> {"config": Config, "weights" {name: float32}, "stats" (as weights, or {}), "run", "tokenizer"}.
+def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: dict, run: dict) -> None:
+    tokenizer = data.tokenizer.blob.decode() if data.tokenizer else ""
+    write_saved(path, config=asdict(cfg), weights=model.state_dict(), stats=stats, run=run, tokenizer=tokenizer)
+
+
+def read_saved(path: Path, *keys: str) -> dict:
+    """A checkpoint or a saved state -> {"config": Config, "weights" {name: tensor}, and keys}.
 
     The file may come from anywhere: checksums first, tensors and plain values only, shapes as configured. BadInput.
     """
-    if not Path(path).is_file():
-        raise BadInput(f"{path} does not exist: train first, python train_gpt.py")
     try:
         with zipfile.ZipFile(path) as z:
-            bad = z.testzip()
-        if bad is not None:
-            raise ValueError(f"{bad} does not match its checksum")
+            if (bad := z.testzip()) is not None:
+                raise ValueError(f"{bad} does not match its checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         cfg = config_from(saved["config"])
         with torch.device("meta"):
             expected = {k: v.shape for k, v in GPT(cfg).state_dict().items()}
-        if {k: v.shape for k, v in saved["weights"].items()} != expected:
+        if any({k: v.shape for k, v in saved[x].items()} != expected for x in ("weights", "ema") if x in saved):
             raise ValueError("the weights are not those that the config describes")
-        return {**{k: saved[k] for k in ("weights", "stats", "run", "tokenizer")}, "config": cfg}
+        return {**{k: saved[k] for k in ("weights", *keys)}, "config": cfg}
     except Exception as e:  # torch.load has no single error for bad bytes
-        raise BadInput(f"{path} is not a whole checkpoint: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+        raise BadInput(f"{path} is not whole: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
 
 
-def save_state(folder: Path | None, params, ema, optimizer: Optimizer, numbers: dict) -> None:
-    """Everything that --resume needs, of all ranks, into folder/state.pt. Rows and random numbers follow from the step.
-    Every rank must call it; the one with a folder writes."""
-    memory = optimizer.state()
-    if folder:
-        with atomic_write(folder / "state.pt") as f:
-            torch.save({**numbers, "weights": [p.detach().cpu() for p in params], "ema": [x.cpu() for x in ema],
-                        "optimizer": memory}, f)
+def load_checkpoint(path: Path) -> dict:
+    """checkpoint.pt -> {"config", "weights", "stats" {name: float32} or {}, "run", "tokenizer"}. Raises BadInput."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path} does not exist: train first, python train_gpt.py")
+    return read_saved(path, "stats", "run", "tokenizer")
 
 
 def read_state(run: str) -> dict:
-    """A run's folder or name -> its saved state, with "config" a Config and "folder". Raises BadInput."""
+    """A run's folder or name -> the state from which it can go on, with its "folder". Raises BadInput."""
     folder = Path(run) if Path(run).is_dir() else Path("runs") / run
-    try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        if changed := [f for f in SOURCES if (folder / "source" / f).read_bytes() != (ROOT / f).read_bytes()]:
-            raise ValueError(f"{', '.join(changed)} changed since the run began")
-        state = {k: state[k] for k in ("preset", "step", "next_val", "seconds", "resumed", "weights", "ema",
-                                       "optimizer")} | {"config": config_from(state["config"]), "folder": str(folder)}
-    except Exception as e:  # torch.load has no single error for bad bytes
-        reason = (str(e).splitlines() or [""])[0]
-        raise BadInput(f"--resume={run}: {folder}/state.pt cannot be used: {reason}") from None
-    return state
-
-
-@torch.no_grad()
-def load_state(state: dict, params, ema, optimizer: Optimizer) -> None:
-    """Put the tensors of read_state() in place. Raises Stopped where they do not fit."""
-    try:
-        for tensors, saved in ((params, state["weights"]), (ema, state["ema"])):
-            if [x.shape for x in saved] != [x.shape for x in tensors]:
-                raise ValueError("its shapes are others")
-            torch._foreach_copy_(tensors, [x.to(tensors[0].device) for x in saved])
-        optimizer.load(state["optimizer"])
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise Stopped(f"--resume: the saved state does not fit: {str(e).splitlines()[0]}", 2) from None
+    state = read_saved(folder / "state.pt", "ema", "optimizer", "preset", "step", "next_val", "seconds", "resumed")
+    if changed := [f for f in SOURCES if (folder / "source" / f).read_bytes() != (ROOT / f).read_bytes()]:
+        raise BadInput(f"--resume={run}: {', '.join(changed)} changed since the run began")
+    return state | {"folder": str(folder)}
 
 
 def config_from(values: dict) -> Config:
@@ -1276,24 +1240,6 @@ def no_cuda() -> str:
             "is there one, and is its driver new enough? (nvidia-smi)")
 
 
-def read_curve(path: str) -> list[tuple[float, float]]:
-    """runs/<run> -> [(progress, val_bpb)] of its validations, in order."""
-    try:
-        lines = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
-        curve = [(float(x["progress"]), float(x["val_bpb"])) for x in lines if x["kind"] == "val"]
-    except (OSError, ValueError, KeyError, TypeError):
-        curve = []
-    if not curve:
-        raise BadInput(f"--compare_to={path} has no metrics.jsonl with validations")
-    return curve
-
-
-def behind(curve: list[tuple[float, float]], progress: float, val_bpb: float, margin: float) -> bool:
-    """Is val_bpb worse by more than margin than the other run's curve [(progress, val_bpb)] at the same progress?"""
-    at, bpb = zip(*curve)
-    return at[0] <= progress and val_bpb > np.interp(progress, at, bpb) + margin
-
-
 class Stopped(Exception):
     """Training cannot go on: Stopped(reason, exit code)."""
 
@@ -1326,7 +1272,6 @@ def join(cfg: Config) -> World:
 
 def main(argv: list[str] | None = None) -> int:
     preset, cfg, state = parse_config(sys.argv[1:] if argv is None else argv)
-    curve = read_curve(cfg.compare_to) if cfg.compare_to else []
     world = join(cfg)
     try:
         data = Dataset(cfg, world.rank, world.size)
@@ -1336,7 +1281,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = None if world.rank else Path(state["folder"]) if state else open_run(cfg, preset)
     log = Log(folder)
     try:
-        return train(cfg, preset, data, curve, state, folder, log, world)
+        return train(cfg, preset, data, state, folder, log, world)
     except (Exception, KeyboardInterrupt) as e:
         reason, code = e.args if isinstance(e, Stopped) else (f"{type(e).__name__}: {e}", 1)
         if folder:
@@ -1405,9 +1350,8 @@ def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World,
     return cfg, seconds
 
 
-def train(cfg: Config, preset: str, data: Dataset, curve, state, folder: Path | None, log: Log, world: World) -> int:
-    """One run, from initial weights (or the state of a stopped run) to the saved checkpoint -> exit code 0, or Stopped.
-    curve: of --compare_to."""
+def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, log: Log, world: World) -> int:
+    """One run, from initial weights (or the state of a stopped run) to the saved checkpoint -> exit code 0, or Stopped."""
     # ---- setup
     begin, device, cuda = time.perf_counter(), world.device, world.device.type == "cuda"
     sync = partial(torch.cuda.synchronize, device) if cuda else lambda: None
@@ -1446,10 +1390,15 @@ def train(cfg: Config, preset: str, data: Dataset, curve, state, folder: Path | 
     if limit <= 0:
         raise Stopped(f"--max_seconds={cfg.max_seconds} leaves no time to train: calibration takes {reserve:.0f} s", 2)
     ema = [p.detach().clone() for p in params]  # the averaged weights start where training starts
-    clock, in_flight, step, next_val, times_behind, resumed = Clock(sync), [], 0, 1, 0, 0
+    clock, in_flight, step, next_val, resumed = Clock(sync), [], 0, 1, 0
     if state:
-        load_state(state, params, ema, optimizer)
         step, next_val, clock.total, resumed = state["step"], state["next_val"], state["seconds"], state["resumed"] + 1
+        model.load_state_dict(state["weights"])
+        torch._foreach_copy_(ema, [state["ema"][name].to(device) for name, _ in model.named_parameters()])
+        try:
+            optimizer.load(step, state["optimizer"])
+        except (RuntimeError, ValueError, TypeError) as e:
+            raise Stopped(f"--resume: the state of the optimizer does not fit: {e}", 2) from None
         log(kind="resume", step=step, train_seconds=clock.total, resumed=resumed)
     loader = Loader(data, cfg, world.rank, world.size, device, padded, first_row=step * n_rows)
     val = Validation(data, cfg, world.rank, world.size, device, padded)
@@ -1495,16 +1444,14 @@ def train(cfg: Config, preset: str, data: Dataset, curve, state, folder: Path | 
                 save_checkpoint(folder / "checkpoint.pt", cfg, model, data, {}, {**run, **scores})
             with torch.no_grad():
                 torch._foreach_copy_(params, raw)
-            late = bool(curve) and behind(curve, progress, scores["val_bpb"], cfg.compare_margin)
-            times_behind = times_behind + 1 if late else 0
-            if times_behind == 2:
-                raise Stopped(f"behind --compare_to={cfg.compare_to} by {cfg.compare_margin} twice in a row", 1)
             clock.start()
         if save:
             clock.stop()
-            save_state(folder, params, ema, optimizer, {
-                "config": asdict(cfg), "preset": preset, "step": step, "next_val": next_val, "seconds": clock.total,
-                "resumed": resumed})
+            buffers = optimizer.buffers()
+            if folder:  # rows and random numbers follow from the step
+                write_saved(folder / "state.pt", config=asdict(cfg), preset=preset, step=step, next_val=next_val,
+                            seconds=clock.total, resumed=resumed, optimizer=buffers, weights=model.state_dict(),
+                            ema=dict(zip(model.state_dict(), ema)))
             saved = clock.total
             clock.start()
 
