@@ -222,7 +222,8 @@ def main() -> int:
         raise BadInput("--seeds: at least two numbers; --steps and --jobs: not below 0 and 1")
     shape = dict(RUNGS[args.rung])
     steps = args.steps or shape["steps"]
-    shape["ema_decay"] = 1 - (1 - shape["ema_decay"]) * shape.pop("steps") / steps  # the same share of the run
+    # A shorter base averages over the same share of its run.
+    shape["ema_decay"] = max(0.0, 1 - (1 - shape["ema_decay"]) * shape.pop("steps") / steps)
     vocabulary = [read_meta(folder)["vocab_size"] for folder in folders]
     step_time = [1 + VOCABULARY_TIME * (size / VOCABULARY - 1) for size in vocabulary]
     tried = {"base": ("base", [], 1, folders[0])}
