@@ -5,7 +5,7 @@
                                                               and a dataset: a small model in two minutes on two cores
     python train_gpt.py --help                                every setting, its unit and its default
 
-Writes runs/<run>/: log.txt, metrics.jsonl, checkpoint.pt (averaged weights and what pack.py needs to know), source/.
+Writes runs/<run>/: log.txt, metrics.jsonl, curve.svg, checkpoint.pt (averaged weights, what pack.py needs), source/.
 Then `python pack.py` makes the one file that counts and `python eval_bpb.py` scores it.
 """
 import hashlib
@@ -17,7 +17,6 @@ import os
 import platform
 import queue
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,11 +37,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.dataset import BadInput, Parser, atomic_write, command, find_dataset, read_meta, read_shard
+from data.dataset import BadInput, Parser, atomic_write, command, find_dataset, find_run, read_meta, read_shard
+from data.runs import Log, draw_curve, environment, no_cuda, note_in_ledger, open_run
 from data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/dataset.py", "data/tokenizer.py")
+SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/dataset.py", "data/runs.py",
+           "data/tokenizer.py")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}              # dense bf16, by name of the GPU, for MFU
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -58,6 +59,8 @@ class Config:
     device: str = ""                # cuda, mps or cpu; empty: the best there is
     max_seconds: float = 600.0      # s, the training clock: steps, averaging and calibration; 0: no limit
     max_steps: int = 0              # steps; progress is then step / max_steps and the run is deterministic; 0: no limit
+    parent: str = ""                # the run or record that this one has to beat, for the ledger
+    idea: str = ""                  # what differs from the parent, in one sentence
     # model (11 x 512 with 17 block applications: #1493, #1855)
     vocab_size: int = 0             # tokens; 0: the dataset's
     n_layer: int = 11               # blocks
@@ -104,6 +107,8 @@ class Config:
 
 PRESETS = {
     "record": {},
+    # The record on one GPU: all of its tokens on an H100, if a step takes what is predicted, 673 and 992 ms.
+    "single": dict(max_seconds=4400.0),
     # A small model for two CPU cores and two minutes.
     "demo": dict(data="demo", max_seconds=120.0, n_layer=4, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512,
                  loop_passes=1, two_lane_from=3, rope_dims=8, batch_tokens=2048, row_tokens=1024, seq_len=384,
@@ -160,7 +165,7 @@ def parse_config(argv: list[str]) -> tuple[str, Config, dict | None]:
     parser = Parser(prog="train_gpt.py", usage="%(prog)s [--preset=NAME] [--SETTING=VALUE ...]", description=__doc__,
                     epilog=f"settings, as --name=value, with the values of the record:\n{settings}")
     parser.add_argument("--preset", choices=list(PRESETS), default=SUPPRESS,
-                        help="record where CUDA and data/fineweb are, else demo; proxy: the record made small")
+                        help="record where CUDA and data/fineweb are, else demo; single: on one GPU; proxy: made small")
     parser.add_argument("--resume", metavar="RUN", default=SUPPRESS,
                         help="go on with a run that was killed, from its last saved state, with its settings")
     for f in fields(Config):
@@ -1083,6 +1088,7 @@ def write_saved(path: Path, **values) -> None:
 
 def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: dict, run: dict) -> None:
     tokenizer = data.tokenizer.blob.decode() if data.tokenizer else ""
+    cfg = replace(cfg, parent="", idea="")  # of the run; its artifact does not pay for them
     write_saved(path, config=asdict(cfg), weights=model.state_dict(), stats=stats, run=run, tokenizer=tokenizer)
 
 
@@ -1115,9 +1121,10 @@ def load_checkpoint(path: Path) -> dict:
 
 def read_state(run: str) -> dict:
     """A run's folder or name -> the state from which it can go on, with its "folder". Raises BadInput."""
-    folder = Path(run) if Path(run).is_dir() else Path("runs") / run
+    folder = find_run(run)
     state = read_saved(folder / "state.pt", "ema", "optimizer", "preset", "step", "next_val", "seconds", "resumed")
-    if changed := [f for f in SOURCES if (folder / "source" / f).read_bytes() != (ROOT / f).read_bytes()]:
+    source = lambda root, f: (root / f).read_bytes() if (root / f).is_file() else b""
+    if changed := [f for f in SOURCES if source(folder / "source", f) != source(ROOT, f)]:
         raise BadInput(f"--resume={run}: {', '.join(changed)} changed since the run began")
     return state | {"folder": str(folder)}
 
@@ -1170,76 +1177,6 @@ class Clock:
         return self.total + (time.perf_counter() - self.since if self.since is not None else 0.0)
 
 
-class Log:
-    """log.txt for eyes and awk, metrics.jsonl for programs, the terminal for whoever waits. Only rank 0 writes."""
-
-    def __init__(self, folder: Path | None):
-        self.text = open(folder / "log.txt", "a") if folder else None
-        self.json = open(folder / "metrics.jsonl", "a") if folder else None
-        self.live = bool(folder) and sys.stderr.isatty()
-
-    def __call__(self, line: str = "", **numbers) -> None:
-        """A line of text, or key:value pairs that go to both files; `kind` names the line in metrics.jsonl."""
-        if not self.text:
-            return
-        if numbers:
-            self.record(**numbers)
-            digits = {"progress": 2, "step_ms": 1, "train_seconds": 1, "eta": 0}
-            line = " ".join(f"{k}:{v:.{digits.get(k, 4)}f}" if isinstance(v, float) else f"{k}:{v}"
-                            for k, v in numbers.items() if k != "kind")
-        self.redraw("")
-        print(line, flush=True)
-        print(line, file=self.text, flush=True)
-
-    def record(self, **values) -> None:
-        """A line of metrics.jsonl; what is not finite becomes null."""
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        print(json.dumps(values), file=self.json, flush=True)
-
-    def redraw(self, line: str) -> None:
-        """The one line that moves, on a terminal only."""
-        if self.live:
-            sys.stderr.write(f"\r\x1b[K{line}")
-            sys.stderr.flush()
-
-
-def open_run(cfg: Config, preset: str) -> Path:
-    """Make runs/<run>/ with the sources as run, and point runs/latest at it. Refuses a folder that exists."""
-    name = cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}"
-    folder = Path("runs") / name
-    try:
-        folder.mkdir(parents=True)
-        for file in SOURCES:
-            (folder / "source" / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / file, folder / "source" / file)
-        link = Path("runs") / f".latest{os.getpid()}"
-        link.symlink_to(name, target_is_directory=True)
-        os.replace(link, Path("runs") / "latest")
-    except FileExistsError:
-        raise BadInput(f"--run={name}: {folder} exists; nothing is overwritten, choose another name") from None
-    except OSError as e:
-        raise BadInput(f"--run={name}: {e.filename}: {e.strerror}") from None
-    return folder
-
-
-def environment(device: torch.device, world_size: int) -> dict:
-    """What the numbers were made on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": f"{world_size} x {name}", "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
-            "os": platform.system(), "python": platform.python_version(), "torch": str(torch.__version__),
-            "cuda": torch.version.cuda or "", "numpy": np.__version__, "threads": torch.get_num_threads()}
-
-
-def no_cuda() -> str:
-    """Why there is no CUDA device here, in words; empty where there is one."""
-    if torch.cuda.is_available():
-        return ""
-    if not torch.version.cuda:
-        return f"torch {torch.__version__} is built without CUDA"
-    return (f"torch {torch.__version__} is built for CUDA {torch.version.cuda} but finds no GPU that it can use: "
-            "is there one, and is its driver new enough? (nvidia-smi)")
-
-
 class Stopped(Exception):
     """Training cannot go on: Stopped(reason, exit code)."""
 
@@ -1273,12 +1210,17 @@ def join(cfg: Config) -> World:
 def main(argv: list[str] | None = None) -> int:
     preset, cfg, state = parse_config(sys.argv[1:] if argv is None else argv)
     world = join(cfg)
+    problems = [""] * world.size
     try:
         data = Dataset(cfg, world.rank, world.size)
     except BadInput as e:
-        raise BadInput(f"{platform.node()}: {e}" if world.size > 1 else str(e)) from None
+        problems[world.rank] = f"{platform.node()}: {e}" if world.size > 1 else str(e)
+    if world.size > 1:  # what one node lacks, all of them say
+        dist.all_gather_object(problems, problems[world.rank], world.control)
+    if any(problems):
+        raise BadInput(next(filter(None, problems)))
     cfg = replace(cfg, vocab_size=data.meta["vocab_size"])
-    folder = None if world.rank else Path(state["folder"]) if state else open_run(cfg, preset)
+    folder = None if world.rank else Path(state["folder"]) if state else open_run(cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}", SOURCES)
     log = Log(folder)
     try:
         return train(cfg, preset, data, state, folder, log, world)
@@ -1293,17 +1235,10 @@ def main(argv: list[str] | None = None) -> int:
             return code
         raise
     finally:
+        if folder:
+            draw_curve(folder)
         if world.size > 1:
             dist.destroy_process_group()
-
-
-def note_in_ledger(folder: Path) -> None:
-    """A line for this run in runs/ledger.tsv, where records/ is at hand: not inside an artifact or a record."""
-    try:
-        from records import ledger
-    except ImportError:
-        return
-    ledger.append(folder)
 
 
 def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World, padded: bool):
@@ -1433,6 +1368,7 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
         log.redraw(f"step {step}  {progress:.0%}  loss {last['train_loss']:.4f}  {seconds:.0f} s, "
                    f"{seconds / progress - seconds if progress else 0:.0f} s left")
 
+        lr, seq_len, looped = lr_at(cfg, progress), seq_len_at(cfg, progress), looped_at(cfg, progress)
         if step and progress * cfg.val_points >= next_val:
             clock.stop()
             next_val = int(progress * cfg.val_points) + 1
@@ -1455,7 +1391,6 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
             saved = clock.total
             clock.start()
 
-        lr, seq_len, looped = lr_at(cfg, progress), seq_len_at(cfg, progress), looped_at(cfg, progress)
         train_loss = torch.zeros((), device=device)
         for micro_step in range(n_rows // world.size):
             loss = losses(*loader.next(seq_len), looped).sum() / cfg.batch_tokens
@@ -1490,7 +1425,8 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
     run["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0
     if folder:
         save_checkpoint(folder / "checkpoint.pt", cfg, model, data, stats, run)
-        (folder / "state.pt").unlink(missing_ok=True)
+        for path in (folder / "state.pt", folder / "crash.json", *folder.glob(".*.tmp")):  # of lives that were ended
+            path.unlink(missing_ok=True)
         if stop:
             log("stopped early as asked; the checkpoint holds the averaged weights so far")
         keys = ("val_bpb", "val_loss", "train_seconds", "steps", "tokens", "seed", "peak_memory_mb")

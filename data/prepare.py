@@ -11,6 +11,7 @@ write a new folder at once or not at all.
 """
 import hashlib
 import heapq
+import inspect
 import io
 import json
 import os
@@ -281,10 +282,10 @@ def once(allowed):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The three commands
+# The commands
 
-def demo():
-    """Writes data/demo/ with the committed tokenizer, in place of an older one. Returns its folder."""
+def demo(args):
+    """Writes data/demo/ with the committed tokenizer, in place of an older one."""
     val, train = (texts_source(texts, "demo") for texts in demo_documents())
     blob, keep = DEMO_TOKENIZER.read_bytes(), once(lambda digest: True)
     with new_folder("demo") as folder:
@@ -297,17 +298,16 @@ def demo():
                     train_shards.add(where, len(data), tokens)
         train_shards.flush()
         write_meta(folder, "demo", "raw", docs_hash.hexdigest(), val_shards, train_shards)
-    return ROOT / "data" / "demo"
 
 
 def docs(args):
     """Writes data/<name>/ from the user's files: a pass finds what is good, one trains a tokenizer, two write."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name or ""):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name):
         raise BadInput("--name: give the dataset a name of letters, digits, _ . -")
     if (ROOT / "data" / args.name).exists():
         raise BadInput(f"--name={args.name}: data/{args.name} is there already; remove it or choose another name")
-    if not args.paths:
-        raise BadInput("docs: give files or folders")
+    if args.val_docs is not None and (args.val_docs < 1 or args.val_path):
+        raise BadInput("--val_docs is at least 1, and not with --val_path")
     source, size = paths_source(args.paths)
     val_source, val_size = paths_source([args.val_path]) if args.val_path else (source, 0)
     blob, problems = read_tokenizer(args), []
@@ -371,7 +371,7 @@ def fineweb(args):
     continues, and a finished dataset can be given more --train_tokens. Training documents that equal a validation
     document (by hash) are left out, so the two are disjoint.
     """
-    folder = ROOT / "data" / (args.name or "fineweb")
+    folder = ROOT / "data" / args.name
     folder.mkdir(parents=True, exist_ok=True)
     path, docs_sha256 = hub.download(folder)
     tokenizer_path, state_path = folder / "tokenizer.json", folder / "state.json"
@@ -479,37 +479,34 @@ def read_tokenizer(args):
 
 def main():
     parser = Parser(prog="prepare.py", description=__doc__)
-    parser.add_argument("command", choices=["demo", "docs", "fineweb", "verify"])
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="docs: files or folders; verify: datasets")
-    parser.add_argument("--name", help="the dataset is written to data/NAME")
-    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json; without it one is trained")
-    parser.add_argument("--vocab_size", type=int, help="of a trained tokenizer: tokens in all (None: 16384 for "
-                        "fineweb, 8192 for docs)")
-    parser.add_argument("--phrases", type=int, help="of a trained tokenizer: tokens that are phrases (None: a 16th)")
-    parser.add_argument("--val_docs", type=int, metavar="N", help="docs: of validation (None: 10 %%, at most 1000)")
-    parser.add_argument("--val_path", metavar="PATH", help="docs: validation documents are these instead")
-    parser.add_argument("--text_rule", choices=sorted(TEXT_RULES), help="(None: nmt_nfkc for fineweb, raw for docs)")
-    parser.add_argument("--on_bad", choices=["skip", "refuse"], default="skip", help="docs: bad or duplicate documents")
-    parser.add_argument("--train_tokens", type=float, default=8e9, help="fineweb: training tokens to write")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for run in (demo, docs, fineweb, verify):
+        add = commands.add_parser(run.__name__, description=inspect.cleandoc(run.__doc__))
+        add.set_defaults(run=run)
+        if run in (docs, verify):
+            add.add_argument("paths", nargs="+", metavar="PATH" if run is docs else "NAME")
+        if run in (docs, fineweb):
+            add.add_argument("--name", default="fineweb" if run is fineweb else "", help="writes data/NAME")
+            add.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json; without it one is trained")
+            add.add_argument("--vocab_size", type=int, default=16384 if run is fineweb else 8192,
+                             help="of a trained tokenizer: tokens in all")
+            add.add_argument("--phrases", type=int, help="of a trained tokenizer: phrases (None: a 16th)")
+            add.add_argument("--text_rule", choices=sorted(TEXT_RULES), default="nmt_nfkc" if run is fineweb else "raw")
+            add.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+        if run is docs:
+            add.add_argument("--val_docs", type=int, metavar="N", help="of validation (None: 10 %%, at most 1000)")
+            add.add_argument("--val_path", metavar="PATH", help="validation documents are these instead")
+            add.add_argument("--on_bad", choices=["skip", "refuse"], default="skip", help="bad or duplicate documents")
+        if run is fineweb:
+            add.add_argument("--train_tokens", type=float, default=8e9, help="training tokens to write")
     args = parser.parse_args()
-    if args.workers < 1 or not 1 <= args.train_tokens < 1e15:
-        raise BadInput("--workers and --train_tokens are at least 1")
-    if args.vocab_size is None:
-        args.vocab_size = 16384 if args.command == "fineweb" else 8192
-    if not (0 <= (args.phrases or 0) <= MAX_PHRASES and 2 <= args.vocab_size <= 65535):
-        raise BadInput(f"--phrases is 0 to {MAX_PHRASES}, --vocab_size 2 to 65535")
-    if args.val_docs is not None and (args.val_docs < 1 or args.val_path):
-        raise BadInput("--val_docs is at least 1, and not with --val_path")
-    if args.command == "verify":
-        if not args.paths:
-            raise BadInput("verify NAME: a dataset's name under data/, or its folder")
-        return verify(args)
-    if args.command != "docs" and (args.paths or args.val_docs or args.val_path):
-        raise BadInput(f"PATH, --val_docs and --val_path are not for {args.command}")
-    args.phrases = min(args.vocab_size // 16, MAX_PHRASES) if args.phrases is None else args.phrases
-    args.text_rule = args.text_rule or ("nmt_nfkc" if args.command == "fineweb" else "raw")
-    {"demo": lambda args: demo(), "docs": docs, "fineweb": fineweb}[args.command](args)
+    if args.run in (docs, fineweb):
+        if args.workers < 1 or not 1 <= getattr(args, "train_tokens", 1) < 1e15:
+            raise BadInput("--workers and --train_tokens are at least 1")
+        if not (0 <= (args.phrases or 0) <= MAX_PHRASES and 2 <= args.vocab_size <= 65535):
+            raise BadInput(f"--phrases is 0 to {MAX_PHRASES}, --vocab_size 2 to 65535")
+        args.phrases = min(args.vocab_size // 16, MAX_PHRASES) if args.phrases is None else args.phrases
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -418,12 +418,16 @@ def git(*args):
 
 
 def change_set(ref):
-    """(findings on what changed since the merge base with ref, uncommitted included; the record folders added)."""
+    """(findings on what changed since the merge base with ref; the record folders added). What is not committed counts
+    below records/ only: the sources of the next idea are nobody's business yet."""
     r, folders = Review(ROOT, True), set()
     base = git("merge-base", "--end-of-options", ref, "HEAD").decode().strip()
-    words = git("diff", "--name-status", "--no-renames", "--no-ext-diff", "-z", base).split(b"\0")
-    changed = list(zip(words[0:-1:2], words[1::2]))
-    changed += [(b"A", name) for name in git("ls-files", "--others", "--exclude-standard", "-z").split(b"\0")[:-1]]
+    changed = []
+    for where in ((base, "--", "records"), (base, "HEAD", "--", ":!records")):
+        words = git("diff", "--name-status", "--no-renames", "--no-ext-diff", "-z", *where).split(b"\0")
+        changed += zip(words[0:-1:2], words[1::2])
+    untracked = git("ls-files", "--others", "--exclude-standard", "-z", "--", "records").split(b"\0")[:-1]
+    changed += [(b"A", name) for name in untracked]
     if not changed:
         raise BadInput(f"nothing has changed since {ref}")
     for status, raw in changed:
@@ -449,7 +453,9 @@ def rescore(folder, artifact, data, strict):
     except OSError as e:
         raise BadInput(f"{artifact}: {e.strerror}") from None
     sha256 = hashlib.sha256(blob).hexdigest()
-    for seed, row in seed_results(load_submission(folder)):
+    submission = load_submission(folder)
+    data = data or (submission["dataset"] if isinstance(submission.get("dataset"), dict) else {}).get("name")
+    for seed, row in seed_results(submission):
         if row.get("artifact_sha256") == sha256:
             break
     else:
@@ -459,7 +465,7 @@ def rescore(folder, artifact, data, strict):
         copy = Path(work) / "artifact.pyz"
         copy.write_bytes(blob)
         judge = [sys.executable, str(ROOT / "eval_bpb.py"), str(copy), "--audit"]
-        judge += [f"--data={data}"] if data else []
+        judge += [f"--data={data}"] if data else []   # without it the judge says that it needs one
         out = subprocess.run(judge, cwd=ROOT, stderr=subprocess.PIPE, stdout=sys.stderr)
         score = parse_json((Path(work) / "score.json").read_bytes()) if out.returncode == 0 else {}
     claim, found = row.get("val_bpb"), score.get("val_bpb")
@@ -512,7 +518,7 @@ def main():
     p.add_argument("--mode", choices=("auto", "strict", "lenient"), default="auto",
                    help="auto: strict below this repository's records/, lenient elsewhere")
     p.add_argument("--rescore", metavar="ARTIFACT", help="artifact.pyz or run folder of one seed, to be judged again")
-    p.add_argument("--data", metavar="NAME_OR_PATH", help="dataset for --rescore; the artifact's own without it")
+    p.add_argument("--data", metavar="NAME_OR_PATH", help="dataset for --rescore; without it the record's, by its name")
     p.add_argument("--json", action="store_true", help="print the findings as one JSON list")
     args = p.parse_args()
     found, folders = [], args.folders

@@ -4,25 +4,29 @@
     append("runs/mine")        # once score.json or crash.json is written
 
 People edit these files and crashes cut them, so each is read with a size limit and every number is checked.
-A run that ended early left crash.json, {"reason": one line, "type": exception, "exit_code": int}. The status of a
-ledger line is "ok", "nan" (exit code 3), "behind" (ended by --compare_to), "over-budget" (artifact over the cap) or
-"crash" (the rest).
+A run that ended early left crash.json, {"reason": one line, "exit_code": int}. The status of a ledger line is "ok",
+"nan" (exit code 3), "behind" (ended by --compare_to), "over-budget" (artifact over the cap), "unscored" or "crash" (the
+rest). Runs of one experiment share sources and config but for the seed. `python records/turn.py` reads the lines back.
 """
+import difflib
 import hashlib
 import itertools
 import json
 import math
 import os
 import stat
+import subprocess
 import time
 from pathlib import Path
 
 from data.dataset import BadInput
+from records.rules import TRACKS
 
+ROOT = Path(__file__).resolve().parents[1]
 CAP_BYTES = 16_000_000  # decimal; the whole artifact
-COLUMNS = ("time", "run", "source", "parent", "config_differences", "seed", "val_bpb", "artifact_bytes",
-           "train_seconds", "steps", "status")
-PER_RUN = {"seed", "run", "compare_to"}  # config keys in which two runs of one experiment may differ
+COLUMNS = ("time", "run", "idea", "parent", "config_differences", "commit", "experiment", "dataset", "budget",
+           "predictor", "seed", "val_bpb", "artifact_bytes", "train_seconds", "steps", "status")
+PER_RUN = {"seed", "run", "compare_to", "parent", "idea"}  # in which two runs of one experiment may differ
 
 
 def parse_json(data):
@@ -134,6 +138,57 @@ def config_differences(config, parent):
     return {k: (parent.get(k), config.get(k)) for k in keys if config.get(k) != parent.get(k)}
 
 
+def find_baseline(name, runs="runs"):
+    """What --parent names, a run or a record by its folder or its name -> its folder. BadInput where there is none."""
+    for folder in (Path(name), Path(runs) / name, *(ROOT / "records" / track / name for track in TRACKS)):
+        if name and ((folder / "metrics.jsonl").is_file() or (folder / "submission.json").is_file()):
+            return folder
+    raise BadInput(f"--parent={name}: no such run and no such record")
+
+
+def read_entry(folder):
+    """A run or a record -> dict: name, record (a bool), source (the folder of its sources), source_sha256, config,
+    dataset, scores {seed: val_bpb}, and of a run predictor and steps."""
+    folder = Path(folder)
+    if (folder / "submission.json").is_file():
+        s = load_submission(folder)
+        parts = {k: s[k] if isinstance(s.get(k), dict) else {} for k in ("config", "dataset", "source_sha256")}
+        return {"name": folder.resolve().name, "record": True, "source": folder, **parts, "predictor": None,
+                "steps": None, "scores": {seed: row.get("val_bpb") for seed, row in seed_results(s)}}
+    run = read_run(folder)
+    return {k: run[k] for k in ("name", "config", "dataset", "source_sha256", "steps")} | {
+        "record": False, "source": folder / "source", "predictor": (run["score"] or {}).get("predictor"),
+        "scores": {str(run["seed"]): run["val_bpb"]}}
+
+
+def read_sources(entry):
+    """{name: bytes} of the sources that a run or a record lists, as far as they are there."""
+    names = [n for n in entry["source_sha256"] if not Path(n).is_absolute() and ".." not in Path(n).parts]
+    return {n: read_regular(entry["source"] / n, 2 << 20) for n in names if (entry["source"] / n).is_file()}
+
+
+def source_diff(new, old):
+    """Two {name: bytes} -> lines of the unified diff from old to new."""
+    lines = []
+    for name in sorted({*new, *old}):
+        texts = [x.get(name, b"").decode("utf-8", "replace").splitlines() for x in (old, new)]
+        lines += difflib.unified_diff(*texts, f"a/{name}", f"b/{name}", n=2, lineterm="")
+    return lines
+
+
+def commit_of(sources):
+    """{name: bytes} -> the commit at HEAD, with "+" where these are not its sources; None without git."""
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout
+    try:
+        head, listed = git("rev-parse", "--short=10", "HEAD").strip(), git("ls-tree", "-r", "HEAD", *sources)
+    except OSError:
+        return None
+    blobs = dict(reversed(line.split(None, 2)[2].split("\t")) for line in listed.splitlines())
+    same = all(blobs.get(n) == hashlib.sha1(b"blob %d\0" % len(b) + b).hexdigest() for n, b in sources.items())
+    return head and head + "+" * (not same)
+
+
 def read_ledger(path):
     """runs/ledger.tsv -> list of dicts by column; a line with another number of columns is left out."""
     if not Path(path).is_file():
@@ -143,38 +198,42 @@ def read_ledger(path):
 
 
 def append(folder):
-    """Add this run's line to ledger.tsv in the folder that holds it (runs/). Returns the line as a dict.
+    """Add this run's line to ledger.tsv in the folder that holds it (runs/), and its difference from the parent to
+    parent.diff in its own folder. Returns the line as a dict.
 
-    The parent is the run that `--compare_to` names, else the best scored run so far on the same documents: what the
-    next idea has to beat. One write in append mode, so that runs that end together do not mix their lines.
+    The parent is what --parent or --compare_to names; nothing is guessed. One write in append mode, so that runs that
+    end together do not mix their lines.
     """
-    run = read_run(folder)
-    path = run["folder"].resolve().parent / "ledger.tsv"
+    run, entry = read_run(folder), read_entry(folder)
+    path, config, sources = run["folder"].resolve().parent / "ledger.tsv", run["config"], read_sources(entry)
     if run["crash"]:
         reason = str(run["crash"].get("reason"))
         status = "nan" if run["crash"].get("exit_code") == 3 else "behind" if reason.startswith("behind") else "crash"
     else:
-        status = "over-budget" if is_number(run["artifact_bytes"]) and run["artifact_bytes"] > CAP_BYTES else "ok"
-
-    def score(row):
-        try:
-            return float(row["val_bpb"])
-        except ValueError:
-            return math.inf
-    ok = sorted((row for row in read_ledger(path) if row["status"] == "ok" and row["run"] != run["name"]), key=score)
-    parent = None
-    for candidate in [run["config"].get("compare_to") or "", *(path.parent / row["run"] for row in ok)]:
-        if candidate and (Path(candidate) / "metrics.jsonl").is_file():
-            other = read_run(candidate)
-            if other["dataset"].get("val_docs_sha256") == run["dataset"].get("val_docs_sha256"):
-                parent = other
-                break
-    changes = config_differences(run["config"], parent["config"]) if parent else {}
+        over = is_number(run["artifact_bytes"]) and run["artifact_bytes"] > CAP_BYTES
+        status = "over-budget" if over else "ok" if run["val_bpb"] is not None else "unscored"
+    parent, changes = config.get("parent") or config.get("compare_to"), {}
+    try:
+        other = read_entry(find_baseline(parent or "", path.parent))
+        parent, changes = other["name"], config_differences(config, other["config"])
+        lines = [f"{k}: {old} -> {new}" for k, (old, new) in changes.items()]
+        lines += source_diff(sources, read_sources(other))
+        (run["folder"] / "parent.diff").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    except BadInput:
+        pass  # no parent, or one that is gone: its name alone is kept
+    experiment = digest([run["source_sha256"], {k: v for k, v in config.items() if k not in PER_RUN}])
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "run": run["name"],
-            "source": digest(run["source_sha256"])[:12], "parent": parent["name"] if parent else None,
+            "idea": config.get("idea") or None, "parent": parent or None,
             "config_differences": " ".join(f"{k}={new}" for k, (_, new) in changes.items()) or None,
+            "commit": commit_of(sources), "experiment": experiment[:12],
+            "dataset": f"{run['dataset'].get('name')}:{str(run['dataset'].get('val_docs_sha256'))[:8]}",
+            "budget": f"{config['max_steps']} steps" if config.get("max_steps") else f"{config.get('max_seconds')} s",
+            "predictor": entry["predictor"],
             **{k: run[k] for k in ("seed", "val_bpb", "artifact_bytes", "train_seconds", "steps")}, "status": status}
     text = "\t".join("-" if line[c] is None else " ".join(str(line[c]).split()) for c in COLUMNS) + "\n"
+    head = "\t".join(COLUMNS) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8", errors="replace").partition("\n")[0] != head.strip():
+        path.rename(path.with_name(f"ledger.{time.time():.0f}.tsv"))   # of other columns: kept, not mixed
     with open(path, "ab") as f:
-        f.write((("\t".join(COLUMNS) + "\n" if f.tell() == 0 else "") + text).encode())
+        f.write(((head if f.tell() == 0 else "") + text).encode())
     return line

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from data.dataset import BadInput
-from records.ledger import is_number, load_submission, read_run, seed_results
+from records.ledger import is_number, read_entry
 from records.rules import PRACTISED_P, RULE_NATS, RULE_P
 
 
@@ -110,20 +110,15 @@ def nats_per_bit(dataset):
 def load_scores(path):
     """A run or a record folder -> ({seed: val_bpb}, dataset dict, {what must be alike: value}). BadInput where there is
     no whole score."""
-    path = Path(path)
-    if (path / "submission.json").is_file():
-        submission = load_submission(path)
-        rows, data, alike = [(s, v.get("val_bpb")) for s, v in seed_results(submission)], submission.get("dataset"), {}
-    else:
-        run = read_run(path)
-        rows, data, score = [(str(run["seed"]), run["val_bpb"])], run["dataset"], run["score"] or {}
-        alike = {key: run["config"].get(key) for key in ("max_seconds", "max_steps")}
-        alike |= {"predictor": score.get("predictor"), "steps": run["steps"] if alike["max_steps"] else None}
-    if not rows or not all(is_number(v) and v > 0 for _, v in rows):
-        raise BadInput(f"{path}: no whole score (score it with: python eval_bpb.py {path})")
-    if nats_per_bit(data) is None:
+    e = read_entry(path)
+    if not e["scores"] or not all(is_number(v) and v > 0 for v in e["scores"].values()):
+        pack = "" if e["record"] or (Path(path) / "artifact.pyz").is_file() else f"python pack.py {path} && "
+        raise BadInput(f"{path}: no whole score (score it with: {pack}python eval_bpb.py {path}/artifact.pyz)")
+    if nats_per_bit(e["dataset"]) is None:
         raise BadInput(f"{path}: no dataset with val_tokens and val_bytes, so nats cannot be told from bits")
-    return dict(rows), data, alike
+    alike = {key: e["config"].get(key) for key in ("max_seconds", "max_steps")}
+    alike |= {"predictor": e["predictor"], "steps": e["steps"] if alike["max_steps"] else None}
+    return e["scores"], e["dataset"], alike
 
 
 def compare(argv):

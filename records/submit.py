@@ -9,7 +9,6 @@ with a place for the author's words. Nothing is overwritten; runs that differ, t
 scored on a part of the documents are refused.
 """
 import datetime
-import difflib
 import hashlib
 import json
 import math
@@ -25,9 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "records"]  # no shadowed packages
 from data.dataset import BadInput, Parser, atomic_write, command
+from records import plot
 from records.check import known_records, nearest_record
-from records.ledger import (CAP_BYTES, PER_RUN, config_differences, digest, is_number, load_submission, read_regular,
-                            read_run, seed_results)
+from records.ledger import (CAP_BYTES, PER_RUN, commit_of, config_differences, digest, find_baseline, is_number,
+                            load_submission, read_entry, read_regular, read_run, read_sources, seed_results, source_diff)
 from records.rules import BEST_PUBLIC_BPB, CLOCK_SECONDS, CLOCK_SLACK, RULE_NATS, RULE_P, TRACKS
 from records.stats import comparison, nats_per_bit
 
@@ -108,7 +108,8 @@ def submission(runs, args, track, parent):
                                **{k: run["score"].get(k) for k in ("artifact_sha256", "limit_docs", "audit")},
                                "source_sha256": digest(run["source_sha256"]), "config_sha256": digest(config)}
             for run in runs}
-    return {"author": args.author, "github_id": args.github_id, "name": args.name, "blurb": args.blurb or args.name,
+    return {"author": args.author, "github_id": args.github_id, "name": args.name,
+            "blurb": args.blurb or args.idea or first["config"].get("idea") or args.name,
             "date": args.date, "track": track, **scores, "bytes_total": max(run["artifact_bytes"] for run in runs),
             "seeds": [run["seed"] for run in runs], "seed_results": rows,
             "hardware": str(first["environment"].get("device")), "parent": parent, "dataset": first["dataset"],
@@ -116,15 +117,19 @@ def submission(runs, args, track, parent):
 
 
 def verdict(mine, other):
-    """One sentence: this record against another on the same documents, with p."""
-    scores = [{s: v["val_bpb"] for s, v in seed_results(x)} for x in (mine, other)]
-    gain = f"a gain of {other['val_bpb'] - mine['val_bpb']:+.5f} bits per byte"
-    budgets = [{k: (x.get("config") or {}).get(k) for k in ("max_seconds", "max_steps")} for x in (mine, other)]
+    """One sentence: these scores against those of read_entry(), on the same documents, with p where it means anything."""
+    ours, theirs = ({s: v["val_bpb"] for s, v in seed_results(mine)}, other["scores"])
+    if mine["dataset"].get("val_docs_sha256") != other["dataset"].get("val_docs_sha256"):
+        return "scored on other documents, so nothing compares."
+    if not all(map(is_number, theirs.values())):
+        return "it has no score."
+    gain = f"a gain of {statistics.fmean(theirs.values()) - mine['val_bpb']:+.5f} bits per byte"
+    budgets = [{k: x["config"].get(k) for k in ("max_seconds", "max_steps")} for x in (mine, other)]
     if budgets[0] != budgets[1]:
         return f"{gain} with another budget, so no test."
-    if min(map(len, scores)) < 2:
+    if min(len(ours), len(theirs)) < 2:
         return f"{gain}; a side has one seed, so no test."
-    c = comparison(*scores, nats_per_bit(mine["dataset"]))
+    c = comparison(ours, theirs, nats_per_bit(mine["dataset"]))
     how = "paired by seed" if c["paired"] else "Welch's"
     return (f"{gain}, {c['gain_nats']:+.5f} nats per token. One-sided p ({how}) is {c['p']:.3g} for any gain and "
             f"{c['p_written']:.3g} for the {RULE_NATS} nats of the written rule, which asks {RULE_P}.")
@@ -139,26 +144,22 @@ def readme(mine, sources, parent, best):
             f"**val_bpb {mine['val_bpb']:.6f}**{std} on {mine['dataset'].get('name')}, "
             f"at most {mine['bytes_total']:,} bytes, {mine['hardware']}.\n",
             "| seed | val_bpb | val_loss | artifact bytes | train s | steps | eval s |\n" + "|---" * 7 + "|\n" + rows]
-    if best:
-        text.append(f"Against the best before it, {best.name}: {verdict(mine, load_submission(best))}\n")
-    text.append("## What changed, and why it works\n\n(write this)\n")
+    for other, what in ((parent, "parent"), (best, "best before it")):
+        if other and (what == "parent" or not parent or best["name"] != parent["name"]):
+            text.append(f"Against the {what}, {other['name']}: {verdict(mine, other)}\n")
+    text.append(f"## What changed, and why it works\n\n{mine['idea'] + chr(10) * 2 if mine['idea'] else ''}(write this)\n")
     if parent:
-        differ = config_differences(mine["config"], load_submission(parent).get("config") or {})
+        differ = config_differences(mine["config"], parent["config"])
         settings = "".join(f"- `{k}` {old} -> {new}\n" for k, (old, new) in differ.items())
-        text += [f"## Difference from {parent.name}\n", settings or "No setting differs.\n"]
-        text.append(source_diff(sources, parent))
+        text += [f"## Difference from {parent['name']}\n", settings or "No setting differs.\n"]
+        text.append(folded(source_diff(sources, read_sources(parent))))
     text.append("## Run it\n\nEvery setting stands under `config` in submission.json; those that are not the defaults "
                 "of train_gpt.py go on its command line, with `--seed`.\n")
     return "\n".join(text)
 
 
-def source_diff(sources, parent, most=400):
-    """The unified diff of the sources from the parent's, folded, at most `most` lines of it."""
-    lines = []
-    for name, blob in sources.items():
-        old = read_source(parent / name).decode("utf-8", "replace") if (parent / name).is_file() else ""
-        new = blob.decode("utf-8", "replace")
-        lines += difflib.unified_diff(old.splitlines(), new.splitlines(), f"a/{name}", f"b/{name}", n=2, lineterm="")
+def folded(lines, most=400):
+    """The lines of a diff as a block that opens, at most `most` of them."""
     if not lines:
         return "No source differs.\n"
     shown = "\n".join(lines[:most] + [f"... {len(lines) - most:,} more lines"] * (len(lines) > most))
@@ -166,8 +167,20 @@ def source_diff(sources, parent, most=400):
     return f"<details><summary>{len(lines):,} lines of diff</summary>\n\n```diff\n{shown}\n```\n</details>\n"
 
 
-def same_documents(a, b):
-    return dataset_of(a).get("val_docs_sha256") == dataset_of(b).get("val_docs_sha256")
+def lineage(args, runs, known):
+    """-> (read_entry() of what the record is to beat, or None; the name of the record that it builds on, or None).
+    A parent that is a run builds on what its own --parent names, and so on."""
+    name, seen = args.parent or runs[0]["config"].get("parent") or "none", set()
+    if name == "none":
+        return None, None
+    parent = entry = read_entry(find_baseline(name, runs[0]["folder"].parent))
+    while not entry["record"] and entry["name"] not in seen:
+        seen.add(entry["name"])
+        try:
+            entry = read_entry(find_baseline(entry["config"].get("parent") or "", runs[0]["folder"].parent))
+        except BadInput:
+            break
+    return parent, entry["name"] if entry["name"] in known else None
 
 
 def build(args, records=ROOT / "records"):
@@ -180,17 +193,18 @@ def build(args, records=ROOT / "records"):
     if folder.exists():
         raise BadInput(f"{folder} exists; nothing is overwritten")
     known = {p.name: p for p in known_records(records)}
-    if args.parent not in (None, "none", *known):
-        raise BadInput(f"--parent={args.parent}: no such record; there are: {', '.join(known) or 'none yet'}")
-    if args.parent:
-        parent = known.get(args.parent)
-    else:
-        parent = nearest_record(sources.get("train_gpt.py", b"").decode("utf-8", "replace"), known.values())[1]
-    mine = submission(runs, args, track, parent.name if parent else None)
-    rivals = {p: s for p, s in ((p, load_submission(p)) for p in known.values()) if same_documents(mine, s)}
-    best = min(rivals, key=lambda p: rivals[p]["val_bpb"], default=None)
+    parent, record = lineage(args, runs, known)
+    mine = submission(runs, args, track, record) | {
+        "idea": args.idea or runs[0]["config"].get("idea") or "", "commit": commit_of(sources),
+        "parent_run": parent["name"] if parent and not parent["record"] else None}
+    rivals = [p for p in known.values() if dataset_of(load_submission(p)).get("val_docs_sha256")
+              == mine["dataset"].get("val_docs_sha256")]
+    best = min(rivals, key=lambda p: load_submission(p)["val_bpb"], default=None)
+    if not parent and not args.parent:
+        near, by = nearest_record(sources.get("train_gpt.py", b"").decode("utf-8", "replace"), rivals)
+        print("no --parent is named" + (f"; by its code {by.name} is nearest ({near:.0%})" if by else ""))
     files = {**sources, "submission.json": (json.dumps(mine, indent=1) + "\n").encode(),
-             "README.md": readme(mine, sources, parent, best).encode(),
+             "README.md": readme(mine, sources, parent, best and read_entry(best)).encode(),
              **{f"train_seed{run['seed']}.log": seed_log(run) for run in runs}}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as work:
@@ -220,7 +234,7 @@ def leaderboard(records=ROOT / "records"):
         rows = [row(*e) for e in sorted(mine, key=lambda e: (dataset_name(e[1]), e[1]["val_bpb"]))]
         head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
         text += [f"## {title}\n", head + "".join(rows) if rows else "None yet.\n"]
-    return {"README.md": "\n".join(text), "leaderboard.svg": plot(entries)}
+    return {"README.md": "\n".join(text), "leaderboard.svg": draw(entries)}
 
 
 def dataset_of(s):
@@ -242,55 +256,29 @@ def row(path, s):
     return f"| {' | '.join(cells)} |\n"
 
 
-STYLE = """<style>
-text{font:12px sans-serif;fill:#57606a}.axis{fill:none;stroke:#8c959f}.line{fill:none;stroke-width:2}
-.c0{stroke:#0969da}.c1{stroke:#bc4c00}.c2{stroke:#8250df}circle{fill:none;stroke-width:2}
-@media(prefers-color-scheme:dark){text{fill:#9da7b3}.axis{stroke:#6e7681}
-.c0{stroke:#58a6ff}.c1{stroke:#f0883e}.c2{stroke:#bc8cff}}
-</style>"""
-
-
-def plot(entries, width=720, height=300):
-    """An SVG of the best score so far, one step line per dataset. No background: it reads in light and dark."""
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">', STYLE]
-    left, right, top, bottom = 64, width - 20, 30, height - 36
-
-    def label(x, y, text, anchor):
-        out.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
+def draw(entries):
+    """The best score so far, one step line per dataset -> SVG."""
     series = {}
     for path, s in entries:
-        series.setdefault(dataset_name(s), []).append((path.name[:10], s["val_bpb"], path.name[11:]))
+        day = datetime.date.fromisoformat(path.name[:10]).toordinal()
+        series.setdefault(dataset_name(s), []).append((day, s["val_bpb"], path.name[11:]))
     points = [point for rows in series.values() for point in rows]
     if not points:
-        label(width / 2, height / 2, "no record yet", "middle")
-        return "\n".join([*out, "</svg>\n"])
-    days = sorted(datetime.date.fromisoformat(day).toordinal() for day, _, _ in points)
-    scores = sorted(score for _, score, _ in points)
-    margin = 0.1 * (scores[-1] - scores[0]) or 0.01
-    low, high, span = scores[0] - margin, scores[-1] + margin, max(days[-1] - days[0], 1)
-
-    def x(day):
-        return left + (right - left) * (datetime.date.fromisoformat(day).toordinal() - days[0]) / span
-
-    def y(score):
-        return bottom - (bottom - top) * (score - low) / (high - low)
-    out.append(f'<path class="axis" d="M{left} {top}V{bottom}H{right}"/>')
-    label(left, top - 14, "val_bpb, best so far", "start")
-    for i in range(5):
-        score = low + (high - low) * i / 4
-        label(left - 8, y(score) + 4, f"{score:.4f}", "end")
-    label(left, bottom + 18, datetime.date.fromordinal(days[0]).isoformat(), "start")
-    label(right, bottom + 18, datetime.date.fromordinal(days[0] + span).isoformat(), "end")
+        return plot.svg([plot.text(plot.WIDTH / 2, 40, "no record yet", "middle")], 80)
+    days = min(day for day, _, _ in points), max(day for day, _, _ in points) + 1
+    ticks = [(day, datetime.date.fromordinal(day).isoformat()) for day in days]
+    scores = plot.widen([score for _, score, _ in points], 0.1)
+    parts, x, y = plot.axes("val_bpb, best so far", 30, 264, days, scores, ticks)
     for n, (name, rows) in enumerate(sorted(series.items())):
-        best, line = math.inf, ""
+        color, best, line = f"c{n % len(plot.COLORS)}", math.inf, ""
         for day, score, slug in sorted(rows):
             line += f"H{x(day):.1f}V{y(min(best, score)):.1f}" if line else f"M{x(day):.1f} {y(score):.1f}"
             best = min(best, score)
-            out.append(f'<circle class="c{n % 3}" cx="{x(day):.1f}" cy="{y(score):.1f}" r="3">'
-                       f'<title>{escape(slug)} {score:.5f}</title></circle>')
-        out.append(f'<path class="line c{n % 3}" d="{line}H{right}"/>')
-        label(right, y(best) - 8, f"{name} {best:.4f}", "end")
-    return "\n".join([*out, "</svg>\n"])
+            parts.append(f'<circle class="{color}" cx="{x(day):.1f}" cy="{y(score):.1f}" r="3">'
+                         f'<title>{escape(slug)} {score:.5f}</title></circle>')
+        parts += [f'<path class="line {color}" d="{line}H{plot.RIGHT}"/>',
+                  plot.text(plot.RIGHT, y(best) - 8, f"{name} {best:.4f}", "end")]
+    return plot.svg(parts, 300)
 
 
 def main():
@@ -301,7 +289,8 @@ def main():
     p.add_argument("--author", help="your name; without it git's user.name")
     p.add_argument("--github_id", help="your GitHub name; without it the author")
     p.add_argument("--track", choices=TRACKS, help="without it: the record track if the runs fit it")
-    p.add_argument("--parent", metavar="RECORD", help="what this builds on, or none; without it the nearest by code")
+    p.add_argument("--parent", metavar="RUN|RECORD", help="what this builds on, or none; without it what the runs say")
+    p.add_argument("--idea", help="what differs from the parent, in one sentence; without it what the runs say")
     p.add_argument("--date", default=datetime.datetime.now(datetime.timezone.utc).date().isoformat(), help="YYYY-MM-DD")
     p.add_argument("--leaderboard", action="store_true", help="only write the leaderboard")
     args = p.parse_args()
@@ -309,9 +298,10 @@ def main():
         raise BadInput("name the runs of one record, or --leaderboard")
     if args.runs:
         try:
-            datetime.date.fromisoformat(args.date)
+            if len(args.date) != 10 or datetime.date.fromisoformat(args.date) > datetime.date.today():
+                raise ValueError
         except ValueError:
-            raise BadInput(f"--date={args.date}: YYYY-MM-DD is expected") from None
+            raise BadInput(f"--date={args.date}: YYYY-MM-DD is expected, today at the latest") from None
         git = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True)
         args.author = args.author or git.stdout.strip()
         if not args.author:

@@ -20,9 +20,10 @@ import zstandard  # noqa: E402
 
 from data.dataset import (BadInput, Parser, Progress, atomic_write, command, find_dataset, find_run,  # noqa: E402
                           read_meta, read_shard)
+from data.runs import environment  # noqa: E402
 from pack import (TRELLIS, Bank, constant_for, encode, entropies, expected_kl, gather, pack_model,  # noqa: E402
                   quantise, quarter, scales, split)
-from train_gpt import GPT, environment, load_checkpoint, make_segments  # noqa: E402
+from train_gpt import GPT, load_checkpoint, make_segments  # noqa: E402
 
 SCALAR = np.zeros((1, 2), np.int32)         # a trellis of one state: plain rounding
 VAL_TOKENS = 32768
