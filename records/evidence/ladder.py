@@ -40,9 +40,9 @@ RUNGS = {
     "top": dict(steps=2400, n_layer=6, n_embd=48, n_head=4, n_kv_head=2, mlp_dim=192, loop_first=2, loop_last=2,
                 loop_passes=1, two_lane_from=5, rope_dims=4, seq_len=240, ema_decay=0.9935),
 }
-BITS, KL_GOALS = (3.5, 4.0), (0.1, 0.03, 0.01)  # per weight of the base: the sizes compared; nats: the sizes packed
+BITS, KL_GOALS = (3.5, 4.0), (0.03, 0.01, 0.003, 0.001)  # a weight of the base: sizes compared; nats: sizes packed
 VAL_DOCS = 40  # the first of the validation documents, whatever the vocabulary
-VOCABULARY_TIME = 0.0685  # of a step, for as many tokens again as the base has: 8192 of the record's
+VOCABULARY, VOCABULARY_TIME = 512, 0.0685  # tokens that are 8192 of the record's; of a step, for as many tokens again
 
 RELU2 = ("return F.leaky_relu(x, 0.5).square()", "return F.relu(x).square()")
 NO_GATE = ('gate = F.linear(n[:, :self.cfg.gate_dims], W["gate"])', 'gate = 30 + 0 * F.linear(n[:, :12], W["gate"])')
@@ -50,11 +50,70 @@ NO_XSA = ("gated_xsa(y, v, gate).reshape(n.shape)", "(y * gate.sigmoid()[:, :, N
 NO_SMEAR = ("x = x + (cast(self.smear_scale) * open_gate)[:, None] * before",
             "x = x + 0 * cast(self.smear_scale) * open_gate[:, None]")
 NO_MIX = ("u = x0_mix[2 * i] * x + x0_mix[2 * i + 1] * x0", "u = x0_mix[2 * i] * x + 0 * x0_mix[2 * i + 1]")
-NO_DEPTH = ("[:, None, None] ** -0.5", "[:, None, None] ** -0.0")
+NO_DEPTH = [("[:, None, None] ** -0.5", "[:, None, None] ** -0.0"),
+            ('stats[f"{name}.H"] /= depth[:, None, None]', "continue")]
 NO_SKIPS = ("x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])",
             "x = x + 0 * skip_scale[j] * skip_gate[j] * skips.pop()")
 NO_ROW_NORM = ("X = G / G.norm(dim=-1, keepdim=True).clamp(min=1e-7)", "X = G")
 STOCK_NS = ("def orthogonalize(", "POLAR_EXPRESS = [(3.4445, -4.775, 2.0315)] * 5\n\n\ndef orthogonalize(")
+# XSA in part: tanh of a number per head, which starts at 1 (modded-nanogpt #264).
+GATED_XSA = [
+    ("self.smear_scale = nn.", "self.xsa = nn.Parameter(torch.ones(L, H))\n        self.smear_scale = nn."),
+    ("gated_xsa(y, v, gate).reshape", "torch.lerp(y * gate.sigmoid()[:, :, None], gated_xsa(y, v, gate), "
+                                      "self.xsa[i].tanh()[:, None]).reshape")]
+# After every second block, counted from the last: x + 0.2 / sqrt(L) sum_j w_j s_j over the L states so far, the first
+# embedding's among them, with w = W2 gelu(W1 norm(x)) + b of each token; no U-Net skips, no first embedding mixed in
+# (#1936's stream R, without its windows; modded-nanogpt #259's scale).
+MUDD = [
+    ("        self.x0_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], 1))", """\
+        states = len(block_order(cfg, True)) + 1
+        places = states // 2
+        self.mudd_in = nn.Parameter(2 ** 0.5 * torch.arange(places * states * D).square().sin().view(places, -1, D))
+        self.mudd_out = nn.Parameter(torch.zeros(places, states, states))
+        self.mudd_bias = nn.Parameter(torch.zeros(places, states))"""),
+    ("""\
+        self.skip_scale = nn.Parameter(torch.ones(n_skip, D))
+        self.skip_gate = nn.Parameter(torch.zeros(n_skip, D))
+""", ""),
+    ("""\
+        lanes, skip_scale, skip_gate, x0_mix = (cast(x).unbind() for x in (
+            self.lanes, self.skip_scale, self.skip_gate.sigmoid(), self.x0_mix.view(-1, cfg.n_embd)))
+""", "        lanes = cast(self.lanes).unbind()\n"),
+    ("skips, lane = [], None", "skips, lane = [x0], None"),
+    ("            if visit >= n_encoder and skips:", "            if False:"),
+    ("u = x0_mix[2 * i] * x + x0_mix[2 * i + 1] * x0", "u = x"),
+    ("""\
+            if visit < n_encoder:
+                skips.append(x)
+        return norm(x if lane is None else (x + lane) / 2)
+""", """\
+            skips.append(x if lane is None else (x + lane) / 2)
+            left = len(order) - 1 - visit
+            if left % 2 == 0:
+                h = F.gelu(F.linear(norm(skips[-1]), cast(self.mudd_in[left // 2] * cfg.n_embd ** -0.5)))
+                w = F.linear(h, cast(self.mudd_out[left // 2]), cast(self.mudd_bias[left // 2]))
+                mixed = sum(w[:, j, None] * s for j, s in enumerate(skips)) * (0.2 * len(skips) ** -0.5)
+                x = x + mixed if left else skips[-1] + mixed
+        return norm(x)
+""")]
+# Gradients are taken 0.6 of the averaged movement ahead, from 16 % to 76 % of the run, falling with the learning rate;
+# the average is over 3 % of the run (modded-nanogpt #308: 100 of 3,125 steps).
+NESTEROV = [
+    ("    ema = [p.detach()", "    moved = [torch.zeros_like(p) for p in params]\n    ema = [p.detach()"),
+    ("        train_loss = torch.zeros((), device=device)\n", """\
+        train_loss = torch.zeros((), device=device)
+        before = [p.detach().clone() for p in params]
+        if 0.16 <= progress < 0.76:
+            with torch.no_grad():
+                torch._foreach_add_(params, moved, alpha=0.6 * lr)
+"""),
+    ("torch._foreach_lerp_(ema, params, 1 - cfg.ema_decay)", """\
+torch._foreach_lerp_(ema, params, 1 - cfg.ema_decay)
+            torch._foreach_lerp_(moved, torch._foreach_sub(params, before), 1 / (0.03 * cfg.max_steps))""")]
+# Of the small vectors; the embedding keeps its own.
+BETA2 = [("1 - cfg.adam_beta2)", "torch.where(self.adam_lr == cfg.scalar_lr, 0.003, 1 - cfg.adam_beta2))"),
+         ("(1 - cfg.adam_beta2 ** self.t)",
+          "(1 - torch.where(self.adam_lr == cfg.scalar_lr, 0.997, cfg.adam_beta2) ** self.t)")]
 ACROSS = ("np.concatenate([[0], starts, [n_tokens]])", "np.array([0, n_tokens])")
 
 # name: (what, patches and flags, time of the record's step against the base's, public gain of what is taken out or of
@@ -75,10 +134,15 @@ VARIANTS = {
     "gate": ("no attention gate", [NO_GATE], 1, "lost 0.0005, with SmearGate"),
     "smear": ("no SmearGate", [NO_SMEAR], 1, "lost 0.0005, with the gate"),
     "mix": ("first embedding not mixed in", [NO_MIX], 1, ""),
-    "depth": ("no norm scale 1/sqrt(layer + 1)", [NO_DEPTH], 1, "lost 0.0023, with partial RoPE"),
+    "depth": ("no norm scale 1/sqrt(layer + 1)", NO_DEPTH, 1, "lost 0.0023, with partial RoPE"),
     "skips": ("no U-Net skips", [NO_SKIPS], 1, ""),
     "across": ("attention across documents", [ACROSS], 1, "lost 0.0004"),
     "rownorm": ("rows as they are before Newton-Schulz", [NO_ROW_NORM], 1, "lost 0.001"),
+    "mudd": ("MUDD for U-Net skips and first embedding", MUDD, 1.045, "won 0.0041 (3)"),
+    "gxsa": ("gated XSA", GATED_XSA, 1, "30 of 1,440 steps (10)"),
+    "nesterov": ("EMA-Nesterov look-ahead 0.6", NESTEROV, 1, "200 of 3,325 steps (20)"),
+    "beta2": ("beta2 of the small vectors 0.997 for 0.99", BETA2, 1, "45 of 2,875 steps"),
+    "lean": ("no attention gate, norm scale, U-Net skips", [NO_GATE, *NO_DEPTH, NO_SKIPS], 1, ""),
     "polar": ("Jordan's coefficients for Polar Express", [STOCK_NS], 1, "part of 0.0016"),
 }
 
@@ -158,12 +222,13 @@ def main() -> int:
         raise BadInput("--seeds: at least two numbers; --steps and --jobs: not below 0 and 1")
     shape = dict(RUNGS[args.rung])
     steps = args.steps or shape["steps"]
-    del shape["steps"]
+    # A shorter base averages over the same share of its run.
+    shape["ema_decay"] = max(0.0, 1 - (1 - shape["ema_decay"]) * shape.pop("steps") / steps)
     vocabulary = [read_meta(folder)["vocab_size"] for folder in folders]
+    step_time = [1 + VOCABULARY_TIME * (size / VOCABULARY - 1) for size in vocabulary]
     tried = {"base": ("base", [], 1, folders[0])}
-    for folder, size in zip(folders[1:], vocabulary[1:]):
-        tried[f"v{size}"] = (f"vocabulary {size:,} for {vocabulary[0]:,}", [],
-                             1 + VOCABULARY_TIME * (size / vocabulary[0] - 1), folder)
+    for folder, size, time_ in zip(folders[1:], vocabulary[1:], step_time[1:]):
+        tried[f"v{size}"] = (f"vocabulary {size:,} for {vocabulary[0]:,}", [], time_ / step_time[0], folder)
     tried |= {name: (*VARIANTS[name][:3], folders[0]) for name in names}
     sources = {name: patched(changes, shape) for name, (_, changes, _, _) in tried.items()}  # before hours are spent
     n_steps = {name: round(steps / time_) for name, (_, _, time_, _) in tried.items()}
