@@ -63,7 +63,8 @@ GATED_XSA = [
                                       "self.xsa[i].tanh()[:, None]).reshape")]
 # After every second block, counted from the last: x + 0.2 / sqrt(L) sum_j w_j s_j over the L states so far, the first
 # embedding's among them, with w = W2 gelu(W1 norm(x)) + b of each token; no U-Net skips, no first embedding mixed in
-# (#1936's stream R, without its windows; modded-nanogpt #259's scale).
+# (#1936's stream R, without its windows; modded-nanogpt #259's scale). In the record 57 and, looped, 186 passes more
+# over the residual stream of 0.1 GB than skips and mix: 2.5 % and 5.6 % of a step at 2.5 TB/s; in public 3.3 %.
 MUDD = [
     ("        self.x0_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], 1))", """\
         states = len(block_order(cfg, True)) + 1
