@@ -338,9 +338,8 @@ class GPT(nn.Module):
         cfg, dtype = self.cfg, self.dtype
         attend = attend or (lambda q, k, v, seg, visit: self.attend(q, k, v, seg))
         cast = lambda p: p.to(dtype)
-        gate = self.skip_gate.sigmoid()
         lanes, skip_scale, skip_gate, x0_mix = (cast(x).unbind() for x in (
-            self.lanes, self.skip_scale * (1 - gate), gate, self.x0_mix.view(-1, cfg.n_embd)))
+            self.lanes, self.skip_scale, self.skip_gate.sigmoid(), self.x0_mix.view(-1, cfg.n_embd)))
         # Scales of a product's input or output are folded into its matrix: a product the size of the weights instead of
         # one of the activations, each way. Deeper blocks read a smaller norm (public: -0.002 with partial RoPE).
         depth = torch.arange(1, cfg.n_layer + 1, device=tokens.device)[:, None, None] ** -0.5
@@ -356,7 +355,7 @@ class GPT(nn.Module):
 
         # SmearGate: each token takes some of the one before it, never across a segment's start (#1667, #1851; -0.0005).
         x = cast(self.embed(tokens))  # (N, D)
-        before = cast(self.embed(prev)) if prev is not None else x.roll(1, 0)
+        before = cast(self.embed(prev)) if prev is not None else F.pad(x, (0, 0, 1, 0))[:-1]
         open_gate = (x[:, :cfg.gate_dims] * cast(self.smear_gate)).sum(-1).sigmoid() * (seg.pos > 0)
         x = x + (cast(self.smear_scale) * open_gate)[:, None] * before
         x = x0 = norm(x)
@@ -369,7 +368,7 @@ class GPT(nn.Module):
                 lane = x  # before the skip, which joins lane 0 only
             if visit >= n_encoder and skips:  # U-Net: the decoder takes back the encoder's outputs
                 j = visit - n_encoder
-                x = skip_gate[j] * x + skip_scale[j] * skips.pop()
+                x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])
             W = {name: bank[i] for name, bank in weights.items()}
             u = x0_mix[2 * i] * x + x0_mix[2 * i + 1] * x0
             a = self.attention(norm(u), W, gains[i], i, visit, cos, sin, seg, linear, attend)
