@@ -489,9 +489,8 @@ class GatedXSA(torch.autograd.Function):
             p, q = ((a * own).sum(-1, keepdim=True) for a in (x, e))
             dgates.append(((g * (x - p * own)).sum(-1, keepdim=True) * s * (1 - s)).to(gate.dtype))
             dys.append((e - q * own).to(dz.dtype))
-            dv = dv + (2 * p * q * own - p * e - q * x)
-        return (torch.stack(dys, 2).view(dz.shape), (dv / length).to(dz.dtype), None, None,
-                torch.stack(dgates, 2).view(gate.shape))
+            dv = dv + ((2 * p * q * own - p * e - q * x) / length).to(dz.dtype)
+        return torch.stack(dys, 2).view(dz.shape), dv, None, None, torch.stack(dgates, 2).view(gate.shape)
 
 
 def rotated_heads(qkv, gain, cos, sin, n_kv):
