@@ -352,7 +352,8 @@ class GPT(nn.Module):
         # Rotary angles from the position in the segment, once for all blocks, in fp32.
         freqs = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, device=tokens.device) / cfg.rope_dims)
         angle = seg.pos[:, None, None] * freqs  # (N, 1, rope_dims / 2)
-        cos, sin = angle.cos(), angle.sin()
+        angle = F.pad(angle.expand(-1, cfg.n_head + cfg.n_kv_head, -1), (0, 0, 0, cfg.n_kv_head))  # none for values
+        cos, sin, gains = angle.cos(), angle.sin(), F.pad(self.q_gain, (0, 2 * cfg.n_kv_head), value=1.0)
 
         # SmearGate: each token takes some of the one before it, never across a segment's start (#1667, #1851; -0.0005).
         x = cast(self.embed(tokens))  # (N, D)
@@ -372,7 +373,7 @@ class GPT(nn.Module):
                 x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])
             W = {name: bank[i] for name, bank in weights.items()}
             u = x0_mix[2 * i] * x + x0_mix[2 * i + 1] * x0
-            a = self.attention(norm(u), W, i, visit, cos, sin, seg, linear, attend)
+            a = self.attention(norm(u), W, gains[i], i, visit, cos, sin, seg, linear, attend)
             if i < cfg.two_lane_from:
                 x = u + a
                 x = x + self.mlp(norm(x), W, i, visit, linear)
@@ -384,13 +385,14 @@ class GPT(nn.Module):
                 skips.append(x)
         return norm(x if lane is None else (x + lane) / 2)
 
-    def attention(self, n, W, i, visit, cos, sin, seg, linear, attend):
+    def attention(self, n, W, gain, i, visit, cos, sin, seg, linear, attend):
         """n (N, D), the block's normed input -> (N, D)."""
         qkv = linear(n, W["qkv"], "qkv", i, visit).view(len(n), -1, self.head_dim)
-        q, k, v = rotated_heads(qkv, self.q_gain[i], cos, sin, self.cfg.n_kv_head)
+        q, k, v = rotated_heads(qkv, gain, cos, sin, self.cfg.n_kv_head)
+        own, length = unit(v)
         y = attend(q, k, v, seg, visit)  # (N, H, d)
         gate = F.linear(n[:, :self.cfg.gate_dims], W["gate"])  # (N, H)
-        return linear(gated_xsa(y, v, gate).reshape(n.shape), W["o"], "o", i, visit)
+        return linear(gated_xsa(y, v, own, length, gate).reshape(n.shape), W["o"], "o", i, visit)
 
     def mlp(self, n, W, i, visit, linear):
         """n (N, D) -> (N, D)."""
@@ -412,7 +414,7 @@ class GPT(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (N, heads, d): the first 2 * r dimensions turned as pairs (i, i + r) by the angles of cos, sin (N, 1, r)."""
+    """x (N, heads, d): the first 2 * r dimensions turned as pairs (i, i + r) by the angles of cos, sin (N, ., r)."""
     r = cos.size(-1)
     a, b, rest = x[..., :r], x[..., r:2 * r], x[..., 2 * r:]
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
@@ -423,82 +425,82 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotatedHeads(torch.autograd.Function):
-    """qkv (N, H + 2 K, d), gain (H,), cos and sin (N, 1, r) float32 -> q (N, H, d), k and v (N, K, d): q and k of unit
-    mean square and rotated, q times its gain.
+    """qkv (N, H + 2 K, d), gain (H + 2 K,), cos and sin (N, H + 2 K, r) float32 -> q (N, H, d), k and v (N, K, d) of one
+    memory: q and k of unit mean square, all rotated and times their gains (v: by no angle, times 1).
 
-    With y = gain R x / rms(x): dx = (g - x^ mean(x^ g)) / rms(x) where x^ = x / rms(x) and g = gain R^T dy.
+    With x^ = x / rms(x), y = gain R x^, y^ = y / gain, g = dy: dx = gain R^T (g - y^ mean(y^ g)) / rms(x).
     """
 
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, n_kv):
-        ctx.save_for_backward(qkv, gain, cos, sin)
-        q, k, v = qkv.split([len(gain), n_kv, n_kv], 1)
-
-        def prepare(x):
-            x = x.float()
-            return rotate(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), cos, sin)
-
-        return (prepare(q) * gain[:, None]).to(q.dtype), prepare(k).to(q.dtype), v
+        x, gain, sizes = qkv.float(), gain[:, None] + 1e-12, [len(gain) - 2 * n_kv, n_kv, n_kv]  # backward divides by it
+        normed = torch.arange(len(gain), device=x.device)[:, None] < len(gain) - n_kv
+        scale = torch.where(normed, torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), 1.0)
+        q, k, v = (rotate(x * scale, cos, sin) * gain).to(qkv.dtype).split(sizes, 1)
+        ctx.save_for_backward(q, k, gain, cos, sin, scale)
+        return q, k, v
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
-        qkv, gain, cos, sin = ctx.saved_tensors
-        q, k, _ = qkv.split([dq.size(1), dk.size(1), dv.size(1)], 1)
+        q, k, gain, cos, sin, scale = ctx.saved_tensors
+        sizes, cos, sin = [q.size(1), k.size(1), k.size(1)], cos[:, :1], -sin[:, :1]
 
-        def undo(x, dy, gain):
-            """-> dx, and the sums x^ R^T dy (N, heads) that add up to the gradient of the gain."""
-            x, g = x.float(), rotate(dy.float(), cos, -sin)
-            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-            x = x * scale
-            dot = (x * g).sum(-1, keepdim=True)
-            return ((g - x * (dot / x.size(-1))) * (scale * gain)).to(dy.dtype), dot[..., 0]
+        def undo(y, g, gain, scale):
+            """-> dx, and the sums x^ R^T g (N, heads) that add up to the gradient of the gain."""
+            dot = (y.float() * g.float()).sum(-1, keepdim=True) / gain
+            dx = rotate(g.float(), cos, sin) * gain - rotate(y.float(), cos, sin) * (dot / y.size(-1))
+            return (dx * scale).to(g.dtype), dot[..., 0]
 
-        (dq, dgain), (dk, _) = undo(q, dq, gain[:, None]), undo(k, dk, 1.0)
-        return torch.cat([dq, dk, dv], 1), dgain.sum(0), None, None, None
+        (dq, dgain), (dk, _) = map(undo, (q, k), (dq, dk), gain.split(sizes), scale.split(sizes, 1))
+        return torch.cat([dq, dk, dv], 1), F.pad(dgain.sum(0), (0, len(gain) - q.size(1))), None, None, None
+
+
+def unit(v: Tensor):
+    """v (N, K, d) -> v / |v| float32, |v| (N, K, 1)."""
+    v = v.detach().float()
+    length = v.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    return v / length, length
 
 
 class GatedXSA(torch.autograd.Function):
-    """y (N, H, d), v (N, K, d), gate (N, H) -> (N, H, d): each head less what lies along its token's own value (XSA,
-    #265), times sigmoid(gate) (sparse attention gate, #1787).
+    """y (N, G K, d), v (N, K, d), unit(v), gate (N, G K) -> (N, G K, d): each head less what lies along its token's own
+    value (XSA, #265), times sigmoid(gate) (sparse attention gate, #1787).
 
     With v^ = v / |v|, p = y v^: z = s (y - p v^). Then dy = e - q v^ where e = s dz and q = e v^, and of each head
     dv = (2 p q v^ - p e - q y) / |v|.
     """
 
     @staticmethod
-    def forward(ctx, y, v, gate):
-        ctx.save_for_backward(y, v, gate)
-        z, *_ = GatedXSA.parts(y, v)
-        return (z * gate.float().sigmoid().view(*z.shape[:3], 1)).view(y.shape).to(y.dtype)
+    def forward(ctx, y, v, own, length, gate):
+        ctx.save_for_backward(y, own, length, gate)
+        zs = [((x - (x * own).sum(-1, keepdim=True) * own) * s).to(y.dtype) for x, s in GatedXSA.heads(v.size(1), y, gate.float().sigmoid())]
+        return torch.stack(zs, 2).view(y.shape)
 
     @staticmethod
-    def parts(y, v):
-        """-> y - p v^, y, v^ (N, K, H / K, d), |v| and p (N, K, H / K, 1)."""
-        y = y.reshape(len(v), v.size(1), -1, v.size(2)).float()
-        v = v[:, :, None].expand(y.shape).float()
-        length = v.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
-        own = v / length
-        p = (y * own).sum(-1, keepdim=True)
-        return y - p * own, y, own, length, p
+    def heads(K, *xs):
+        """Tensors (N, G K, ...) -> G tuples of them as (N, K, .) float32."""
+        xs = [x.view(len(x), K, -1, *x.shape[2:]) if x.ndim == 3 else x.view(len(x), K, -1, 1) for x in xs]
+        return [[x[:, :, g].float() for x in xs] for g in range(xs[0].size(2))]
 
     @staticmethod
     def backward(ctx, dz):
-        y, v, gate = ctx.saved_tensors
-        z, yf, own, length, p = GatedXSA.parts(y, v)
-        dz, s = dz.reshape(z.shape).float(), gate.float().sigmoid().view(*z.shape[:3], 1)
-        e = dz * s
-        q = (e * own).sum(-1, keepdim=True)
-        dgate = ((dz * z).sum(-1, keepdim=True) * s * (1 - s)).view(gate.shape)
-        dv = ((2 * p * q * own - p * e - q * yf) / length).sum(2)
-        return (e - q * own).view(y.shape).to(y.dtype), dv.to(v.dtype), dgate.to(gate.dtype)
+        y, own, length, gate = ctx.saved_tensors
+        dv, dys, dgates = 0.0, [], []
+        for x, s, g in GatedXSA.heads(own.size(1), y, gate.float().sigmoid(), dz):
+            e = g * s
+            p, q = ((a * own).sum(-1, keepdim=True) for a in (x, e))
+            dgates.append(((g * (x - p * own)).sum(-1, keepdim=True) * s * (1 - s)).to(gate.dtype))
+            dys.append((e - q * own).to(dz.dtype))
+            dv = dv + ((2 * p * q * own - p * e - q * x) / length).to(dz.dtype)
+        return torch.stack(dys, 2).view(dz.shape), dv, None, None, torch.stack(dgates, 2).view(gate.shape)
 
 
 def rotated_heads(qkv, gain, cos, sin, n_kv):
     return RotatedHeads.apply(qkv, gain, cos, sin, n_kv)  # a function of its own: torch 2.11 cannot capture `apply`
 
 
-def gated_xsa(y, v, gate):
-    return GatedXSA.apply(y, v, gate)
+def gated_xsa(y, v, own, length, gate):
+    return GatedXSA.apply(y, v, own, length, gate)
 
 
 def count_flops(cfg: Config, looped: bool) -> float:

@@ -110,8 +110,8 @@ def count(trainer, settings: dict, looped: bool) -> dict:
                     lowered.run(*inputs)
                     lowered._update_scheduler()
                     for node in lowered.scheduler.nodes:
-                        if type(node.node).__name__ == "MultiOutput":
-                            continue  # the name of a result, no kernel
+                        if type(node.node).__name__ == "MultiOutput" or type(node).__name__.startswith("Nop"):
+                            continue  # the name of a result or of a whole whose parts are written in place, no kernel
                         extern = "Extern" in type(node).__name__
                         parts = " ".join(o.name for x in node.get_nodes() if x.node for o in x.node.get_origins())
                         table = LIBRARY if extern else OWN
