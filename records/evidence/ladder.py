@@ -60,7 +60,8 @@ STOCK_NS = ("def orthogonalize(", "POLAR_EXPRESS = [(3.4445, -4.775, 2.0315)] * 
 GATED_XSA = [
     ("self.smear_scale = nn.", "self.xsa = nn.Parameter(torch.ones(L, H))\n        self.smear_scale = nn."),
     ("gated_xsa(y, v, own, length, gate).reshape",
-     "torch.lerp(y * gate.sigmoid()[:, :, None], gated_xsa(y, v, own, length, gate), self.xsa[i].tanh()[:, None]).reshape")]
+     "torch.lerp(y * gate.sigmoid()[:, :, None], gated_xsa(y, v, own, length, gate), "
+     "self.xsa[i].tanh()[:, None]).reshape")]
 # After every second block, counted from the last: x + 0.2 / sqrt(L) sum_j w_j s_j over the L states so far, the first
 # embedding's among them, with w = W2 gelu(W1 norm(x)) + b of each token; no U-Net skips, no first embedding mixed in
 # (#1936's stream R, without its windows; modded-nanogpt #259's scale). In the record 57 and, looped, 186 passes more
