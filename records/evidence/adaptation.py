@@ -305,6 +305,15 @@ def on_paper() -> None:
     print(f"{lengths.sum():,} targets; one rank: {total['rounds']:,} rounds of {len(shapes)} shapes, "
           f"{total['tokens']:,} tokens with padding, {total['kernels']:,} kernels, {total['GB'] / 1e3:.1f} TB, "
           f"{total['TFLOP'] / 1e3:.2f} PFLOP, {total['seconds']:.0f} s")
+    moved = kernels = 0  # of the pointer alone, with its gradient
+    for (B, T, past), n in shapes.items():
+        with torch.device("meta"), Meter() as meter:
+            h, w = torch.empty(B, past + T, cfg.n_embd), torch.empty(B, 1, 8, requires_grad=True)
+            shares, after = eval_bpb.point(h[:, -T:], h, torch.empty(B, past + T, dtype=torch.long), w, 4)
+            p = torch.empty(B, T, cfg.vocab_size).scatter_add(2, after.expand(shares.shape), shares)
+            torch.autograd.grad(p.sum(), w)
+        moved, kernels = moved + n * meter.moved, kernels + n * meter.kernels
+    print(f"the pointer: {kernels:,} kernels, {moved / 1e12:.1f} TB, {max(moved / 2.5e12, 5e-6 * kernels):.0f} s")
     for (T, past), row in sorted(table.items()):
         print(T, past, {k: round(x, 2) for k, x in row.items()})
 
