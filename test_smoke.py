@@ -1705,11 +1705,12 @@ def wrap(source):
             + '"),format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}]))\n')
 
 
-def fake_run(folder, seed=1, val_bpb=1.2, data="fineweb", device="8 x NVIDIA H100", source=TRAINER, lr=0.02, **score):
+def fake_run(folder, seed=1, val_bpb=1.2, data="fineweb", device="8 x NVIDIA H100", source=TRAINER, lr=0.02,
+             parent="", idea="", **score):
     """A run folder as train_gpt.py, pack.py and eval_bpb.py leave it, without the weights."""
     (folder / "source").mkdir(parents=True)
     (folder / "source/train_gpt.py").write_text(source)
-    start = {"config": {"seed": seed, "run": folder.name, "lr": lr, "max_seconds": 600.0},
+    start = {"config": {"seed": seed, "run": folder.name, "lr": lr, "max_seconds": 600.0, "parent": parent, "idea": idea},
              "environment": {"device": device}, "dataset": {"name": data, **DATASET},
              "source_sha256": {"train_gpt.py": hashlib.sha256(source.encode()).hexdigest()}}
     lines = {"kind": "start", **start}, {"kind": "summary", "steps": 5000, "tokens": 10 ** 9, "train_seconds": 599.5}
@@ -2120,15 +2121,16 @@ def test_curves_hold_every_point_of_every_run_once(tmp_path):
 
 def test_the_ledger_gets_one_line_a_run_with_its_parent_and_status(tmp_path):
     ledger.append(fake_run(tmp_path / "runs/first", 1, 1.3))
-    line = ledger.append(fake_run(tmp_path / "runs/second", 1, 1.2, lr=0.05))
-    assert [line[k] for k in ("parent", "config_differences", "val_bpb", "status")] == ["first", "lr=0.05", 1.2, "ok"]
+    line = ledger.append(fake_run(tmp_path / "runs/second", 1, 1.2, lr=0.05, parent="first", idea="faster"))
+    assert [line[k] for k in ("parent", "idea", "config_differences", "status")] == ["first", "faster", "lr=0.05", "ok"]
+    assert "lr: 0.02 -> 0.05" in (tmp_path / "runs/second/parent.diff").read_text()
     broken = fake_run(tmp_path / "runs/nan", 2)
     (broken / "score.json").unlink()
     (broken / "crash.json").write_text('{"reason": "the loss is nan", "type": "Stopped", "exit_code": 3}')
     assert ledger.append(broken)["status"] == "nan"
     assert ledger.append(fake_run(tmp_path / "runs/other", 1, dataset={"val_docs_sha256": "f" * 64}))["parent"] is None
     rows = [(r["run"], r["parent"], r["val_bpb"]) for r in ledger.read_ledger(tmp_path / "runs/ledger.tsv")]
-    assert rows == [("first", "-", "1.3"), ("second", "first", "1.2"), ("nan", "second", "-"), ("other", "-", "1.2")]
+    assert rows == [("first", "-", "1.3"), ("second", "first", "1.2"), ("nan", "-", "-"), ("other", "-", "1.2")]
 
 
 def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
@@ -2143,9 +2145,10 @@ def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
         check.change_set("HEAD")
     folder = make_record(tmp_path)
     assert check.change_set("HEAD") == ([], [str(folder)])
-    write("train_gpt.py", "changed")(tmp_path)
-    assert [(f["rule"], f["file"]) for f in check.change_set("HEAD")[0]] == [("change-set", "train_gpt.py")]
+    write("train_gpt.py", "changed")(tmp_path)   # the next idea, not committed
+    assert check.change_set("HEAD") == ([], [str(folder)])
     git("add", "-A"), git("commit", "-qm", "y")
+    assert [(f["rule"], f["file"]) for f in check.change_set("HEAD~1")[0]] == [("change-set", "train_gpt.py")]
     replaced("submission.json", "Ann", "Bob")(folder)
     assert [f["message"] for f in check.change_set("HEAD")[0]] == ["a record is only added, never changed or removed"]
     with pytest.raises(BadInput, match="git merge-base"):
