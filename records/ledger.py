@@ -5,14 +5,12 @@
 
 People edit these files and crashes cut them, so each is read with a size limit and every number is checked.
 A run that ended early left crash.json, {"reason": one line, "exit_code": int}. The status of a ledger line is "ok",
-"nan" (exit code 3), "behind" (ended by --compare_to), "over-budget" (artifact over the cap), "unscored" or "crash" (the
-rest). Runs of one experiment share sources and config but for the seed. `python records/turn.py` reads the lines back.
+"nan" (exit code 3), "over-budget" (artifact over the cap), "unscored" or "crash" (the rest). Runs of one experiment share sources and config but for the seed. `python records/turn.py` reads the lines back.
 """
 import difflib
 import hashlib
 import itertools
 import json
-import math
 import os
 import stat
 import subprocess
@@ -26,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CAP_BYTES = 16_000_000  # decimal; the whole artifact
 COLUMNS = ("time", "run", "idea", "parent", "config_differences", "commit", "experiment", "dataset", "budget",
            "predictor", "seed", "val_bpb", "artifact_bytes", "train_seconds", "steps", "status")
-PER_RUN = {"seed", "run", "compare_to", "parent", "idea"}  # in which two runs of one experiment may differ
+PER_RUN = {"seed", "run", "parent", "idea"}  # in which two runs of one experiment may differ
 
 
 def parse_json(data):
@@ -201,18 +199,17 @@ def append(folder):
     """Add this run's line to ledger.tsv in the folder that holds it (runs/), and its difference from the parent to
     parent.diff in its own folder. Returns the line as a dict.
 
-    The parent is what --parent or --compare_to names; nothing is guessed. One write in append mode, so that runs that
+    The parent is what --parent names; nothing is guessed. One write in append mode, so that runs that
     end together do not mix their lines.
     """
     run, entry = read_run(folder), read_entry(folder)
     path, config, sources = run["folder"].resolve().parent / "ledger.tsv", run["config"], read_sources(entry)
     if run["crash"]:
-        reason = str(run["crash"].get("reason"))
-        status = "nan" if run["crash"].get("exit_code") == 3 else "behind" if reason.startswith("behind") else "crash"
+        status = "nan" if run["crash"].get("exit_code") == 3 else "crash"
     else:
         over = is_number(run["artifact_bytes"]) and run["artifact_bytes"] > CAP_BYTES
         status = "over-budget" if over else "ok" if run["val_bpb"] is not None else "unscored"
-    parent, changes = config.get("parent") or config.get("compare_to"), {}
+    parent, changes = config.get("parent"), {}
     try:
         other = read_entry(find_baseline(parent or "", path.parent))
         parent, changes = other["name"], config_differences(config, other["config"])
