@@ -182,7 +182,7 @@ COLOURS = "#888888", "#222222", "#c44e2b", "#1b6ca8", "#6a9a3b", "#888888", "#d9
 
 
 def plot(found: list[dict], names: list[str]) -> str:
-    width, height, left, right, top, bottom = 640, 360, 56, 150, 16, 42
+    width, height, left, right, top, bottom = 720, 360, 56, 200, 16, 42
     x = [bpb(r, "sliding") for r in found]
     shown = [n for n in names if n not in ("plain", "sliding")]
     y_max, (x_min, x_max) = 1.05 * max(gain(r, n) for r in found for n in shown), (min(x) - 0.02, max(x) + 0.02)
@@ -197,13 +197,14 @@ def plot(found: list[dict], names: list[str]) -> str:
         out.append(f'<text x="{at_x(v):.1f}" y="{height - bottom + 18}" text-anchor="middle">{v:.3f}</text>')
     out.append(f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">bits per byte of sliding '
                'windows; the gain over them</text>')
-    for name in shown:
+    label = height  # the last label's place: they must not touch
+    for name in sorted(shown, key=lambda n: gain(found[x.index(min(x))], n)):
         colour, points = COLOURS[[*PREDICTORS].index(name)], [(at_x(a), at_y(gain(r, name))) for a, r in zip(x, found)]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         out += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in points]
-        a, b = max(points)
-        out.append(f'<text x="{a + 8:.1f}" y="{b + 4:.1f}" fill="{colour}">{name}</text>')
+        label = min(max(points)[1] + 4, label - 14)
+        out.append(f'<text x="{max(points)[0] + 8:.1f}" y="{label:.1f}" fill="{colour}">{name}</text>')
     return "\n".join([*out, "</svg>\n"])
 
 
