@@ -419,7 +419,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # What stands between the products of attention, as two functions with gradients of their own: with the folded scales
-# they take a quarter of the bytes from the compiler's own kernels, counted by records/evidence/roofline.py.
+# they take three tenths of the bytes from the compiler's own kernels, counted by records/evidence/roofline.py.
 
 
 class RotatedHeads(torch.autograd.Function):
