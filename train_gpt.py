@@ -387,7 +387,7 @@ class GPT(nn.Module):
         """n (N, D), the block's normed input -> (N, D)."""
         qkv = linear(n, W["qkv"], "qkv", i, visit).view(len(n), -1, self.head_dim)
         q, k, v = rotated_heads(qkv, gain, cos, sin, self.cfg.n_kv_head)
-        own, length = unit(v)
+        own, length = unit(v)  # before attention: after it, the compiler would keep v in float32 for backward
         y = attend(q, k, v, seg, visit)  # (N, H, d)
         gate = F.linear(n[:, :self.cfg.gate_dims], W["gate"])  # (N, H)
         return linear(gated_xsa(y, v, own, length, gate).reshape(n.shape), W["o"], "o", i, visit)
@@ -423,15 +423,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotatedHeads(torch.autograd.Function):
-    """qkv (N, H + 2 K, d), gain (H + 2 K,), cos and sin (N, H + 2 K, r) float32 -> q (N, H, d), k and v (N, K, d) of one
-    memory: q and k of unit mean square, all rotated and times their gains (v: by no angle, times 1).
+    """qkv (N, H + 2 K, d), gain (H + 2 K,), cos and sin (N, H + 2 K, r) float32 -> q (N, H, d), k and v (N, K, d),
+    views of one tensor: q and k of unit mean square, all rotated and times their gains (v: by no angle, times 1).
 
     With x^ = x / rms(x), y = gain R x^, y^ = y / gain, g = dy: dx = gain R^T (g - y^ mean(y^ g)) / rms(x).
     """
 
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, n_kv):
-        x, gain, sizes = qkv.float(), gain[:, None] + 1e-12, [len(gain) - 2 * n_kv, n_kv, n_kv]  # backward divides by it
+        x, sizes = qkv.float(), [len(gain) - 2 * n_kv, n_kv, n_kv]
+        gain = gain[:, None] + 1e-12  # backward divides by it
         normed = torch.arange(len(gain), device=x.device)[:, None] < len(gain) - n_kv
         scale = torch.where(normed, torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), 1.0)
         q, k, v = (rotate(x * scale, cos, sin) * gain).to(qkv.dtype).split(sizes, 1)
@@ -471,7 +472,8 @@ class GatedXSA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, v, own, length, gate):
         ctx.save_for_backward(y, own, length, gate)
-        zs = [((x - (x * own).sum(-1, keepdim=True) * own) * s).to(y.dtype) for x, s in GatedXSA.heads(v.size(1), y, gate.float().sigmoid())]
+        zs = [((x - (x * own).sum(-1, keepdim=True) * own) * s).to(y.dtype)
+              for x, s in GatedXSA.heads(v.size(1), y, gate.float().sigmoid())]
         return torch.stack(zs, 2).view(y.shape)
 
     @staticmethod
