@@ -160,8 +160,9 @@ def test_what_stands_between_the_products_of_attention_has_the_gradients_of_its_
         return (y - (y * own).sum(-1, keepdim=True) * own) * gate.sigmoid()[:, :, None]
 
     def fused(qkv, gain, gate):
-        q, k, v = train_gpt.rotated_heads(qkv, gain, cos, sin, K)
-        return train_gpt.gated_xsa(q + wide(k * v), v, gate)
+        angles, gains = F.pad(angle.expand(-1, H + K, -1), (0, 0, 0, K)), F.pad(gain, (0, 2 * K), value=1.0)
+        q, k, v = train_gpt.rotated_heads(qkv, gains, angles.cos(), angles.sin(), K)
+        return train_gpt.gated_xsa(q + wide(k * v), v, *train_gpt.unit(v), gate)
 
     results = [(z := f(*inputs), *torch.autograd.grad((z * weights).sum(), inputs)) for f in (parts, fused)]
     for expected, found in zip(*results):
@@ -221,6 +222,26 @@ def test_kernels_compile_for_hopper(tmp_path, monkeypatch):
         code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3})
         assert code.asm["cubin"] and code.metadata.shared <= 227 * 1024
         assert kernel is not up or "wgmma.mma_async" in code.asm["ptx"] and "cp.async" in code.asm["ptx"]
+
+
+def test_the_step_moves_what_the_roofline_says():
+    if not torch.version.cuda or not torch.__version__.startswith("2.11"):
+        pytest.skip("the roofline counts with a CUDA build of torch 2.11")
+    done = subprocess.run([sys.executable, str(ROOT / "records/evidence/roofline.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for row, expected in (("inductor's own kernels", (50.4, 75.7)), ("products, attention", (85.5, 125.5)),
+                          ("saved", (23.8, 34.5)), ("predicted", (91.6, 130.7))):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"| {row}"))
+        assert [float(x) for x in line.split("|")[2:4]] == pytest.approx(expected, rel=0.02), line
+
+
+def test_the_first_minutes_on_a_gpu_can_be_rehearsed_without_one():
+    done = subprocess.run([sys.executable, str(ROOT / "records/evidence/first_gpu_minutes.py"), "--tiny"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    for words in ("as their references: ", "un-looped: ", "MFU", "| products and loss | ", "packed: ", "adaptive: ",
+                  "on eight: "):
+        assert words in done.stdout, words
 
 
 # ---- the optimizer

@@ -389,7 +389,7 @@ class GPT(nn.Module):
         """n (N, D), the block's normed input -> (N, D)."""
         qkv = linear(n, W["qkv"], "qkv", i, visit).view(len(n), -1, self.head_dim)
         q, k, v = rotated_heads(qkv, gain, cos, sin, self.cfg.n_kv_head)
-        own, length = unit(v)
+        own, length = unit(v)  # before attention: after it, the compiler would keep v in float32 for backward
         y = attend(q, k, v, seg, visit)  # (N, H, d)
         gate = F.linear(n[:, :self.cfg.gate_dims], W["gate"])  # (N, H)
         return linear(gated_xsa(y, v, own, length, gate).reshape(n.shape), W["o"], "o", i, visit)
@@ -421,19 +421,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # What stands between the products of attention, as two functions with gradients of their own: with the folded scales
-# they take a quarter of the bytes from the compiler's own kernels, counted by records/evidence/roofline.py.
+# they take three tenths of the bytes from the compiler's own kernels, counted by records/evidence/roofline.py.
 
 
 class RotatedHeads(torch.autograd.Function):
-    """qkv (N, H + 2 K, d), gain (H + 2 K,), cos and sin (N, H + 2 K, r) float32 -> q (N, H, d), k and v (N, K, d) of one
-    memory: q and k of unit mean square, all rotated and times their gains (v: by no angle, times 1).
+    """qkv (N, H + 2 K, d), gain (H + 2 K,), cos and sin (N, H + 2 K, r) float32 -> q (N, H, d), k and v (N, K, d),
+    views of one tensor: q and k of unit mean square, all rotated and times their gains (v: by no angle, times 1).
 
     With x^ = x / rms(x), y = gain R x^, y^ = y / gain, g = dy: dx = gain R^T (g - y^ mean(y^ g)) / rms(x).
     """
 
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, n_kv):
-        x, gain, sizes = qkv.float(), gain[:, None] + 1e-12, [len(gain) - 2 * n_kv, n_kv, n_kv]  # backward divides by it
+        x, sizes = qkv.float(), [len(gain) - 2 * n_kv, n_kv, n_kv]
+        gain = gain[:, None] + 1e-12  # backward divides by it
         normed = torch.arange(len(gain), device=x.device)[:, None] < len(gain) - n_kv
         scale = torch.where(normed, torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), 1.0)
         q, k, v = (rotate(x * scale, cos, sin) * gain).to(qkv.dtype).split(sizes, 1)
@@ -473,7 +474,8 @@ class GatedXSA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, v, own, length, gate):
         ctx.save_for_backward(y, own, length, gate)
-        zs = [((x - (x * own).sum(-1, keepdim=True) * own) * s).to(y.dtype) for x, s in GatedXSA.heads(v.size(1), y, gate.float().sigmoid())]
+        zs = [((x - (x * own).sum(-1, keepdim=True) * own) * s).to(y.dtype)
+              for x, s in GatedXSA.heads(v.size(1), y, gate.float().sigmoid())]
         return torch.stack(zs, 2).view(y.shape)
 
     @staticmethod
@@ -1222,7 +1224,8 @@ def main(argv: list[str] | None = None) -> int:
     if any(problems):
         raise BadInput(next(filter(None, problems)))
     cfg = replace(cfg, vocab_size=data.meta["vocab_size"])
-    folder = None if world.rank else Path(state["folder"]) if state else open_run(cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}", SOURCES)
+    name = cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}"
+    folder = None if world.rank else Path(state["folder"]) if state else open_run(name, SOURCES)
     log = Log(folder)
     try:
         return train(cfg, preset, data, state, folder, log, world)
@@ -1288,7 +1291,7 @@ def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World,
 
 
 def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, log: Log, world: World) -> int:
-    """One run, from initial weights (or the state of a stopped run) to the saved checkpoint -> exit code 0, or Stopped."""
+    """One run, from initial weights or the state of a stopped run to the saved checkpoint -> exit code 0, or Stopped."""
     # ---- setup
     begin, device, cuda = time.perf_counter(), world.device, world.device.type == "cuda"
     sync = partial(torch.cuda.synchronize, device) if cuda else lambda: None

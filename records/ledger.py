@@ -5,7 +5,8 @@
 
 People edit these files and crashes cut them, so each is read with a size limit and every number is checked.
 A run that ended early left crash.json, {"reason": one line, "exit_code": int}. The status of a ledger line is "ok",
-"nan" (exit code 3), "over-budget" (artifact over the cap), "unscored" or "crash" (the rest). Runs of one experiment share sources and config but for the seed. `python records/turn.py` reads the lines back.
+"nan" (exit code 3), "over-budget" (artifact over the cap), "unscored" or "crash" (the rest). Runs of one experiment
+share sources and config but for the seed. `python records/turn.py` reads the lines back.
 """
 import difflib
 import hashlib

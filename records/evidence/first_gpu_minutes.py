@@ -94,7 +94,8 @@ def parts(cfg, device, folder):
         for _ in range(5 if cuda else 1):
             step()
         sync()
-        ms, flop = (time.perf_counter() - begin) * 1000 / (5 if cuda else 1), t.count_flops(cfg, looped) * cfg.row_tokens
+        ms = (time.perf_counter() - begin) * 1000 / (5 if cuda else 1)
+        flop = t.count_flops(cfg, looped) * cfg.row_tokens
         spent, largest = defaultdict(float), []
         for event in traced.key_averages():
             us = event.self_device_time_total if cuda else event.self_cpu_time_total
@@ -103,9 +104,9 @@ def parts(cfg, device, folder):
         predicted = {"inductor's own kernels": OWN_GB[looped] / roofline.GB_PER_MS,
                      "products and loss": flop / 1e12 / roofline.TFLOP_PER_MS,
                      "attention": roofline.ATTENTION_MS * len(t.block_order(cfg, looped))}
-        print(f"{'looped' if looped else 'un-looped'}: {ms:.1f} ms a row, {flop / ms / 1e9:.0f} TFLOP/s\n" + roofline.table(
-            [["ms", "predicted for an H100's record", "measured here"]] + [[part, f"{predicted.get(part, 0):.1f}",
-             f"{spent[part]:.1f}"] for part, _ in PARTS]))
+        print(f"{'looped' if looped else 'un-looped'}: {ms:.1f} ms a row, {flop / ms / 1e9:.0f} TFLOP/s")
+        rows = [[part, f"{predicted.get(part, 0):.1f}", f"{spent[part]:.1f}"] for part, _ in PARTS]
+        print(roofline.table([["ms", "predicted for an H100's record", "measured here"], *rows]))
         print("\n".join(f"{us:9.2f} ms {n:5} x {key}" for us, n, key in sorted(largest, reverse=True)[:12]))
 
 

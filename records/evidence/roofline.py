@@ -20,7 +20,6 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
