@@ -107,7 +107,7 @@ class Config:
 
 PRESETS = {
     "record": {},
-    # The record on one GPU: all of its tokens on an H100, if a step takes what is predicted, 673 and 992 ms.
+    # The record on one GPU: all of its tokens on an H100, if a step takes what is predicted, 663 and 976 ms.
     "single": dict(max_seconds=4400.0),
     # A small model for two CPU cores and two minutes.
     "demo": dict(data="demo", max_seconds=120.0, n_layer=4, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512,
