@@ -2,10 +2,11 @@
 
     python records/evidence/roofline.py                      un-looped and looped, by part of the model
     python records/evidence/roofline.py --against=HEAD~1     and what another commit's train_gpt.py counts
+    python records/evidence/roofline.py --compile            and every kernel as machine code for an H100
     python records/evidence/roofline.py --n_embd=640 --mlp_dim=2560 --row_tokens=49152      any setting of Config
 
 GPT.losses is traced on fake tensors, and inductor lowers, fuses and schedules both passes for sm_90: each node of its
-schedule says which bytes its kernel reads and writes and how many FLOPs a product has. Nothing is compiled or run. It
+schedule says which bytes its kernel reads and writes and how many FLOPs a product has. Nothing is run. It
 needs a CUDA build of torch 2.11 (the GPU it does without), for it reaches into parts of inductor that move:
 
     python3 -m venv cu && cu/bin/pip install torch==2.11.0 numpy tiktoken zstandard
@@ -17,6 +18,7 @@ by the same count (two points, four constants: a plausible reading, no proof).
 """
 import copy
 import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
@@ -55,6 +57,13 @@ def pretend_gpu() -> None:
                    synchronize=None, get_rng_state=torch.zeros(16, dtype=torch.uint8), set_rng_state=None)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    import triton
+    from torch._inductor import config
+    from torch._inductor.runtime import triton_helpers
+    from triton.backends.compiler import GPUTarget
+    config.use_static_cuda_launcher, triton_helpers.set_driver_to_gpu = False, lambda: None
+    triton.runtime.driver.set_active(SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0))
 
 
 def load_trainer(path: Path):
@@ -67,9 +76,9 @@ def load_trainer(path: Path):
     return module
 
 
-def count(trainer, settings: dict, looped: bool) -> dict:
+def count(trainer, settings: dict, looped: bool, code: dict | None = None) -> dict:
     """-> {"kernels": [(pass, part, is inductor's own, bytes, FLOPs)], "saved": bytes kept for the backward pass,
-    "visits": block applications}."""
+    "visits": block applications}. With code, adds {name: Triton source} of each different kernel to it."""
     from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
     from torch._inductor.compile_fx import _recursive_post_grad_passes
     from torch._inductor.debug import DebugContext
@@ -107,6 +116,7 @@ def count(trainer, settings: dict, looped: bool) -> dict:
                 lowered = GraphLowering(graph, example_inputs=inputs, is_backward=which == "backward")
                 with V.set_graph_handler(lowered), DebugContext():
                     lowered.run(*inputs)
+                    lowered.init_wrapper_code()
                     lowered._update_scheduler()
                     for node in lowered.scheduler.nodes:
                         if type(node.node).__name__ == "MultiOutput" or type(node).__name__.startswith("Nop"):
@@ -117,6 +127,10 @@ def count(trainer, settings: dict, looped: bool) -> dict:
                         part = next(name for name, keys in table if any(key in parts for key in keys))
                         kernels.append((which, part, not extern, node.get_read_write_buffers_sizes(),
                                         node.estimate_flops() or 0))
+                    if code is not None:
+                        lowered.wrapper_code.push_codegened_graph(lowered)
+                        lowered.wrapper_code.define_kernel = lambda name, body, *_, **__: code.update({name: body})
+                        lowered.scheduler.codegen()
             return make_boxed_func(original.forward)
         return compile_pass
 
@@ -136,6 +150,24 @@ def count(trainer, settings: dict, looped: bool) -> dict:
     order = trainer.block_order(cfg, looped)
     return {"kernels": kernels, "saved": saved[0], "visits": len(order), "weights": n,
             "flop": trainer.count_flops(cfg, looped) * cfg.row_tokens, "cfg": cfg}
+
+
+def assemble(code: dict) -> list[tuple[str, int, int]]:
+    """{name: Triton source} as inductor writes it -> [(name, registers, bytes spilled)] of its machine code for sm_90,
+    of the best of the settings between which a GPU would choose. Raises what Triton or ptxas raise."""
+    import triton
+    from torch._inductor.codecache import PyCodeCache
+    ptxas, found = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas", []
+    for name, body in code.items():
+        kernel, results = getattr(PyCodeCache.load(body.split("'''")[1]), name), []
+        for setting in kernel.configs:
+            ptx = kernel._precompile_config(setting).kernel.asm["ptx"]
+            said = subprocess.run([ptxas, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", "/dev/stdin"], input=ptx,
+                                  text=True, capture_output=True, check=True).stderr
+            results.append([int(re.search(rf"(\d+) {x}", said)[1]) for x in ("bytes spill stores", "registers")])
+        spilled, registers = min(results)
+        found.append((name, registers, spilled))
+    return found
 
 
 def define_attention() -> None:
@@ -180,11 +212,13 @@ def table(rows: list[list[str]]) -> str:
 def main() -> int:
     parser = Parser(prog="roofline.py", description=__doc__)
     parser.add_argument("--against", default="", metavar="REF", help="a commit whose train_gpt.py is counted too")
+    parser.add_argument("--compile", action="store_true", help="also assemble every kernel of inductor's with ptxas")
     import train_gpt
     for f in fields(train_gpt.Config):
         parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__, help=f"Config's, {f.default!r}")
     args = vars(parser.parse_args())
-    against, settings = args.pop("against"), {k: v for k, v in args.items() if v is not None}
+    against, code = args.pop("against"), {False: {}, True: {}} if args.pop("compile") else {False: None, True: None}
+    settings = {k: v for k, v in args.items() if v is not None}
     train_gpt.check_config(train_gpt.Config(**settings))
     if not torch.version.cuda or not torch.__version__.startswith("2.11"):
         raise BadInput(f"roofline.py needs a CUDA build of torch 2.11, here is {torch.__version__}: "
@@ -199,7 +233,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             (path := Path(folder) / "train_gpt.py").write_text(shown.stdout)
             counted[f"{against}, "] = load_trainer(path)
-    found = {f"{name}{'looped' if looped else 'un-looped'}": count(trainer, settings, looped)
+    found = {f"{name}{'looped' if looped else 'un-looped'}": count(
+                 trainer, settings, looped, None if name else code[looped])
              for name, trainer in counted.items() for looped in (False, True)}
     sums = {name: totals(x) for name, x in found.items()}
     rows = [["", *sums]] + [[key, *(f"{x[key]:,.1f}" if isinstance(x[key], float) else f"{x[key]:,}"
@@ -217,6 +252,12 @@ def main() -> int:
     for memory in (8, 24, 80):  # GB; a quarter more than what is saved is held while it runs, 22 bytes a weight always
         halvings = next(k for k in range(64) if 1.25 * largest / 2 ** k + 22 * n < 0.9e9 * memory)
         print(f"a GPU of {memory} GB holds rows of {rows >> halvings:,} tokens")
+    for looped, sources in code.items():
+        if sources:
+            made = assemble(sources)
+            print(f"{'looped' if looped else 'un-looped'}: {len(made)} different kernels are machine code for sm_90, "
+                  f"{max(r for _, r, _ in made)} registers at most; spilled bytes: "
+                  + (", ".join(f"{spilled} in {name}" for name, _, spilled in made if spilled) or "none"))
     return 0
 
 
