@@ -1177,15 +1177,27 @@ def test_bad_input_exits_2_with_one_line(command, words, packed_run, tmp_path):
 FLAT = """
 class Flat:
     def __init__(self, cfg, model, device):
-        self.V = cfg.vocab_size
+        self.V, self.counts = cfg.vocab_size, torch.zeros(cfg.vocab_size)
     def plan(self, lengths):
         rows = np.stack([np.arange(len(lengths)), 0 * lengths, lengths], 1)
         return [rows[i:i + 2] for i in range(0, len(rows), 2)]
     def predict(self, spans, inputs):
-        self.spans, self.inputs = spans, inputs
         return torch.zeros(len(inputs), self.V)
     def learn(self, targets):
-        pass
+        self.counts = self.counts + torch.bincount(torch.from_numpy(targets), minlength=self.V)
+"""
+
+
+def mine(change, methods=""):
+    """Source of a predictor whose even logits are changed by the statements `change`, with other `methods`."""
+    return f"""
+class Mine(Flat):
+    {methods}
+    def predict(self, spans, inputs):
+        logits, at = Flat.predict(self, spans, inputs), np.arange(len(inputs))
+        ends = np.cumsum(spans[:, 2] - spans[:, 1])
+        {change.strip().replace(chr(10), chr(10) + 8 * " ")}
+        return logits
 """
 
 
@@ -1406,14 +1418,12 @@ def test_ranks_share_the_rounds_and_give_the_same_number(packed_run, dataset, tm
 HONEST_PREDICTORS = {
     "sliding": 'Mine = lambda cfg, model, device: Sliding(cfg, model, device)',
     "score-first learning, batches of like length": 'Mine = Adaptive',
-    "hash of the two inputs before": """
-class Mine(Flat):
-    def predict(self, spans, inputs):
-        before = np.where(np.append(0, inputs[1:]) == 0, 0, np.append(0, inputs[:-1]))
-        before[np.cumsum(spans[:, 2] - spans[:, 1])[:-1]] = 0
-        torch.manual_seed(0)
-        return torch.randn(64, self.V)[torch.from_numpy((inputs * 31 + before) % 64)]
-""",
+    "hash of the two inputs before": mine("""
+before = np.where(np.append(0, inputs[1:]) == 0, 0, np.append(0, inputs[:-1]))
+before[ends[:-1]] = 0
+torch.manual_seed(0)
+logits = torch.randn(64, self.V)[torch.from_numpy((inputs * 31 + before) % 64)]
+"""),
 }
 
 
@@ -1448,75 +1458,37 @@ def test_code_that_is_not_this_folders_is_confined_and_must_prove_its_score(judg
     assert code == 0 and "val_bpb" in result and result["mode"] == "audited" and "mode: audited" in out
     assert set(result["audit"]) == {"replay", "lengths"} and "note: the artifact's eval_bpb.py differ" in out
     assert all(verdict.startswith("pass") for verdict in result["audit"].values())
-    code, result, out = judge(CHEATS["reads the target through the inputs"][1], "--audit_seconds=0.2")
+    code, result, out = judge(mine(CHEATS["reads the target through the inputs"]), "--audit_seconds=0.2")
     assert code == 2 and "val_bpb" not in result and "\nval_bpb" not in out and "NOT A SCORE" in out
 
 
 CHEATS = {
-    "reads the target through the inputs": ("replay", """
-class Mine(Flat):
-    def predict(self, spans, inputs):
-        logits = Flat.predict(self, spans, inputs)
-        logits[torch.arange(len(inputs) - 1), torch.from_numpy(inputs[1:])] = 9.0
-        return logits
-"""),
-    "learns from the round before it is scored": ("replay", """
-class Mine(Flat):
-    def predict(self, spans, inputs):
-        counts = torch.bincount(torch.from_numpy(inputs), minlength=self.V)
-        return Flat.predict(self, spans, inputs) + counts.add(1).log()
-"""),
-    "lets the document before leak across the boundary": ("replay", """
-class Mine(Flat):
-    def predict(self, spans, inputs):
-        logits, first = Flat.predict(self, spans, inputs), int(spans[0, 2] - spans[0, 1])
-        logits[first:, torch.from_numpy(inputs[:first])] += 1
-        return logits
-"""),
-    "carries what it learned to documents of other rounds": ("replay", """
-class Mine(Flat):
-    def predict(self, spans, inputs):
-        self.known = getattr(self, "known", torch.zeros(self.V))
-        return Flat.predict(self, spans, inputs) + self.known
-    def learn(self, targets):
-        self.known = self.known + torch.bincount(torch.from_numpy(targets), minlength=self.V)
-"""),
-    "looks ahead by a chance of a hundredth": ("replay", """
-class Mine(Flat):
-    def predict(self, spans, inputs):
-        logits = Flat.predict(self, spans, inputs)
-        rare = np.flatnonzero((inputs[:-1] * 2654435761 + inputs[1:] * 40503) % 100 == 0)
-        logits[rare, inputs[rare + 1]] = 2.0
-        return logits
-"""),
-    "knows where a document ends from its length": ("lengths", """
-class Mine(Flat):
-    def predict(self, spans, inputs):
-        logits = Flat.predict(self, spans, inputs)
-        logits[np.cumsum(spans[:, 2] - spans[:, 1]) - 1, 0] = 9.0
-        return logits
-"""),
+    "reads the target through the inputs": "logits[at[:-1], inputs[1:]] = 9.0",
+    "learns from the round before it is scored": "logits += torch.from_numpy(inputs).bincount(minlength=self.V)",
+    "lets the document before leak across the boundary": "logits[ends[0]:, inputs[:ends[0]]] += 1",
+    "carries what it learned to documents of other rounds": "logits += self.counts",
+    "looks ahead by a chance of a hundredth": """
+rare = np.flatnonzero((inputs[:-1] * 2654435761 + inputs[1:] * 40503) % 100 == 0)
+logits[rare, inputs[rare + 1]] = 2.0
+""",
+    "knows where a document ends from its length": "logits[ends - 1, 0] = 9.0",
 }
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_the_proof_fails_for_a_predictor_that(cheat, proofs):
-    proof, source = CHEATS[cheat]
-    assert proofs(source)[proof].startswith("FAIL")
+    assert proofs(mine(CHEATS[cheat]))["lengths" if "length" in cheat else "replay"].startswith("FAIL")
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_leaks_are_caught_where_the_stated_power_says_so(proofs, seed):
     rng = random.Random(seed)
     share, ahead, strength = 10 ** rng.uniform(-2.2, -0.5), rng.randrange(1, 4), rng.uniform(0.5, 5)
-    verdict = proofs(f"""
-class Mine(Flat):
-    def predict(self, spans, inputs):
-        logits, at = Flat.predict(self, spans, inputs), np.arange(max(len(inputs) - {ahead}, 0))
-        at = at[(inputs[at + {ahead}] * 7919 + at * 104729 + {seed}) % 10007 < {share} * 10007]
-        logits[at, inputs[at + 1]] += {strength}
-        return logits
-""", 9.0)["replay"]
+    verdict = proofs(mine(f"""
+at = at[:-{ahead}]
+at = at[(inputs[at + {ahead}] * 7919 + at * 104729 + {seed}) % 10007 < {share} * 10007]
+logits[at, inputs[at + 1]] += {strength}
+"""), 9.0)["replay"]
     assert float(re.search(r"leaks at ([-.e0-9]+) of the places", verdict)[1]) < share and verdict.startswith("FAIL")
 
 
@@ -1559,43 +1531,33 @@ def test_own_code_confined_code_and_the_file_alone_score_the_same_to_the_last_bi
 
 
 # It reads the text in the first run and leaves it where the second, which proves the score, might find it.
-REMEMBERS = """
-import ctypes
-libc = ctypes.CDLL(None)
-libc.shmat.restype = ctypes.c_void_p
-
-class Mine(Flat):
+REMEMBERS = mine("""
+for doc, end, n in zip(spans[:, 0], ends, spans[:, 2]):
+    text = self.text[4096 * doc:][:n]
+    if self.first:
+        text[:-1] = inputs[end - n + 1:end]
+    logits[at[end - n:end], text] = 9.0
+""", """
     def __init__(self, cfg, model, device):
+        import ctypes
         super().__init__(cfg, model, device)
+        libc = ctypes.CDLL(None)
+        libc.shmat.restype = ctypes.c_void_p
         at = libc.shmat(libc.shmget(KEY, 1 << 20, 0o1600), None, 0)
         self.text = np.ctypeslib.as_array((ctypes.c_int64 * (1 << 17)).from_address(at))
         self.first = not self.text.any()
-    def predict(self, spans, inputs):
-        logits, at = Flat.predict(self, spans, inputs), 0
-        for doc, _, n in spans.tolist():
-            text = self.text[4096 * doc:][:n]
-            if self.first:
-                text[:-1] = inputs[at + 1:at + n]
-            logits[at + np.arange(n), text] = 9.0
-            at += n
-        return logits
-"""
+""")
 
 
 def test_no_file_memory_socket_or_process_is_there_for_a_confined_predictor(judge, dataset, tmp_path):
     _, result, _ = judge(REMEMBERS.replace("KEY", str(os.getpid())), "--audit_seconds=0.5")
     assert "val_bpb" not in result and result["audit"]["replay"].startswith("FAIL")
-    source = f"""
-import ctypes, socket
-class Mine(Flat):
-    def __init__(self, cfg, model, device):
-        super().__init__(cfg, model, device)
-        self.known = torch.load("seen.pt") if os.path.exists("seen.pt") else torch.zeros(self.V)
-    def predict(self, spans, inputs):
-        return Flat.predict(self, spans, inputs) + self.known
+    source = mine("logits += self.known", f"""
     def learn(self, targets):
         torch.save(torch.bincount(torch.from_numpy(targets), minlength=self.V).float(), "seen.pt")
     def plan(self, lengths):
+        import ctypes, socket
+        self.known = torch.load("seen.pt") if os.path.exists("seen.pt") else torch.zeros(self.V)
         for attempt in (lambda: open("{dataset}/val_000000.bin"), lambda: open("{dataset.parent}/x", "w"),
                         lambda: open("/dev/shm/{os.getpid()}"), lambda: open("/proc/{os.getpid()}/mem"),
                         lambda: os.kill({os.getpid()}, 0), lambda: socket.create_connection(("127.0.0.1", PORT), 1),
@@ -1608,7 +1570,7 @@ class Mine(Flat):
         keyctl = ctypes.CDLL(None).syscall(250 if os.uname().machine == "x86_64" else 219, 0, -3, 0)
         assert keyctl == -1 and "{dataset}" not in str(os.environ) + str(sys.argv) + str(os.listdir())
         return Flat.plan(self, lengths)
-"""
+""")
     shared = Path(f"/dev/shm/{os.getpid()}")
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as unix:
         unix.bind(f"{tmp_path}/s")
@@ -1622,9 +1584,7 @@ class Mine(Flat):
 
 def test_an_artifact_cannot_speak_for_the_judge(judge):
     """What it prints and how it calls itself is shown as its own, in one line, without what a terminal obeys."""
-    _, _, out = judge(r"""
-class Mine(Flat):
-    pass
+    _, _, out = judge(mine("") + r"""
 def build(path, name, device):
     from pack import load
     print("\x1b[8mno\nval_bpb: 0.000000")
@@ -1650,19 +1610,13 @@ HARM = {
 @pytest.mark.parametrize("harm", HARM)
 def test_harm_ends_in_one_line_and_nothing_stays_when_the_predictor(harm, dataset, packed_run, tmp_path):
     code, words = HARM[harm]
-    code = code.replace("\n", "; ")
-    make_artifact(packed_run, tmp_path / "a.pyz", f"""
+    make_artifact(packed_run, tmp_path / "a.pyz", mine(code) + """
 def answers():
     import fcntl
     for n in range(3, 99):  # the pipe that is open for writing
         with suppress(OSError):
             if fcntl.fcntl(n, fcntl.F_GETFL) & os.O_WRONLY:
                 return n
-
-class Mine(Flat):
-    def predict(self, spans, inputs):
-        {code}
-        return Flat.predict(self, spans, inputs)
 """)
     limit = f"--max_seconds={12 if 'phase' in words else 100}"
     done = run(ROOT / "eval_bpb.py", "a.pyz", f"--data={dataset}", "--device=cpu", "--trust", limit,
@@ -1695,7 +1649,7 @@ def test_a_system_that_cannot_confine_is_no_place_for_strangers(judge, dataset, 
 def test_an_artifact_or_a_flag_that_is_not_right_is_refused(dataset, packed_run, tmp_path):
     artifact = make_artifact(packed_run, tmp_path / "a.pyz")
     whole = artifact.read_bytes()
-    for bad in (whole[:-400], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], b"", b"PK"):
+    for bad in (whole[:-400], flip(whole, 5000), b"", b"PK"):
         artifact.write_bytes(bad)
         with pytest.raises(BadInput, match="a.pyz"):
             eval_bpb.main([str(artifact), f"--data={dataset}"])
