@@ -1837,26 +1837,71 @@ BROKEN = {   # rule: how to break it
 }
 
 
-@pytest.mark.parametrize("rule", BROKEN)
-def test_a_broken_record_is_caught_by_the_name_of_its_rule(rule, tmp_path):
-    BROKEN[rule](make_record(tmp_path))
-    strict = rule != "code-bytes"   # a rule for the public challenge's way of counting only
-    folder = next((tmp_path / "records/track_10min_16mb").iterdir())
-    assert levels(folder, strict).get(rule) == rules.RULES[rule][0 if strict else 1]
+LOOP = "\n    ".join
+SNIPPETS = [   # (rule or None, source from elsewhere)
+    ("dynamic-code", '__builtins__["exec"]("x = 1")'), ("dynamic-code", "run = eval"), (None, "class C:\n    eval: int = 1"),
+    *(("loaded-code", line) for line in (
+        'importlib.import_module("x")', "pickle.loads(b'')", 'torch.load("x", weights_only=False)', "marshal.loads(b'')",
+        'ctypes.CDLL("x")', "os.execvp('x', [])")),
+    ("network", "from os import system as run; run('curl x')"), ("network", "from subprocess import run; run('pip install x')"),
+    ("mixture", "OnlineNgramCache = 1"), ("mixture", "def eval_val_ngram(): pass"),
+    ("train-data-late", "collect_hessians(model, train_loader)"), ("train-data-late", "gptq_calibrate(train_pattern)"),
+    (None, 'torch.load("x", weights_only=True); re.compile("x"); model.eval()'),
+    # validation text in training
+    ("val-in-training", "train_files = os.path.join(d, 'fineweb_val_*.bin' if flag else 'fineweb_train_*.bin')"),
+    ("val-in-training", "train_pattern: str = val_files or x"), ("val-in-training", "train_loader = Any(args.val_files)"),
+    ("val-in-training", "loader = DistributedTokenLoader(args.val_files, rank)"), ("val-in-training", "train_on_val = 1"),
+    (None, "val_loader = DistributedTokenLoader(args.val_files, rank)"), (None, "loader = Shards(args.val_files)"),
+    (None, "train_files = glob.glob('fineweb_train_*.bin', but='fineweb_val_*.bin')"),
+    (None, "train_files = [f for f in files if f not in val_files]"), (None, "train_on_val = 0"),
+    ("paid-prefix", "PAID_PREFIX = 1"), (None, "def pack(q, val_tokens):\n    return zlib.compress(q)"),
+    ("paid-prefix", LOOP(["def build(val_tokens):", "head = val_tokens[1:9].copy()", "return lzma.compress(head.tobytes())"])),
+    # score before learn
+    ("score-first", LOOP(["def ttt(val_data):", "step += 1", "loss.backward()"])),
+    ("score-first", LOOP(["def ttt(val_data):", "for epoch in range(125):", "    loss_sum += 1", "    loss.backward()"])),
+    (None, LOOP(["def ttt(val_data):", "loss_sum += 1", "for epoch in range(2):", "    loss.backward()"])),
+    (None, LOOP(["def ttt(val_data):", "if scored:", "    loss.backward()", "loss_sum += 1"])),
+    ("score-first", "def adapt(val_data):\n    loss.backward()\ndef main():\n    adapt(1)\n    eval_val()"),
+    (None, "def adapt(val_data):\n    loss.backward()\ndef main():\n    eval_val()\n    adapt(1)"),
+    # what this Python cannot parse, empty, wrapped in broken lines
+    ("python-syntax", 'def broken(:'), ("val-in-training", "x = f'{a['b']}'\ntrain_files = val_files"),
+    ("mixture", "\n".join(["def broken(:"] * 50) + "\nngram_cache"), ("missing-file", ""),
+    ("val-in-training", "exec(unpack('''" + "\n    ".join(re.findall(".{1,70}", base64.b85encode(zlib.compress(
+        b"train_files = val_files\n" + os.urandom(300).hex().encode())).decode())) + "'''))")]
 
 
-@pytest.mark.parametrize("line, rule", [
-    ('__builtins__["exec"]("x = 1")', "dynamic-code"), ('importlib.import_module("x")', "loaded-code"),
-    ("pickle.loads(b'')", "loaded-code"), ('torch.load("x", weights_only=False)', "loaded-code"),
-    ("marshal.loads(b'')", "loaded-code"), ('ctypes.CDLL("x")', "loaded-code"), ("os.execvp('x', [])", "loaded-code"),
-    ("from os import system as run; run('curl x')", "network"), ("OnlineNgramCache = 1", "mixture"),
-    ("from subprocess import run; run('pip install x')", "network"), ("def eval_val_ngram(): pass", "mixture"),
-    ("collect_hessians(model, train_loader)", "train-data-late"), ("gptq_calibrate(train_pattern)", "train-data-late"),
-    ('torch.load("x", weights_only=True); re.compile("x"); model.eval()', None)])
-def test_other_ways_to_write_it_are_seen_too(line, rule, tmp_path):
-    write("pack.py", line + "\n")(make_record(tmp_path))
-    found = set(levels(next((tmp_path / "records/track_10min_16mb").iterdir()))) - {"source-hash"}
-    assert rule in found if rule else not found
+def plain(j):
+    return {k: v for k, v in j.items() if k not in ("source_sha256", "config", "dataset")}
+
+
+FILES = [   # (rule or None, file change in a folder from elsewhere)
+    ("val-in-training", write("a.log", "train_loader:dataset:fineweb10B_valonly train_shards:1")),
+    ("val-in-training", write("a.log", "training on validation text")), (None, write("a.log", "not training on val")),
+    ("paid-prefix", write("a.log", "paid_prefix:loaded 6,200,000 tokens")), (None, json_with(val_loss=None)),
+    ("json-field", json_with(val_bpb=None)), ("json-value", json_with(val_loss=0)), ("log-score", seed_with(val_bpb=1.2011)),
+    (None, lambda f: (seed_with(val_bpb=1.20011)(f), write("logs/run1.txt", "val_bpb: 1.20011")(f))),
+    (None, lambda f: [write(f"a/{i}.md", "x")(f) for i in range(390)]),
+    ("review-limit", lambda f: [write(f"a{i}.md", "x")(f) for i in range(401)]),
+    ("readme-words", lambda f: (json_with(parent={"a": 1})(f), replaced("README.md", "Words.", "(write this)")(f)))]
+
+
+def test_every_rule_finds_what_breaks_it_and_nothing_else(tmp_path, monkeypatch):
+    good, wrong = make_record(tmp_path), []
+    monkeypatch.setattr(check, "known_records", lambda: [])
+    rows = [(rule, edit, rule != "code-bytes") for rule, edit in BROKEN.items()]   # that is for the public way of counting
+    rows += [(rule, write("train_gpt.py", text), False) for rule, text in SNIPPETS] + [(*row, False) for row in FILES]
+    for n, (rule, edit, strict) in enumerate(rows):
+        folder = tmp_path / str(n) / good.parent.name / good.name
+        shutil.copytree(good, folder)
+        if not strict and rule != "code-bytes":
+            (folder / "submission.json").write_text(json.dumps(plain(load(folder))))
+        edit(folder)
+        found = levels(next(folder.parent.iterdir()), strict)
+        if found.get(rule) != (rules.RULES[rule][not strict] if rule else None) or not rule and found:
+            wrong.append((n, rule, found))
+        if rule == "review-limit" and "missing-file" in found:
+            wrong.append((n, "false missing-file"))
+    assert not wrong
 
 
 def test_copies_of_one_run_are_not_seeds(tmp_path):
@@ -1866,7 +1911,7 @@ def test_copies_of_one_run_are_not_seeds(tmp_path):
 
 def test_every_rule_has_a_test_and_what_was_never_ruled_on_never_fails():
     others = {"change-set", "rescore", "review-limit", "near-copy", "nearest", "significance"}   # by the tests below
-    assert rules.RULES.keys() == BROKEN.keys() | others
+    assert rules.RULES.keys() == BROKEN.keys() | others | {"paid-prefix"}
     assert not [r for r, levels in rules.RULES.items() if "unruled" in levels[2] and "FAIL" in levels[:2]]
 
 
