@@ -42,7 +42,7 @@ from data.dataset import BadInput, find_run, read_meta, read_shard, read_val_doc
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
-from records import check, ledger, plot, rules, sources, stats, submit
+from records import check, ledger, plot, rules, sources, stats, submit, turn
 from records.evidence import ladder
 from train_gpt import Config, GPT, Loader, Optimizer, Validation, make_segments
 
@@ -2036,6 +2036,7 @@ def test_copies_and_parents_are_found_with_what_changed(tmp_path, monkeypatch):
     parent = make_record(tmp_path, "parent", source=text)
     monkeypatch.setattr(check, "known_records", lambda records=None: [parent])
     copy = make_record(tmp_path, "copy", source=text.replace("LR = 0.02", "LR = 0.03").replace("loader", "stream"))
+    json_with(parent=parent.name)(copy)
     found = {f["rule"]: f["message"] for f in check.review_folder(copy, True)}
     assert found.keys() == {"nearest", "significance"}   # the parent's scores again: no gain to show
     assert "LR 0.02 -> 0.03" in found["nearest"] and "changed train;" in found["nearest"]
@@ -2063,18 +2064,27 @@ def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):
         assert levels(folder).get("judge-changed") == level
 
 
-def test_rescore_runs_the_roots_judge_on_the_artifact_that_the_record_names(tmp_path, monkeypatch):
-    folder, artifact = make_record(tmp_path), tmp_path / "artifact.pyz"
-    artifact.write_bytes(b"artifact")
-    (tmp_path / "eval_bpb.py").write_text(
-        "import sys, pathlib\nassert '--audit' in sys.argv\n"
-        "pathlib.Path(sys.argv[1]).with_name('score.json').write_text('{\"val_bpb\": 1.2002}')\n")
-    monkeypatch.setattr(check, "ROOT", tmp_path)
-    assert "no seed has an artifact" in check.rescore(folder, artifact, None, True)[0]["message"]
-    seed_with(artifact_sha256=hashlib.sha256(b"artifact").hexdigest())(folder)
-    assert check.rescore(folder, artifact, None, True) == []
-    seed_with(val_bpb=1.1)(folder)
-    assert "claimed 1.1, the judge finds 1.2002" in check.rescore(folder, artifact, None, True)[0]["message"]
+def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, judge, dataset):
+    folder, (_, score, _), artifact = make_record(tmp_path), judge(), tmp_path / "artifact.pyz"
+    assert "no seed has an artifact" in check.rescore(folder, artifact, dataset, True)[0]["message"]
+    claim = score["val_bpb"] + 0.001
+    seed_with(artifact_sha256=hashlib.sha256(artifact.read_bytes()).hexdigest(), val_bpb=claim)(folder)
+    [found] = check.rescore(folder, artifact, dataset, True)
+    assert f"claimed {claim}, the judge finds {score['val_bpb']:.4f}" in found["message"], found
+
+
+def test_a_turn_tells_its_verdict_from_the_ledger(tmp_path, monkeypatch):
+    for seed, idea, bpb in [(s, i, 1.2 - 0.01 * i - s / 1e4 * (1 + i / 9)) for i in (0, 1) for s in (1, 2, 3)]:
+        name = f"{idea}_s{seed}"
+        ledger.append(fake_run(tmp_path / "runs" / name, seed, bpb, lr=0.02 + idea, idea="wider" * idea,
+                               parent=f"0_s{seed}" * idea))
+    [(verdict, numbers, row)] = turn.ideas(ledger.read_ledger(tmp_path / "runs/ledger.tsv"))
+    assert verdict == "keep" and "n 3" in numbers and row["idea"] == "wider"
+    monkeypatch.chdir(tmp_path)
+    name, files, config = turn.parent_of("1_s2")
+    assert name == "1" and config["lr"] == 1.02 and files == {"train_gpt.py": TRAINER.encode()}
+    with pytest.raises(BadInput, match="no run, no record and no commit"):
+        turn.parent_of("nobody")
 
 
 def test_the_p_value_is_students():
