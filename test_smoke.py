@@ -1776,63 +1776,44 @@ def replaced(name, old, new):
 
 
 BROKEN = {   # rule: how to break it
-    "folder-name": lambda f: f.rename(f.parent / "my record"),
-    "folder-date": json_with(date="2020-01-01"),
-    "missing-file": lambda f: (f / "README.md").unlink(),
-    "log-count": lambda f: (f / "train_seed2.log").unlink(),
+    "folder-name": lambda f: f.rename(f.parent / "my record"), "folder-date": json_with(date="2020-01-01"),
+    "missing-file": lambda f: (f / "README.md").unlink(), "log-count": lambda f: (f / "train_seed2.log").unlink(),
     "json": write("submission.json", "{"),
     "json-strict": replaced("submission.json", '"author"', '"blurb": NaN, "author"'),
-    "json-field": json_with(github_id=None),
-    "json-value": json_with(val_bpb=-1.0),
-    "forbidden-file": write("sub/CLAUDE.md", "x"),
-    "secret": write("run.sh", "export HF_TOKEN=hf_" + "a" * 34),
-    "link": lambda f: (f / "notes.md").symlink_to("/etc/passwd"),
-    "file-name": write("two words.md", "x"),
-    "file-size": write("big.txt", "x" * (5 << 20) + "x"),
-    "python-syntax": code("def broken(:"),
-    "import": code("import leftpad"),
-    "machine-path": code('PATH = "/home/ann/data"'),
-    "track": json_with(hardware="1xA100"),
-    "readme-words": replaced("README.md", "Words.", "(write this)"),
-    "artifact-cap": seed_with(artifact_bytes=16_000_001),
-    "artifact-headroom": seed_with(artifact_bytes=15_999_999),
-    "artifact-bytes": json_with(bytes_code=1, bytes_model=2),
-    "train-clock": seed_with(train_seconds=733.0),
+    "json-field": json_with(github_id=None), "json-value": json_with(val_bpb=-1.0),
+    "forbidden-file": write("sub/CLAUDE.md", "x"), "secret": write("run.sh", "export HF_TOKEN=hf_" + "a" * 34),
+    "link": lambda f: (f / "notes.md").symlink_to("/etc/passwd"), "file-name": write("two words.md", "x"),
+    "file-size": write("big.txt", "x" * (5 << 20) + "x"), "python-syntax": code("def broken(:"),
+    "import": code("import leftpad"), "machine-path": code('PATH = "/home/ann/data"'),
+    "track": json_with(hardware="1xA100"), "readme-words": replaced("README.md", "Words.", "(write this)"),
+    "artifact-cap": seed_with(artifact_bytes=16_000_001), "artifact-headroom": seed_with(artifact_bytes=15_999_999),
+    "artifact-bytes": json_with(bytes_code=1, bytes_model=2), "train-clock": seed_with(train_seconds=733.0),
     "eval-clock": seed_with(eval_seconds=602.0),
-    "clock-override": code('MAX = os.environ.get("MAX_WALLCLOCK_SECONDS", 0)'),
-    "network": code("import requests"),
+    "clock-override": code('MAX = os.environ.get("MAX_WALLCLOCK_SECONDS", 0)'), "network": code("import requests"),
     "train-data-late": write("pack.py", "def quantise(model, train_loader):\n    return train_loader.next()\n"),
     "val-in-training": code('train_files = "data/fineweb_val_*.bin"'),
     "score-first": code("def ttt(m, val_data):", "    m(val_data).backward()", "    with no_grad():", "        m(1)"),
-    "pre-quant-ttt": code("def prequant_ttt(m): pass"),
-    "val-calibration": code("collect_hessians(model, val_tokens)"),
+    "pre-quant-ttt": code("def prequant_ttt(m): pass"), "val-calibration": code("collect_hessians(model, val_tokens)"),
     "target-in-key": code("def ngram_key(ctx, tgt):", "    return (ctx * 36313 ^ tgt) % 4096"),
-    "target-gate": code("within_gate = 1"),
-    "mixture": code("ngram_cache = {}"),
+    "target-gate": code("within_gate = 1"), "mixture": code("ngram_cache = {}"),
     "best-of": code("final = min(val_loss, ttt_loss)"),
     "byte-lut": code("def luts(sp):", "    base_bytes = len(sp.piece(0).lstrip('\u2581').encode())"),
-    "byte-count": code("TOTAL = 164_594_398"),
-    "bpb-arithmetic": seed_with(val_loss=3.0),
+    "byte-count": code("TOTAL = 164_594_398"), "bpb-arithmetic": seed_with(val_loss=3.0),
     "val-count": json_with(dataset={"name": "fineweb", "val_docs": 10_000, **DATASET}),
     "data-overlap": replaced("train_seed1.log", "step:1", "train_shards:1499"),
     "limited-score": seed_with(limit_docs=100),
     "audit": seed_with(audit={**dict.fromkeys(check.PROOFS, "pass"), "replay": "FAIL: moved"}),
     "dynamic-code": code("exec(open('other.txt').read())"),
-    "loaded-code": code("from os import execvp as go", "go('ls', ['ls'])"),
-    "encoded-source": code(wrap(TRAINER)),
+    "loaded-code": code("from os import execvp as go", "go('ls', ['ls'])"), "encoded-source": code(wrap(TRAINER)),
     "payload": code('exec(decode("' + "Zz9!" * 80 + '"))'),
     "judge-changed": write("data/dataset.py", "def read_val_docs(folder, meta, limit=None):\n    return []\n"),
-    "unruled": code("slot_delta = 0"),
-    "score-range": json_with(val_bpb=0.9),
-    "seeds": json_with(seeds=[1, 1, 2]),
+    "unruled": code("slot_delta = 0"), "score-range": json_with(val_bpb=0.9), "seeds": json_with(seeds=[1, 1, 2]),
     "seed-mean": json_with(val_bpb=1.19),
     "seed-spread": lambda f: [replaced("submission.json", f"1.200{s}", "1.2")(f) for s in (1, 2, 3)],
     "log-score": replaced("train_seed3.log", "1.2003", "1.1502"),
-    "readme-score": replaced("README.md", "1.2002", "1.1502"),
-    "source-hash": replaced("train_gpt.py", "0.02", "0.03"),
+    "readme-score": replaced("README.md", "1.2002", "1.1502"), "source-hash": replaced("train_gpt.py", "0.02", "0.03"),
     "environment": replaced("train_seed3.log", "step:1", "torch 2.9.1 torch 2.8.0"),
-    "parent": json_with(parent="2026-01-01_nobody"),
-    "tainted-parent": json_with(parent_pr="#1376"),
+    "parent": json_with(parent="2026-01-01_nobody"), "tainted-parent": json_with(parent_pr="#1376"),
     "code-bytes": json_with(bytes_code=10),
 }
 
@@ -1888,7 +1869,8 @@ FILES = [   # (rule or None, file change in a folder from elsewhere)
 def test_every_rule_finds_what_breaks_it_and_nothing_else(tmp_path, monkeypatch):
     good, wrong = make_record(tmp_path), []
     monkeypatch.setattr(check, "known_records", lambda: [])
-    rows = [(rule, edit, rule != "code-bytes") for rule, edit in BROKEN.items()]   # that is for the public way of counting
+    rows = [("seeds", seed_with(artifact_sha256=f"{1:064d}"), True)]   # a copy of the first
+    rows += [(rule, edit, rule != "code-bytes") for rule, edit in BROKEN.items()]   # that is for the public way of counting
     rows += [(rule, write("train_gpt.py", text), False) for rule, text in SNIPPETS] + [(*row, False) for row in FILES]
     for n, (rule, edit, strict) in enumerate(rows):
         folder = tmp_path / str(n) / good.parent.name / good.name
@@ -1902,11 +1884,6 @@ def test_every_rule_finds_what_breaks_it_and_nothing_else(tmp_path, monkeypatch)
         if rule == "review-limit" and "missing-file" in found:
             wrong.append((n, "false missing-file"))
     assert not wrong
-
-
-def test_copies_of_one_run_are_not_seeds(tmp_path):
-    seed_with(artifact_sha256=f"{1:064d}")(make_record(tmp_path))
-    assert levels(next((tmp_path / "records/track_10min_16mb").iterdir()))["seeds"] == "FAIL"
 
 
 def test_every_rule_has_a_test_and_what_was_never_ruled_on_never_fails():
