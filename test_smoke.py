@@ -42,7 +42,7 @@ from data.dataset import BadInput, find_run, read_meta, read_shard, read_val_doc
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
-from records import check, ledger, plot, rules, sources, stats, submit
+from records import check, ledger, plot, rules, sources, stats, submit, turn
 from records.evidence import ladder
 from train_gpt import Config, GPT, Loader, Optimizer, Validation, make_segments
 
@@ -1755,97 +1755,119 @@ def replaced(name, old, new):
 
 
 BROKEN = {   # rule: how to break it
-    "folder-name": lambda f: f.rename(f.parent / "my record"),
-    "folder-date": json_with(date="2020-01-01"),
-    "missing-file": lambda f: (f / "README.md").unlink(),
-    "log-count": lambda f: (f / "train_seed2.log").unlink(),
+    "folder-name": lambda f: f.rename(f.parent / "my record"), "folder-date": json_with(date="2020-01-01"),
+    "missing-file": lambda f: (f / "README.md").unlink(), "log-count": lambda f: (f / "train_seed2.log").unlink(),
     "json": write("submission.json", "{"),
     "json-strict": replaced("submission.json", '"author"', '"blurb": NaN, "author"'),
-    "json-field": json_with(github_id=None),
-    "json-value": json_with(val_bpb=-1.0),
-    "forbidden-file": write("sub/CLAUDE.md", "x"),
-    "secret": write("run.sh", "export HF_TOKEN=hf_" + "a" * 34),
-    "link": lambda f: (f / "notes.md").symlink_to("/etc/passwd"),
-    "file-name": write("two words.md", "x"),
-    "file-size": write("big.txt", "x" * (5 << 20) + "x"),
-    "python-syntax": code("def broken(:"),
-    "import": code("import leftpad"),
-    "machine-path": code('PATH = "/home/ann/data"'),
-    "track": json_with(hardware="1xA100"),
-    "readme-words": replaced("README.md", "Words.", "(write this)"),
-    "artifact-cap": seed_with(artifact_bytes=16_000_001),
-    "artifact-headroom": seed_with(artifact_bytes=15_999_999),
-    "artifact-bytes": json_with(bytes_code=1, bytes_model=2),
-    "train-clock": seed_with(train_seconds=733.0),
+    "json-field": json_with(github_id=None), "json-value": json_with(val_bpb=-1.0),
+    "forbidden-file": write("sub/CLAUDE.md", "x"), "secret": write("run.sh", "export HF_TOKEN=hf_" + "a" * 34),
+    "link": lambda f: (f / "notes.md").symlink_to("/etc/passwd"), "file-name": write("two words.md", "x"),
+    "file-size": write("big.txt", "x" * (5 << 20) + "x"), "python-syntax": code("def broken(:"),
+    "import": code("import leftpad"), "machine-path": code('PATH = "/home/ann/data"'),
+    "track": json_with(hardware="1xA100"), "readme-words": replaced("README.md", "Words.", "(write this)"),
+    "artifact-cap": seed_with(artifact_bytes=16_000_001), "artifact-headroom": seed_with(artifact_bytes=15_999_999),
+    "artifact-bytes": json_with(bytes_code=1, bytes_model=2), "train-clock": seed_with(train_seconds=733.0),
     "eval-clock": seed_with(eval_seconds=602.0),
-    "clock-override": code('MAX = os.environ.get("MAX_WALLCLOCK_SECONDS", 0)'),
-    "network": code("import requests"),
+    "clock-override": code('MAX = os.environ.get("MAX_WALLCLOCK_SECONDS", 0)'), "network": code("import requests"),
     "train-data-late": write("pack.py", "def quantise(model, train_loader):\n    return train_loader.next()\n"),
     "val-in-training": code('train_files = "data/fineweb_val_*.bin"'),
     "score-first": code("def ttt(m, val_data):", "    m(val_data).backward()", "    with no_grad():", "        m(1)"),
-    "pre-quant-ttt": code("def prequant_ttt(m): pass"),
-    "val-calibration": code("collect_hessians(model, val_tokens)"),
+    "pre-quant-ttt": code("def prequant_ttt(m): pass"), "val-calibration": code("collect_hessians(model, val_tokens)"),
     "target-in-key": code("def ngram_key(ctx, tgt):", "    return (ctx * 36313 ^ tgt) % 4096"),
-    "target-gate": code("within_gate = 1"),
-    "mixture": code("ngram_cache = {}"),
+    "target-gate": code("within_gate = 1"), "mixture": code("ngram_cache = {}"),
     "best-of": code("final = min(val_loss, ttt_loss)"),
     "byte-lut": code("def luts(sp):", "    base_bytes = len(sp.piece(0).lstrip('\u2581').encode())"),
-    "byte-count": code("TOTAL = 164_594_398"),
-    "bpb-arithmetic": seed_with(val_loss=3.0),
+    "byte-count": code("TOTAL = 164_594_398"), "bpb-arithmetic": seed_with(val_loss=3.0),
     "val-count": json_with(dataset={"name": "fineweb", "val_docs": 10_000, **DATASET}),
     "data-overlap": replaced("train_seed1.log", "step:1", "train_shards:1499"),
     "limited-score": seed_with(limit_docs=100),
     "audit": seed_with(audit={**dict.fromkeys(check.PROOFS, "pass"), "replay": "FAIL: moved"}),
     "dynamic-code": code("exec(open('other.txt').read())"),
-    "loaded-code": code("from os import execvp as go", "go('ls', ['ls'])"),
-    "encoded-source": code(wrap(TRAINER)),
+    "loaded-code": code("from os import execvp as go", "go('ls', ['ls'])"), "encoded-source": code(wrap(TRAINER)),
     "payload": code('exec(decode("' + "Zz9!" * 80 + '"))'),
     "judge-changed": write("data/dataset.py", "def read_val_docs(folder, meta, limit=None):\n    return []\n"),
-    "unruled": code("slot_delta = 0"),
-    "score-range": json_with(val_bpb=0.9),
-    "seeds": json_with(seeds=[1, 1, 2]),
+    "unruled": code("slot_delta = 0"), "score-range": json_with(val_bpb=0.9), "seeds": json_with(seeds=[1, 1, 2]),
     "seed-mean": json_with(val_bpb=1.19),
     "seed-spread": lambda f: [replaced("submission.json", f"1.200{s}", "1.2")(f) for s in (1, 2, 3)],
     "log-score": replaced("train_seed3.log", "1.2003", "1.1502"),
-    "readme-score": replaced("README.md", "1.2002", "1.1502"),
-    "source-hash": replaced("train_gpt.py", "0.02", "0.03"),
+    "readme-score": replaced("README.md", "1.2002", "1.1502"), "source-hash": replaced("train_gpt.py", "0.02", "0.03"),
     "environment": replaced("train_seed3.log", "step:1", "torch 2.9.1 torch 2.8.0"),
-    "parent": json_with(parent="2026-01-01_nobody"),
-    "tainted-parent": json_with(parent_pr="#1376"),
+    "parent": json_with(parent="2026-01-01_nobody"), "tainted-parent": json_with(parent_pr="#1376"),
     "code-bytes": json_with(bytes_code=10),
 }
 
 
-@pytest.mark.parametrize("rule", BROKEN)
-def test_a_broken_record_is_caught_by_the_name_of_its_rule(rule, tmp_path):
-    BROKEN[rule](make_record(tmp_path))
-    strict = rule != "code-bytes"   # a rule for the public challenge's way of counting only
-    folder = next((tmp_path / "records/track_10min_16mb").iterdir())
-    assert levels(folder, strict).get(rule) == rules.RULES[rule][0 if strict else 1]
+LOOP = "\n    ".join
+SNIPPETS = [   # (rule or None, source from elsewhere)
+    ("dynamic-code", '__builtins__["exec"]("x = 1")'), ("dynamic-code", "run = eval"), (None, "class C:\n    eval: int = 1"),
+    *(("loaded-code", line) for line in (
+        'importlib.import_module("x")', "pickle.loads(b'')", 'torch.load("x", weights_only=False)', "marshal.loads(b'')",
+        'ctypes.CDLL("x")', "os.execvp('x', [])")),
+    ("network", "from os import system as run; run('curl x')"), ("network", "from subprocess import run; run('pip install x')"),
+    ("mixture", "OnlineNgramCache = 1"), ("mixture", "def eval_val_ngram(): pass"),
+    ("train-data-late", "collect_hessians(model, train_loader)"), ("train-data-late", "gptq_calibrate(train_pattern)"),
+    (None, 'torch.load("x", weights_only=True); re.compile("x"); model.eval()'),
+    # validation text in training
+    ("val-in-training", "train_files = os.path.join(d, 'fineweb_val_*.bin' if flag else 'fineweb_train_*.bin')"),
+    ("val-in-training", "train_pattern: str = val_files or x"), ("val-in-training", "train_loader = Any(args.val_files)"),
+    ("val-in-training", "loader = DistributedTokenLoader(args.val_files, rank)"), ("val-in-training", "train_on_val = 1"),
+    (None, "val_loader = DistributedTokenLoader(args.val_files, rank)"), (None, "loader = Shards(args.val_files)"),
+    (None, "train_files = glob.glob('fineweb_train_*.bin', but='fineweb_val_*.bin')"),
+    (None, "train_files = [f for f in files if f not in val_files]"), (None, "train_on_val = 0"),
+    ("paid-prefix", "PAID_PREFIX = 1"), (None, "def pack(q, val_tokens):\n    return zlib.compress(q)"),
+    ("paid-prefix", LOOP(["def build(val_tokens):", "head = val_tokens[1:9].copy()", "return lzma.compress(head.tobytes())"])),
+    # score before learn
+    ("score-first", LOOP(["def ttt(val_data):", "step += 1", "loss.backward()"])),
+    ("score-first", LOOP(["def ttt(val_data):", "for epoch in range(125):", "    loss_sum += 1", "    loss.backward()"])),
+    (None, LOOP(["def ttt(val_data):", "loss_sum += 1", "for epoch in range(2):", "    loss.backward()"])),
+    (None, LOOP(["def ttt(val_data):", "if scored:", "    loss.backward()", "loss_sum += 1"])),
+    ("score-first", "def adapt(val_data):\n    loss.backward()\ndef main():\n    adapt(1)\n    eval_val()"),
+    (None, "def adapt(val_data):\n    loss.backward()\ndef main():\n    eval_val()\n    adapt(1)"),
+    # what this Python cannot parse, empty, wrapped in broken lines
+    ("python-syntax", 'def broken(:'), ("val-in-training", "x = f'{a['b']}'\ntrain_files = val_files"),
+    ("mixture", "\n".join(["def broken(:"] * 50) + "\nngram_cache"), ("missing-file", ""),
+    ("val-in-training", "exec(unpack('''" + "\n    ".join(re.findall(".{1,70}", base64.b85encode(zlib.compress(
+        b"train_files = val_files\n" + os.urandom(300).hex().encode())).decode())) + "'''))")]
 
 
-@pytest.mark.parametrize("line, rule", [
-    ('__builtins__["exec"]("x = 1")', "dynamic-code"), ('importlib.import_module("x")', "loaded-code"),
-    ("pickle.loads(b'')", "loaded-code"), ('torch.load("x", weights_only=False)', "loaded-code"),
-    ("marshal.loads(b'')", "loaded-code"), ('ctypes.CDLL("x")', "loaded-code"), ("os.execvp('x', [])", "loaded-code"),
-    ("from os import system as run; run('curl x')", "network"), ("OnlineNgramCache = 1", "mixture"),
-    ("from subprocess import run; run('pip install x')", "network"), ("def eval_val_ngram(): pass", "mixture"),
-    ("collect_hessians(model, train_loader)", "train-data-late"), ("gptq_calibrate(train_pattern)", "train-data-late"),
-    ('torch.load("x", weights_only=True); re.compile("x"); model.eval()', None)])
-def test_other_ways_to_write_it_are_seen_too(line, rule, tmp_path):
-    write("pack.py", line + "\n")(make_record(tmp_path))
-    found = set(levels(next((tmp_path / "records/track_10min_16mb").iterdir()))) - {"source-hash"}
-    assert rule in found if rule else not found
+def plain(j):
+    return {k: v for k, v in j.items() if k not in ("source_sha256", "config", "dataset")}
 
 
-def test_copies_of_one_run_are_not_seeds(tmp_path):
-    seed_with(artifact_sha256=f"{1:064d}")(make_record(tmp_path))
-    assert levels(next((tmp_path / "records/track_10min_16mb").iterdir()))["seeds"] == "FAIL"
+FILES = [   # (rule or None, file change in a folder from elsewhere)
+    ("val-in-training", write("a.log", "train_loader:dataset:fineweb10B_valonly train_shards:1")),
+    ("val-in-training", write("a.log", "training on validation text")), (None, write("a.log", "not training on val")),
+    ("paid-prefix", write("a.log", "paid_prefix:loaded 6,200,000 tokens")), (None, json_with(val_loss=None)),
+    ("json-field", json_with(val_bpb=None)), ("json-value", json_with(val_loss=0)), ("log-score", seed_with(val_bpb=1.2011)),
+    (None, lambda f: (seed_with(val_bpb=1.20011)(f), write("logs/run1.txt", "val_bpb: 1.20011")(f))),
+    (None, lambda f: [write(f"a/{i}.md", "x")(f) for i in range(390)]),
+    ("review-limit", lambda f: [write(f"a{i}.md", "x")(f) for i in range(401)]),
+    ("readme-words", lambda f: (json_with(parent={"a": 1})(f), replaced("README.md", "Words.", "(write this)")(f)))]
+
+
+def test_every_rule_finds_what_breaks_it_and_nothing_else(tmp_path, monkeypatch):
+    good, wrong = make_record(tmp_path), []
+    monkeypatch.setattr(check, "known_records", lambda: [])
+    rows = [("seeds", seed_with(artifact_sha256=f"{1:064d}"), True)]   # a copy of the first
+    rows += [(rule, edit, rule != "code-bytes") for rule, edit in BROKEN.items()]   # that is for the public way of counting
+    rows += [(rule, write("train_gpt.py", text), False) for rule, text in SNIPPETS] + [(*row, False) for row in FILES]
+    for n, (rule, edit, strict) in enumerate(rows):
+        folder = tmp_path / str(n) / good.parent.name / good.name
+        shutil.copytree(good, folder)
+        if not strict and rule != "code-bytes":
+            (folder / "submission.json").write_text(json.dumps(plain(load(folder))))
+        edit(folder)
+        found = levels(next(folder.parent.iterdir()), strict)
+        if found.get(rule) != (rules.RULES[rule][not strict] if rule else None) or not rule and found:
+            wrong.append((n, rule, found))
+        if rule == "review-limit" and "missing-file" in found:
+            wrong.append((n, "false missing-file"))
+    assert not wrong
 
 
 def test_every_rule_has_a_test_and_what_was_never_ruled_on_never_fails():
     others = {"change-set", "rescore", "review-limit", "near-copy", "nearest", "significance"}   # by the tests below
-    assert rules.RULES.keys() == BROKEN.keys() | others
+    assert rules.RULES.keys() == BROKEN.keys() | others | {"paid-prefix"}
     assert not [r for r, levels in rules.RULES.items() if "unruled" in levels[2] and "FAIL" in levels[:2]]
 
 
@@ -1970,6 +1992,7 @@ def test_copies_and_parents_are_found_with_what_changed(tmp_path, monkeypatch):
     parent = make_record(tmp_path, "parent", source=text)
     monkeypatch.setattr(check, "known_records", lambda records=None: [parent])
     copy = make_record(tmp_path, "copy", source=text.replace("LR = 0.02", "LR = 0.03").replace("loader", "stream"))
+    json_with(parent=parent.name)(copy)
     found = {f["rule"]: f["message"] for f in check.review_folder(copy, True)}
     assert found.keys() == {"nearest", "significance"}   # the parent's scores again: no gain to show
     assert "LR 0.02 -> 0.03" in found["nearest"] and "changed train;" in found["nearest"]
@@ -1997,18 +2020,27 @@ def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):
         assert levels(folder).get("judge-changed") == level
 
 
-def test_rescore_runs_the_roots_judge_on_the_artifact_that_the_record_names(tmp_path, monkeypatch):
-    folder, artifact = make_record(tmp_path), tmp_path / "artifact.pyz"
-    artifact.write_bytes(b"artifact")
-    (tmp_path / "eval_bpb.py").write_text(
-        "import sys, pathlib\nassert '--audit' in sys.argv\n"
-        "pathlib.Path(sys.argv[1]).with_name('score.json').write_text('{\"val_bpb\": 1.2002}')\n")
-    monkeypatch.setattr(check, "ROOT", tmp_path)
-    assert "no seed has an artifact" in check.rescore(folder, artifact, None, True)[0]["message"]
-    seed_with(artifact_sha256=hashlib.sha256(b"artifact").hexdigest())(folder)
-    assert check.rescore(folder, artifact, None, True) == []
-    seed_with(val_bpb=1.1)(folder)
-    assert "claimed 1.1, the judge finds 1.2002" in check.rescore(folder, artifact, None, True)[0]["message"]
+def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, judge, dataset):
+    folder, (_, score, _), artifact = make_record(tmp_path), judge(), tmp_path / "artifact.pyz"
+    assert "no seed has an artifact" in check.rescore(folder, artifact, dataset, True)[0]["message"]
+    claim = score["val_bpb"] + 0.001
+    seed_with(artifact_sha256=hashlib.sha256(artifact.read_bytes()).hexdigest(), val_bpb=claim)(folder)
+    [found] = check.rescore(folder, artifact, dataset, True)
+    assert f"claimed {claim}, the judge finds {score['val_bpb']:.4f}" in found["message"], found
+
+
+def test_a_turn_tells_its_verdict_from_the_ledger(tmp_path, monkeypatch):
+    for seed, idea, bpb in [(s, i, 1.2 - 0.01 * i - s / 1e4 * (1 + i / 9)) for i in (0, 1) for s in (1, 2, 3)]:
+        name = f"{idea}_s{seed}"
+        ledger.append(fake_run(tmp_path / "runs" / name, seed, bpb, lr=0.02 + idea, idea="wider" * idea,
+                               parent=f"0_s{seed}" * idea))
+    [(verdict, numbers, row)] = turn.ideas(ledger.read_ledger(tmp_path / "runs/ledger.tsv"))
+    assert verdict == "keep" and "n 3" in numbers and row["idea"] == "wider"
+    monkeypatch.chdir(tmp_path)
+    name, files, config = turn.parent_of("1_s2")
+    assert name == "1" and config["lr"] == 1.02 and files == {"train_gpt.py": TRAINER.encode()}
+    with pytest.raises(BadInput, match="no run, no record and no commit"):
+        turn.parent_of("nobody")
 
 
 def test_the_p_value_is_students():

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,9 +38,10 @@ from records.ledger import CAP_BYTES, is_number, load_submission, parse_json, re
 from records.rules import (BAD_TOKEN_COUNTS, BEST_PUBLIC_BPB, BYTES_PER_TOKEN, CHILD_BYTES, CHILD_CPU_SECONDS,
                            CLOCK_SECONDS, CLOCK_SLACK, ENTRY_LIMIT, FILE_LIMIT, FINDING_LIMIT, FINEWEB_VAL_BYTES,
                            FINEWEB_VAL_DOCS, FORBIDDEN, LEVELS, PRACTISED_P, RULE_NATS, RULE_P, RULES, TRACKS)
-from records.sources import changes, definitions, fingerprint, parse, scan, scan_text, similarity
+from records.sources import changes, content, definitions, fingerprint, parse, scan, scan_text, similarity
 from records.stats import compare, comparison, nats_per_bit
 
+NEEDED = ("README.md", "submission.json", "train_gpt.py")
 PROOFS = {"replay", "lengths"}   # of eval_bpb.py --audit
 FOLDER_NAME = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._-]+")
 
@@ -57,6 +59,11 @@ def known_records(records=ROOT / "records"):
     """The record folders of this repository, oldest first."""
     found = (p for track in TRACKS for p in (records / track).glob("*") if (p / "submission.json").is_file())
     return sorted((p for p in found if FOLDER_NAME.fullmatch(p.name) and not p.is_symlink()), key=lambda p: p.name)
+
+
+def public_records(known):
+    """The folders with a submission.json in a folder of records or of tracks, which are read as hostile too."""
+    return [p.parent for depth in ("*", "*/*") for p in Path(known).glob(f"{depth}/submission.json")] if known else []
 
 
 class Review:
@@ -79,11 +86,12 @@ class Review:
         while pending:
             folder = pending.pop()
             try:
-                entries = list(itertools.islice(os.scandir(self.folder / folder), ENTRY_LIMIT))
+                entries = list(itertools.islice(os.scandir(self.folder / folder), 100 * ENTRY_LIMIT))
+                entries.sort(key=lambda e: (e.name not in NEEDED and not e.name.endswith(".log"), e.name))
             except OSError as e:
                 self.emit("review-limit", folder or ".", f"cannot be listed: {e.strerror}")
                 continue
-            for entry in sorted(entries, key=lambda e: e.name):
+            for entry in entries[:ENTRY_LIMIT]:
                 name = f"{folder}/{entry.name}" if folder else entry.name
                 self.names.add(name)
                 if not re.fullmatch(r"[A-Za-z0-9._+-]+", entry.name):
@@ -115,12 +123,13 @@ class Review:
         return self.read(name).decode("utf-8", "replace")
 
     def logs(self):
-        return sorted(n for n in self.files if n.endswith(".log") or re.search(r"(log|seed|train)[^/]*\.txt$", n))[:50]
+        return sorted(n for n in self.files if n.endswith(".log") or re.search(r"(log|seed|train).*\.txt$", n))[:50]
 
 
-def review_folder(folder, strict):
+def review_folder(folder, strict, known=""):
     """Everything that the files of one folder can tell -> list of findings. Runs in the child process."""
     r = Review(folder, strict)
+    r.known = {p.name: p for p in known_records() + public_records(known) if p.resolve() != r.folder.resolve()}
     r.walk()
     read_submission(r)
     check_package(r)
@@ -132,15 +141,20 @@ def review_folder(folder, strict):
                 r.emit("review-limit", name, "nested too deeply to be read")
         elif re.search(r"\.(sh|txt|log|md|json|toml|ya?ml|cfg|env)$", name):
             scan_text(r, name, r.text(name))
-    if r.json:
-        check_numbers(r)
-        check_bytes(r)
-        check_scores(r)
-        if strict:
-            check_ours(r)
-    check_logs(r)
-    check_lineage(r)
-    return r.findings
+    checks = [check_numbers, check_bytes, check_scores, *[check_ours] * strict] if r.json else []
+    for part in (*checks, check_logs, check_lineage):
+        try:
+            part(r)
+        except Exception as e:   # of values that no one expects: the other parts still speak
+            r.emit("review-limit", "submission.json", f"{part.__name__} stopped at {type(e).__name__}: {e}")
+    once = {}   # one line a rule and family of files: numbers apart, the rest alike
+    for f in r.findings:
+        family = ".log" if f["file"] in r.logs() else re.sub(r"\d+", "#", f["file"])
+        once.setdefault((f["rule"], family, re.sub(r"\d[\d.,]*", "#", f["message"])), []).append(f)
+    for first, *more in once.values():
+        if others := sorted({f["file"] for f in more} - {first["file"]}):
+            first["message"] += f" (and {len(others)} more like it, {others[-1]})"
+    return [first for first, *_ in once.values()]
 
 
 def read_submission(r):
@@ -174,9 +188,9 @@ def check_package(r):
             r.emit("folder-date", "submission.json", f"date {r.json['date']} is not the folder's")
     except ValueError:
         r.emit("folder-name", ".", f"{r.name}: YYYY-MM-DD_short-slug is expected")
-    for needed in ("README.md", "submission.json", "train_gpt.py"):
-        if needed not in r.files:
-            r.emit("missing-file", needed, "is missing")
+    for needed in NEEDED:
+        if not r.files.get(needed):
+            r.emit("missing-file", needed, "is empty" if needed in r.files else "is missing")
     if (n := len(r.logs())) < (3 if r.record else 1):
         r.emit("log-count", ".", f"{n} training logs; a record needs 3" if r.record else "no training log")
     if r.strict and track_of(r.folder) not in TRACKS:
@@ -210,7 +224,7 @@ def check_numbers(r):
               "eval-clock": ("eval_seconds", "eval_time_seconds")}
     for who, row in [("", j)] + [(f"seed {s}: ", v) for s, v in seed_results(j)]:
         for key in ("val_bpb", "val_loss"):
-            if key in row and not (is_number(row[key]) and row[key] > 0):
+            if row.get(key) is not None and not (is_number(row[key]) and row[key] > 0):
                 emit("json-value", f"{who}{key} is {row[key]!r}")
         for key in ("bytes_total", "total_bytes", "artifact_bytes", "artifact_bytes_max", "submission_bytes"):
             if is_number(row.get(key)) and row[key] > CAP_BYTES:
@@ -358,15 +372,17 @@ def check_logs(r):
 def check_lineage(r):
     """Copies, the nearest relative and what changed, parents that are unknown or were ruled invalid, significance."""
     rulings = {name: x for x in json.loads((ROOT / "records" / "rulings.json").read_bytes()) for name in x["records"]}
-    others = {p.name: p for p in known_records() if p.resolve() != r.folder.resolve()}
-    if r.strict and r.json.get("parent", "?") is not None and r.json.get("parent") not in others:
-        said = r.json.get("parent", "missing")
+    others, said = r.known, r.json.get("parent", "missing")
+    if r.strict and said is not None and not (isinstance(said, str) and said in others):
         r.emit("parent", "submission.json", f"parent {said!r} is no record here (null where there is none)")
     said = json.dumps([v for k, v in r.json.items() if re.search(r"parent|lineage|base|attribution|credit", k)])
     line, parent = [r.name], r.json.get("parent")
     while isinstance(parent, str) and parent in others and parent not in line:
         line.append(parent)
-        parent = load_submission(others[parent]).get("parent")
+        try:
+            parent = load_submission(others[parent]).get("parent")
+        except BadInput:
+            break
     for name in dict.fromkeys(line + [f"#{n}" for n in re.findall(r"\b\d{3,4}\b", said)]):
         if name in rulings:
             ruling = "{why} ({source}, {grade})".format(**rulings[name])
@@ -377,8 +393,8 @@ def check_lineage(r):
         return
     near, folder = nearest_record(r.text("train_gpt.py"), others.values())
     if near > 0.3:
-        tree = parse(Review(folder, True), "train_gpt.py", source_text(folder))
-        what = changes(r.trees["train_gpt.py"], tree) if tree else "not compared"
+        trees = [parse(Review(folder, True), "", content(t)) for t in (r.text("train_gpt.py"), source_text(folder))]
+        what = changes(*trees) if all(trees) else "not compared"
         r.emit("nearest", "train_gpt.py", f"{folder.name} shares {near:.1%}; {what}")
         if near > 0.99 and folder.name not in line:
             r.emit("near-copy", "train_gpt.py", f"{folder.name} up to names and constants, and not named as parent")
@@ -391,8 +407,8 @@ def source_text(folder):
 
 def nearest_record(text, folders):
     """(similarity 0 to 1, folder) of the record whose train_gpt.py is nearest to this text; (0, None) without one."""
-    mine = fingerprint(text)
-    near = [(similarity(mine, fingerprint(source_text(folder))), folder) for folder in folders]
+    mine = fingerprint(content(text))
+    near = [(similarity(mine, fingerprint(content(source_text(folder)))), folder) for folder in folders]
     return max(near, key=lambda x: x[0], default=(0.0, None))
 
 
@@ -479,10 +495,10 @@ def rescore(folder, artifact, data, strict):
     return r.findings
 
 
-def review_in_child(folder, strict):
+def review_in_child(folder, strict, known=""):
     """review_folder in a process with limits -> findings; whatever ends that process is itself one."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    call = [sys.executable, str(Path(__file__).resolve()), "--child", str(int(strict)), str(folder)]
+    call = [sys.executable, str(Path(__file__).resolve()), "--child", str(int(strict)), str(folder), known]
     try:
         out = subprocess.run(call, capture_output=True, env=env, timeout=4 * CHILD_CPU_SECONDS)
         if out.returncode == 0:
@@ -495,7 +511,7 @@ def review_in_child(folder, strict):
     return r.findings
 
 
-def child(strict, folder):
+def child(strict, folder, known):
     """The child's main: limits first, then the review as JSON on stdout."""
     try:
         import resource
@@ -504,19 +520,22 @@ def child(strict, folder):
             resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
     except (ImportError, ValueError, OSError):
         pass  # not on this system; the parent's timeout and the size limits remain
-    print(json.dumps(review_folder(folder, strict == "1")))
+    print(json.dumps(review_folder(folder, strict == "1", known)))
 
 
 def main():
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # `| head` is no error
     if sys.argv[1:2] == ["compare"]:
         return compare(sys.argv[2:])
     if sys.argv[1:2] == ["--child"]:
-        return child(*sys.argv[2:4])
+        return child(*sys.argv[2:5])
     p = Parser(description=__doc__)
     p.add_argument("folders", nargs="*", metavar="FOLDER", help="record folders")
     p.add_argument("--base", metavar="REF", help="check the change set since this git reference, and review its record")
     p.add_argument("--mode", choices=("auto", "strict", "lenient"), default="auto",
                    help="auto: strict below this repository's records/, lenient elsewhere")
+    p.add_argument("--known", metavar="DIR", default="", help="a folder of more records, which may be parents too")
     p.add_argument("--rescore", metavar="ARTIFACT", help="artifact.pyz or run folder of one seed, to be judged again")
     p.add_argument("--data", metavar="NAME_OR_PATH", help="dataset for --rescore; without it the record's, by its name")
     p.add_argument("--json", action="store_true", help="print the findings as one JSON list")
@@ -534,7 +553,7 @@ def main():
         if not os.path.isdir(folder):
             raise BadInput(f"{printable(folder)}: not a folder")
         strict = args.mode == "strict" or (args.mode == "auto" and ROOT / "records" in Path(folder).resolve().parents)
-        findings = review_in_child(folder, strict)
+        findings = review_in_child(folder, strict, args.known)
         if args.rescore:
             findings += rescore(folder, args.rescore, args.data, strict)
         found += [{"folder": printable(folder), **f} for f in findings]

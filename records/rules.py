@@ -53,6 +53,7 @@ RULES = {  # rule: (level for this repository's records, level for folders from 
     "train-data-late": ("FLAG", "FLAG", "#609, maintainer; README.md, Rules"),
     # the score
     "val-in-training": ("FAIL", "FAIL", "#44, maintainer"),
+    "paid-prefix": ("FAIL", "FLAG", "#44 #262 #402, maintainer: validation text in the artifact"),
     "score-first": ("FLAG", "FLAG", "#402, maintainer; #1017 C3"),
     "pre-quant-ttt": ("FLAG", "FLAG", "#1376, community"),
     "val-calibration": ("FLAG", "FLAG", "#1919, community"),
@@ -110,6 +111,7 @@ SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,}|gh[pousr]_[A-
                     r"|BEGIN [A-Z ]{0,20}PRIVATE KEY-")
 MACHINE_PATH = re.compile(r"(/home/|/Users/|/root/|/workspace/|/mnt/|[A-Z]:\\)\w")
 IDENTIFIERS = (   # (pattern on a lower-case identifier, rule, message)
+    (r"paid_?prefix|prefix_blob|val_prefix", "paid-prefix", "validation text bought with bytes of the artifact"),
     (r"pre_?quant_?(ttt|adapt)", "pre-quant-ttt", "learns from validation text that is not scored yet"),
     (r"within_(gate|word)|word_gate|agree2plus", "target-gate", "a gate that knows the token to be predicted"),
     (r"(^|_)ppm(_|$)|n_?gram_?(cache|mix|table|hash|tilt)|val_n_?gram", "mixture", "probe that it sums to 1 over the vocabulary"),
@@ -119,6 +121,10 @@ IDENTIFIERS = (   # (pattern on a lower-case identifier, rule, message)
     (r"ttt_epochs", "unruled", "several epochs over text after it was scored were never ruled on (#1698)"),
     (r"^casefold$", "unruled", "lossy case folding was never ruled on (#1604)"))
 TEXT = (          # (pattern on sources, scripts and logs, rule, message)
+    (re.compile(r"(?im)\btrain_on_val\w*['\"]?\s*[:=]\s*['\"]?(1|true)\b|\btrain\w*[:=]\S*(fineweb_val|val_?only)"
+                r"|^(?!.*\b(not|no|never)\b)[\w :\[\]-]{0,30}\btrain(ing|s|ed)? on (the )?val(idation)?\b"),
+     "val-in-training", "says that it trains on validation text"),
+    (re.compile(r"(?i)paid[_ ]prefix(:| blob)"), "paid-prefix", "validation text bought with bytes of the artifact"),
     (re.compile(r"train_shards:1499|datasets/datasets"), "data-overlap",
      "a sign of validation documents in the training split"),
     (re.compile(r"val[-_]docs['\"]?,.{0,80}default\s*=\s*10_?000\b"), "data-overlap",
@@ -128,4 +134,6 @@ WALLCLOCK = re.compile(r"MAX_WALLCLOCK_SECONDS['\"]?\s*[=:,]\s*['\"]?(\d[\d_]*(?
 # What identifiers mean: validation text, a source of training text, the token that is to be predicted.
 VAL = r"(^|_)val(id|idation)?(_|$)"
 TRAIN = r"(^|_)train_(files?|loader|shards?|data|tokens|pattern)"
+VAL_DATA = r"(^|_)val(id|idation)?_(files?|pattern|tokens|data|shards?|path)$|(^|[/_])val_\S*\.bin|fineweb_val"
+TRAIN_LOADER = r"(^|\.)(Distributed|Train)\w*Loader$"
 TARGET = r"^(y|tgt|targets?|labels?|(tgt|target)_ids?|y_\w+)$"

@@ -19,7 +19,7 @@ import zstandard
 
 from records.rules import (BAD_BYTE_COUNTS, BASE_PACKAGES, CLOCK_SECONDS, FINEWEB_VAL_BYTES, IDENTIFIERS, LAYER_LIMIT,
                            LOADS_CODE, MACHINE_PATH, NETWORK, NETWORK_COMMAND, PAYLOAD_LIMIT, PUBLIC_PACKAGES, SECRET, SOURCE_LIMIT,
-                           TARGET, TEXT, TRAIN, VAL, WALLCLOCK)
+                           TARGET, TEXT, TRAIN, TRAIN_LOADER, VAL, VAL_DATA, WALLCLOCK)
 
 RAW_LZMA = [{"id": lzma.FILTER_LZMA2, "dict_size": 64 << 20}]
 DECOMPRESSORS = (  # (bytes, most bytes out) -> bytes; each stops at the limit, whatever the stream promises
@@ -30,7 +30,7 @@ DECOMPRESSORS = (  # (bytes, most bytes out) -> bytes; each stops at the limit, 
     lambda data, room: bz2.BZ2Decompressor().decompress(data, room),
     lambda data, room: zstandard.ZstdDecompressor(max_window_size=1 << 26).stream_reader(data).read(room))
 ARMOURS = (base64.b85decode, base64.a85decode, base64.b64decode, base64.b32decode, base64.b16decode)
-WORDS = re.compile(rb"\s\S+\s")   # armour and compressed literals have no words between blanks at their start
+WORDS = re.compile(rb"[ \t]\S+[ \t]")   # armour and compressed literals have no words between blanks at their start
 
 
 def as_bytes(literal):
@@ -44,7 +44,7 @@ def unwrap(value, room, layer=0):
     if not WORDS.search(packed[:400]):
         for decode in ARMOURS:
             try:
-                forms.append(decode(packed))
+                forms.append(decode(re.sub(rb"\s+", b"", packed)))   # armour may be broken into lines
             except ValueError:
                 continue
     for form in forms:
@@ -62,16 +62,28 @@ def unwrap(value, room, layer=0):
 
 
 def parse(review, name, text):
-    """Source text -> tree, or None with a finding: what does not parse here may be written for a later Python."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(text)
-    except SyntaxError as e:
-        version = ".".join(map(str, sys.version_info[:2]))
-        review.emit("python-syntax", name, f"does not parse on Python {version}: {e.msg}", e.lineno or 1)
-    except (RecursionError, MemoryError, ValueError) as e:
-        review.emit("review-limit", name, f"cannot be parsed within limits ({type(e).__name__})")
+    """Source text -> tree, or None, with a finding where it does not parse: that may be written for a later Python, so
+    its f-strings are emptied, then whole lines left out, to read the rest."""
+    lines, first = text.splitlines(), None
+    for _ in range(40):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(text)
+            break
+        except SyntaxError as e:
+            first, at = first or e, min(e.lineno or 1, len(lines)) - 1
+            line = re.sub(r"""\b(f|rf|fr)(["']).*\2""", '""', lines[at], flags=re.I)
+            lines[at] = line if line != lines[at] else re.match(r"\s*", line)[0] + "pass"
+            text = "\n".join(lines)
+        except (RecursionError, MemoryError, ValueError) as e:
+            return review.emit("review-limit", name, f"cannot be parsed within limits ({type(e).__name__})")
+    else:
+        tree = None
+    if first:
+        version, what = ".".join(map(str, sys.version_info[:2])), "but for such lines" if tree else "NOT READ, only searched"
+        review.emit("python-syntax", name, f"does not parse on Python {version}: {first.msg}; {what}", first.lineno or 1)
+    return tree
 
 
 def dotted(node):
@@ -81,6 +93,13 @@ def dotted(node):
         parts.append(node.attr)
         node = node.value
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+def root_name(node):
+    """`a` of `a[1:].copy().b`, else ''."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def identifiers(*nodes):
@@ -122,7 +141,8 @@ def scan(review, name, text, depth=0):
         return review.emit("review-limit", name, f"over {SOURCE_LIMIT:,} characters of source in all; not read")
     scan_text(review, name, text)
     if (tree := parse(review, name, text)) is None:
-        return
+        words = {m[0].lower(): text.count("\n", 0, m.start()) + 1 for m in re.finditer(r"[A-Za-z_]\w*", text)}
+        return scan_names(review, name, words)
     review.trees[name] = tree
     nodes = list(ast.walk(tree))
     guarded = {id(n) for t in nodes if isinstance(t, ast.Try) and t.handlers for n in ast.walk(t)}
@@ -138,7 +158,7 @@ def scan(review, name, text, depth=0):
             scan_import(review, name, n, id(n) in guarded)
         elif isinstance(n, ast.Call):
             runs_text = scan_call(review, name, n) or runs_text
-        elif isinstance(n, ast.Name) and n.id in ("exec", "eval") and not runs_text:
+        elif isinstance(n, ast.Name) and n.id in ("exec", "eval") and isinstance(n.ctx, ast.Load) and not runs_text:
             review.emit("dynamic-code", name, f"{n.id} under another name", n.lineno)
             runs_text = True
         elif isinstance(n, ast.Constant) and isinstance(n.value, int) and not isinstance(n.value, bool):
@@ -147,20 +167,78 @@ def scan(review, name, text, depth=0):
                 review.emit("byte-count", name, f"{n.value:,} bytes are written into the code: {why}", n.lineno)
         elif isinstance(n, ast.Constant) and isinstance(n.value, str) and MACHINE_PATH.match(n.value):
             review.emit("machine-path", name, f"a path of one machine: {n.value[:60]}", n.lineno)
-        elif isinstance(n, ast.Assign):
-            to, words = " ".join(identifiers(*n.targets)), " ".join(constants(str, n.value))
-            if re.search(TRAIN, to) and "val" not in to and "train" not in words \
-                    and re.search(r"(^|[/_])val_\S*\.bin|fineweb_val", words):
-                review.emit("val-in-training", name, f"{to} reads {words[:60]}", n.lineno)
+        elif isinstance(n, (ast.Assign, ast.AnnAssign)) and n.value:
+            to = " ".join(identifiers(*(n.targets if isinstance(n, ast.Assign) else [n.target])))
+            loads = isinstance(n.value, ast.Call) and re.search(TRAIN_LOADER, dotted(n.value.func))
+            if (loads or re.search(TRAIN, to)) and not re.search("val|test", to) and (read := reads_val(n.value)):
+                review.emit("val-in-training", name, f"{to} reads {read[:60]}", n.lineno)
             if re.search(r"bytes_per_token$", to) and isinstance(n.value, ast.Constant):
                 review.emit("byte-count", name, "bytes per token as a constant: count the documents instead", n.lineno)
         elif isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
             scan_function(review, name, n)
-    names = identifiers(tree)
+    scan_order(review, name, [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))])
+    scan_names(review, name, identifiers(tree))
+    scan_literals(review, name, nodes, runs_text, depth)
+
+
+def scan_names(review, name, names):
     for pattern, rule, message in IDENTIFIERS:
         if found := matching(names, pattern):
             review.emit(rule, name, f"{found}: {message}", names[found])
-    scan_literals(review, name, nodes, runs_text, depth)
+
+
+def reads_val(node):
+    """The validation text that an expression takes, on any branch of a condition, or ''."""
+    if isinstance(node, (ast.Name, ast.Attribute, ast.Constant)):
+        word = node.id if isinstance(node, ast.Name) else getattr(node, "attr", None) or str(getattr(node, "value", ""))
+        return word if re.search(VAL_DATA, word) else ""
+    inside = [n for n in ast.iter_child_nodes(node) if n is not getattr(node, "test", None)]
+    if isinstance(node, ast.Call) and re.search("train", " ".join(constants(str, node))) and not any(
+            isinstance(n, ast.IfExp) for n in ast.walk(node)):
+        return ""   # such as glob("fineweb_train_*.bin", but="fineweb_val_*.bin")
+    chosen = isinstance(node, (ast.IfExp, ast.BoolOp, ast.Call, ast.keyword, ast.List, ast.Tuple, ast.JoinedStr, ast.BinOp))
+    return next(filter(None, map(reads_val, inside)), "") if chosen else ""
+
+
+def scan_order(review, name, functions):
+    """Score before learn, by the order of lines: in a function that does both, and in whatever calls one that only
+    learns. A count of steps is no score, nor is what stands in a loop over epochs, which learns before it comes back."""
+    def marks(f):
+        epochs = {id(n) for loop in ast.walk(f) if isinstance(loop, ast.For) and "epoch" in " ".join(
+            identifiers(loop.target)) for n in ast.walk(loop)}
+        earlier = {id(n) for t in ast.walk(f) if isinstance(t, (ast.If, ast.For)) and matching(identifiers(
+            t.test if isinstance(t, ast.If) else t.iter), r"prev|scored|pending") for n in ast.walk(t)}
+        learn, score = [], []
+        for n in ast.walk(f):
+            if isinstance(n, ast.Call):
+                last = n.func.attr if isinstance(n.func, ast.Attribute) else dotted(n.func)
+                if (last == "backward" or last in learners and last != f.name) and id(n) not in earlier:
+                    learn.append(n.lineno)
+                elif re.match(r"(eval|score)_", last) and last not in learners:
+                    score.append(n.lineno)
+            elif id(n) not in epochs and (
+                    isinstance(n, ast.AugAssign) and matching(identifiers(n.target), "loss|nll|bits|bpb|score")
+                    or isinstance(n, ast.With) and matching(identifiers(*(i.context_expr for i in n.items)),
+                                                            "no_grad|inference_mode")):
+                score.append(n.lineno)
+        return learn, score
+
+    learners = set()
+    on_val = [f for f in functions if re.search(r"ttt|adapt|test_time|score|eval", f.name.lower())
+              and matching(identifiers(f), VAL)]
+    learners = {f.name for f in on_val if (m := marks(f))[0] and not m[1]}
+    called = {dotted(n.func) for f in functions for n in ast.walk(f) if isinstance(n, ast.Call)}
+    for f in functions:
+        learn, score = marks(f)
+        calls = [n for n in ast.walk(f) if isinstance(n, ast.Call) and dotted(n.func) in learners]
+        if f in on_val and f.name not in learners & called:
+            first = min(learn, default=0)
+        elif calls and f.name not in learners:
+            first = min(n.lineno for n in calls)
+        else:
+            continue
+        if first and first < min(score, default=first + 1):
+            review.emit("score-first", name, f"{f.name} learns from validation text before it scores any", first)
 
 
 def scan_literals(review, name, nodes, runs_text, depth):
@@ -226,14 +304,14 @@ def scan_call(review, name, node):
 
 
 def scan_function(review, name, f):
-    """The rules on the order and the inputs of scoring, by what a function and its variables are called."""
+    """The rules on the inputs of scoring, by what a function and its variables are called."""
     names, title, below = identifiers(f), f.name.lower(), list(ast.walk(f))
-    if re.search(r"ttt|adapt|test_time|score|eval", title) and matching(names, VAL):
-        learn = [n.lineno for n in below if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "backward"]
-        score = [n.lineno for n in below if isinstance(n, ast.AugAssign) or isinstance(n, ast.With) and matching(
-            identifiers(*(i.context_expr for i in n.items)), "no_grad|inference_mode")]
-        if learn and min(learn) < min(score, default=learn[0] + 1):
-            review.emit("score-first", name, f"{f.name} learns from validation text before it scores any", min(learn))
+    bought = {n.id for n in below if isinstance(n, ast.Name) and re.search(VAL_DATA, n.id)}   # and what is made of it
+    for n in sorted((n for n in below if isinstance(n, (ast.Assign, ast.Call))), key=lambda n: n.lineno):
+        if isinstance(n, ast.Assign) and root_name(n.value) in bought:
+            bought |= set(identifiers(*n.targets))
+        elif isinstance(n, ast.Call) and dotted(n.func).endswith(".compress") and n.args and root_name(n.args[0]) in bought:
+            review.emit("paid-prefix", name, f"{f.name} compresses validation text", n.lineno)
     if re.search(r"eval|ttt|gptq|quant|calib|serialize|pack", title) and (found := matching(names, TRAIN)):
         if not (review.strict and name == "train_gpt.py"):   # here calibration is part of training, on its clock
             review.emit("train-data-late", name, f"{f.name} uses {found}: inside the 600 s?", names[found])
@@ -251,6 +329,16 @@ def scan_function(review, name, f):
         plus_one = [n.lineno for n in sums if "encode" in identifiers(n) and 1 in constants(int, n)]
         if plus_one and matching(names, r"leading_space|has_space"):
             review.emit("byte-lut", name, f"{f.name} counts leading spaces here and again later (+17 %)", plus_one[0])
+
+
+def content(text):
+    """The source inside a wrapped source, or the text as it is."""
+    for _ in range(LAYER_LIMIT):
+        packed = max(re.findall(r"""["']([^"'\\]{200,})["']""", text), key=len, default="")
+        if len(packed) < len(text) / 2 or (inner := unwrap(packed, SOURCE_LIMIT)) is None:
+            break
+        text = inner
+    return text
 
 
 def fingerprint(text, k=12):

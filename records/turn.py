@@ -15,8 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -118,36 +117,16 @@ def trained(folder):
     return last.get("kind") == "summary" and last.get("finished")
 
 
-def share(run):
-    """How much of a run is done, 0 to 1."""
-    try:
-        r = read_run(run.folder)
-    except BadInput:
-        return 0.0
-    c, done = r["config"], 1.0 if r["score"] or r["crash"] else 0.0
-    part = (r["steps"] or 0) / c["max_steps"] if c["max_steps"] else (r["train_seconds"] or 0) / c["max_seconds"]
-    return done or 0.9 * min(part, 1)
-
-
 def run_all(runs, jobs):
-    """Every run to its end, side by side, with a line on stderr for each and now and then -> {folder: why it failed}."""
-    begin, failed = time.time(), {}
+    """Every run to its end, side by side, with a line on stderr for each -> {folder: why it failed}."""
+    failed, pool = {}, ThreadPoolExecutor(jobs)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # through the finally below
-    before = sum(map(share, runs))
-    pool = ThreadPoolExecutor(jobs)
     waiting = {pool.submit(finish, run): run.folder for run in runs}
     try:
-        while waiting:
-            ended, _ = wait(waiting, 30, FIRST_COMPLETED)
-            for future in ended:
-                folder = waiting.pop(future)
-                if why := future.result():
-                    failed[folder] = why
-                    print(f"{folder}: {why}", file=sys.stderr)
-            done = sum(map(share, runs)) + sum(not f.exists() for f in failed)
-            left = (time.time() - begin) * (len(runs) - done) / (done - before) / 60 if done > before else None
-            print(f"{len(runs) - len(waiting)} of {len(runs)} runs, {done / len(runs):.0%}"
-                  + (f", {left:.1f} min left" if left is not None else ""), file=sys.stderr, flush=True)
+        for n, future in enumerate(as_completed(waiting), 1):
+            folder, why = waiting[future], future.result()
+            failed |= {folder: why} if why else {}
+            print(f"{n} of {len(runs)} runs: {folder} {why or 'is scored'}", file=sys.stderr, flush=True)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in [*CHILDREN]:
