@@ -1871,8 +1871,8 @@ def test_every_rule_finds_what_breaks_it_and_nothing_else(tmp_path, monkeypatch)
     good, wrong = make_record(tmp_path), []
     monkeypatch.setattr(check, "known_records", lambda: [])
     rows = [("seeds", seed_with(artifact_sha256=f"{1:064d}"), True),   # a copy of the first
-            ("parent", json_with(parent={"a": 1}), True), ("review-limit", json_with(dataset={"name": "fineweb",
-                                                                                     "val_docs": 50_000, "val_bytes": "?"}), True)]
+            ("parent", json_with(parent={"a": 1}), True),
+            ("review-limit", json_with(dataset={"name": "fineweb", "val_docs": 50_000, "val_bytes": "?"}), True)]
     rows += [(rule, edit, rule != "code-bytes") for rule, edit in BROKEN.items()]   # that is for the public way of counting
     rows += [(rule, write("train_gpt.py", text), False) for rule, text in SNIPPETS] + [(*row, False) for row in FILES]
     for n, (rule, edit, strict) in enumerate(rows):
