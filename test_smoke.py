@@ -1823,8 +1823,9 @@ SNIPPETS = [   # (rule or None, source from elsewhere)
     (None, LOOP(["def ttt(val_data):", "if scored:", "    loss.backward()", "loss_sum += 1"])),
     ("score-first", "def adapt(val_data):\n    loss.backward()\ndef main():\n    adapt(1)\n    eval_val()"),
     (None, "def adapt(val_data):\n    loss.backward()\ndef main():\n    eval_val()\n    adapt(1)"),
+    ("score-first", "def adapt(val_data):\n    loss.backward()\ndef eval_all(val_data):\n    adapt(1)\n    loss_sum += 1"),
     # what this Python cannot parse, empty, wrapped in broken lines
-    ("python-syntax", 'def broken(:'), ("val-in-training", "x = f'{a['b']}'\ntrain_files = val_files"),
+    ("python-syntax", 'def broken(:'), ("val-in-training", "train_files = g(f'{a['b']}', val_files)"),
     ("mixture", "\n".join(["def broken(:"] * 50) + "\nngram_cache"), ("missing-file", ""),
     ("val-in-training", "exec(unpack('''" + "\n    ".join(re.findall(".{1,70}", base64.b85encode(zlib.compress(
         b"train_files = val_files\n" + os.urandom(300).hex().encode())).decode())) + "'''))")]
@@ -1839,16 +1840,18 @@ FILES = [   # (rule or None, file change in a folder from elsewhere)
     ("val-in-training", write("a.log", "training on validation text")), (None, write("a.log", "not training on val")),
     ("paid-prefix", write("a.log", "paid_prefix:loaded 6,200,000 tokens")), (None, json_with(val_loss=None)),
     ("json-field", json_with(val_bpb=None)), ("json-value", json_with(val_loss=0)), ("log-score", seed_with(val_bpb=1.2011)),
-    (None, lambda f: (seed_with(val_bpb=1.20011)(f), write("logs/run1.txt", "val_bpb: 1.20011")(f))),
+    (None, lambda f: (json_with(val_bpb=1.2004)(f), replaced("README.md", "1.2002", "1.2004")(f), seed_with(val_bpb=1.20077)(f), write("logs/run1.txt", "val_bpb: 1.20077")(f))),
     (None, lambda f: [write(f"a/{i}.md", "x")(f) for i in range(390)]),
     ("review-limit", lambda f: [write(f"a{i}.md", "x")(f) for i in range(401)]),
-    ("readme-words", lambda f: (json_with(parent={"a": 1})(f), replaced("README.md", "Words.", "(write this)")(f)))]
+    (None, json_with(parent={"a": 1}))]
 
 
 def test_every_rule_finds_what_breaks_it_and_nothing_else(tmp_path, monkeypatch):
     good, wrong = make_record(tmp_path), []
     monkeypatch.setattr(check, "known_records", lambda: [])
-    rows = [("seeds", seed_with(artifact_sha256=f"{1:064d}"), True)]   # a copy of the first
+    rows = [("seeds", seed_with(artifact_sha256=f"{1:064d}"), True),   # a copy of the first
+            ("parent", json_with(parent={"a": 1}), True),
+            ("review-limit", json_with(dataset={"name": "fineweb", "val_docs": 50_000, "val_bytes": "?"}), True)]
     rows += [(rule, edit, rule != "code-bytes") for rule, edit in BROKEN.items()]   # that is for the public way of counting
     rows += [(rule, write("train_gpt.py", text), False) for rule, text in SNIPPETS] + [(*row, False) for row in FILES]
     for n, (rule, edit, strict) in enumerate(rows):
