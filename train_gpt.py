@@ -1291,7 +1291,7 @@ def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World,
 
 
 def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, log: Log, world: World) -> int:
-    """One run, from initial weights or the state of a stopped run to the saved checkpoint -> exit code 0, or Stopped."""
+    """One run, from initial weights or a saved state to the saved checkpoint -> exit code 0, or raises Stopped."""
     # ---- setup
     begin, device, cuda = time.perf_counter(), world.device, world.device.type == "cuda"
     sync = partial(torch.cuda.synchronize, device) if cuda else lambda: None

@@ -97,7 +97,8 @@ NETWORK = {"requests", "urllib.request", "http.client", "httpx", "aiohttp", "ftp
            "datasets", "wandb", "boto3"}
 # Calls that run or load what is not written in the source, by their full name.
 LOADS_CODE = re.compile(r"(cloud)?pickle\.loads?|joblib\.load|marshal\.loads?|ctypes\.(CDLL|cdll\.LoadLibrary|PyDLL)"
-                        r"|os\.(exec\w+|spawn\w+|posix_spawnp?)|importlib\.(import_module|util\.spec_from_file_location)")
+                        r"|os\.(exec\w+|spawn\w+|posix_spawnp?)"
+                        r"|importlib\.(import_module|util\.spec_from_file_location)")
 NETWORK_COMMAND = re.compile(r"\b(curl|wget|git clone|pip3? install|aria2c|scp|rsync)\b")
 FORBIDDEN = (   # (pattern on the name inside the folder, what it is)
     (re.compile(r"\.(ptz?|pth|bin|np[yz]|so|pyd|dll|exe|ckpt|safetensors|onnx|pkl|pickle|parquet"
@@ -114,7 +115,8 @@ IDENTIFIERS = (   # (pattern on a lower-case identifier, rule, message)
     (r"paid_?prefix|prefix_blob|val_prefix", "paid-prefix", "validation text bought with bytes of the artifact"),
     (r"pre_?quant_?(ttt|adapt)", "pre-quant-ttt", "learns from validation text that is not scored yet"),
     (r"within_(gate|word)|word_gate|agree2plus", "target-gate", "a gate that knows the token to be predicted"),
-    (r"(^|_)ppm(_|$)|n_?gram_?(cache|mix|table|hash|tilt)|val_n_?gram", "mixture", "probe that it sums to 1 over the vocabulary"),
+    (r"(^|_)ppm(_|$)|n_?gram_?(cache|mix|table|hash|tilt)|val_n_?gram", "mixture",
+     "probe that it sums to 1 over the vocabulary"),
     (r"slot_(delta|lr|steps?|epochs?)$|use_slot", "unruled",
      "SLOT: most fail the flip test (#1240); a causal one was never ruled on (#1336)"),
     (r"dirichlet", "unruled", "Dirichlet-smoothed caches were never ruled on (#948)"),

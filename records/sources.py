@@ -18,7 +18,8 @@ import zlib
 import zstandard
 
 from records.rules import (BAD_BYTE_COUNTS, BASE_PACKAGES, CLOCK_SECONDS, FINEWEB_VAL_BYTES, IDENTIFIERS, LAYER_LIMIT,
-                           LOADS_CODE, MACHINE_PATH, NETWORK, NETWORK_COMMAND, PAYLOAD_LIMIT, PUBLIC_PACKAGES, SECRET, SOURCE_LIMIT,
+                           LOADS_CODE, MACHINE_PATH, NETWORK, NETWORK_COMMAND, PAYLOAD_LIMIT, PUBLIC_PACKAGES, SECRET,
+                           SOURCE_LIMIT,
                            TARGET, TEXT, TRAIN, TRAIN_LOADER, VAL, VAL_DATA, WALLCLOCK)
 
 RAW_LZMA = [{"id": lzma.FILTER_LZMA2, "dict_size": 64 << 20}]
@@ -81,8 +82,9 @@ def parse(review, name, text):
     else:
         tree = None
     if first:
-        version, what = ".".join(map(str, sys.version_info[:2])), "but for such lines" if tree else "NOT READ, only searched"
-        review.emit("python-syntax", name, f"does not parse on Python {version}: {first.msg}; {what}", first.lineno or 1)
+        version = ".".join(map(str, sys.version_info[:2]))
+        what = f"{first.msg}; {'but for such lines' if tree else 'NOT READ, only searched'}"
+        review.emit("python-syntax", name, f"does not parse on Python {version}: {what}", first.lineno or 1)
     return tree
 
 
@@ -196,13 +198,14 @@ def reads_val(node):
     if isinstance(node, ast.Call) and re.search("train", " ".join(constants(str, node))) and not any(
             isinstance(n, ast.IfExp) for n in ast.walk(node)):
         return ""   # such as glob("fineweb_train_*.bin", but="fineweb_val_*.bin")
-    chosen = isinstance(node, (ast.IfExp, ast.BoolOp, ast.Call, ast.keyword, ast.List, ast.Tuple, ast.JoinedStr, ast.BinOp))
+    chosen = isinstance(node, (ast.IfExp, ast.BoolOp, ast.Call, ast.keyword, ast.List, ast.Tuple, ast.JoinedStr,
+                               ast.BinOp))
     return next(filter(None, map(reads_val, inside)), "") if chosen else ""
 
 
 def scan_order(review, name, functions):
     """Score before learn, by the order of lines: in a function that does both, and in whatever calls one that only
-    learns. A count of steps is no score, nor is what stands in a loop over epochs, which learns before it comes back."""
+    learns. A count of steps is no score, nor is what stands in a loop over epochs, which learns before it is back."""
     def marks(f):
         epochs = {id(n) for loop in ast.walk(f) if isinstance(loop, ast.For) and "epoch" in " ".join(
             identifiers(loop.target)) for n in ast.walk(loop)}
@@ -310,7 +313,8 @@ def scan_function(review, name, f):
     for n in sorted((n for n in below if isinstance(n, (ast.Assign, ast.Call))), key=lambda n: n.lineno):
         if isinstance(n, ast.Assign) and root_name(n.value) in bought:
             bought |= set(identifiers(*n.targets))
-        elif isinstance(n, ast.Call) and dotted(n.func).endswith(".compress") and n.args and root_name(n.args[0]) in bought:
+        elif (isinstance(n, ast.Call) and dotted(n.func).endswith(".compress") and n.args
+              and root_name(n.args[0]) in bought):
             review.emit("paid-prefix", name, f"{f.name} compresses validation text", n.lineno)
     if re.search(r"eval|ttt|gptq|quant|calib|serialize|pack", title) and (found := matching(names, TRAIN)):
         if not (review.strict and name == "train_gpt.py"):   # here calibration is part of training, on its clock

@@ -27,7 +27,8 @@ from data.dataset import BadInput, Parser, atomic_write, command
 from records import plot
 from records.check import known_records, nearest_record
 from records.ledger import (CAP_BYTES, PER_RUN, commit_of, config_differences, digest, find_baseline, is_number,
-                            load_submission, read_entry, read_regular, read_run, read_sources, seed_results, source_diff)
+                            load_submission, read_entry, read_regular, read_run, read_sources, seed_results,
+                            source_diff)
 from records.rules import BEST_PUBLIC_BPB, CLOCK_SECONDS, CLOCK_SLACK, RULE_NATS, RULE_P, TRACKS
 from records.stats import comparison, nats_per_bit
 
@@ -117,7 +118,7 @@ def submission(runs, args, track, parent):
 
 
 def verdict(mine, other):
-    """One sentence: these scores against those of read_entry(), on the same documents, with p where it means anything."""
+    """One sentence: these scores against those of read_entry() on the same documents, with p where there is one."""
     ours, theirs = ({s: v["val_bpb"] for s, v in seed_results(mine)}, other["scores"])
     if mine["dataset"].get("val_docs_sha256") != other["dataset"].get("val_docs_sha256"):
         return "scored on other documents, so nothing compares."
@@ -147,7 +148,8 @@ def readme(mine, sources, parent, best):
     for other, what in ((parent, "parent"), (best, "best before it")):
         if other and (what == "parent" or not parent or best["name"] != parent["name"]):
             text.append(f"Against the {what}, {other['name']}: {verdict(mine, other)}\n")
-    text.append(f"## What changed, and why it works\n\n{mine['idea'] + chr(10) * 2 if mine['idea'] else ''}(write this)\n")
+    idea = f"{mine['idea']}\n\n" if mine["idea"] else ""
+    text.append(f"## What changed, and why it works\n\n{idea}(write this)\n")
     if parent:
         differ = config_differences(mine["config"], parent["config"])
         settings = "".join(f"- `{k}` {old} -> {new}\n" for k, (old, new) in differ.items())

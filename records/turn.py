@@ -161,7 +161,8 @@ def ideas(rows):
         else:
             c = comparison(ours, theirs, 1.0)
             verdict = c["verdict"] if c["verdict"] in ("keep", "drop") else "undecided"
-            numbers = f"{c['gain_bpb']:+.5f} bits per byte, p {c['p']:.2g}, n {len(ours)}" + f" ({stopped})" * bool(stopped)
+            numbers = f"{c['gain_bpb']:+.5f} bits per byte, p {c['p']:.2g}, n {len(ours)}"
+            numbers += f" ({stopped})" * bool(stopped)
         out.append((verdict, numbers, first))
     return out
 
@@ -170,13 +171,14 @@ def main():
     argv = sys.argv[1:]
     cut = argv.index("--") if "--" in argv else len(argv)
     p = Parser(description=__doc__)
-    p.add_argument("--idea", help="what differs from the parent, in one sentence; without it the ideas so far are shown")
+    p.add_argument("--idea", help="what differs from the parent, in one sentence; without it: the ideas so far")
     p.add_argument("--parent", default="HEAD", help="a run, a record or a commit")
     p.add_argument("--seeds", type=int, default=3, help="seeds 1 to this on both sides")
-    p.add_argument("--preset", choices=list(PRESETS), help="the parent's settings, else proxy with data/proxy, else demo")
+    p.add_argument("--preset", choices=list(PRESETS), help="the parent's; else proxy with data/proxy, or demo")
     p.add_argument("--jobs", type=int, default=1 if shutil.which("nvidia-smi") else os.cpu_count(), help="runs at once")
     args, more = p.parse_known_args(argv[:cut])
-    given, own = ({k: v for f in words for k, v in re.findall(r"^--(\w+)=(.*)$", f)} for words in (more, argv[cut + 1:]))
+    given, own = ({k: v for f in words for k, v in re.findall(r"^--(\w+)=(.*)$", f)}
+                  for words in (more, argv[cut + 1:]))
     if bad := [k for k in {**given, **own} if k not in {f.name for f in fields(Config)} - PER_RUN] or [
             f for f in more + argv[cut + 1:] if not re.match(r"--\w+=", f)]:
         raise BadInput(f"{bad[0]}: settings of train_gpt.py are written --name=value")
