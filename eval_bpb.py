@@ -224,6 +224,8 @@ class Adaptive:
         return p.scatter_add(2, after.expand(shares.shape), shares).clamp(min=1e-37).log(), seen
 
     def linear(self, adapt, x, W, name, layer, visit):
+        if name not in self.targets:
+            return F.linear(x, W)
         return adapt(x * (layer + 1) ** -0.5, F.linear(x, W), (name, visit))  # W has the norm's scale folded in
 
     def learn(self, targets):
@@ -947,7 +949,7 @@ def main(argv: list[str] | None = None) -> int:
                 verdicts["replay"] = replay(make(), streams, rounds, nats, vocab_size, args.audit_seconds,
                                             phases.seconds["score"], device)
                 verdicts["lengths"] = tell_wrong_lengths(make(), streams, rounds, nats, vocab_size)
-        shares = gather(({i: math.fsum(each) for i, each in nats.items()}, verdicts), world_size)
+        shares = gather(({i: math.fsum(each) for i, each in nats.items()}, verdicts, seconds), world_size)
     except BadInput as e:
         raise type(e)(f"{artifact}: {e}") from None
     except Exception as e:
@@ -958,8 +960,8 @@ def main(argv: list[str] | None = None) -> int:
             remote.close()
         if world_size > 1:
             dist.destroy_process_group()
-    nats = math.fsum(x for share, _ in shares for _, x in sorted(share.items()))
-    for _, others in shares:  # what failed on any rank has failed
+    nats, seconds = math.fsum(x for share, *_ in shares for _, x in sorted(share.items())), max(s for *_, s in shares)
+    for _, others, _ in shares:  # what failed on any rank has failed
         verdicts |= {k: v for k, v in others.items() if v.startswith("FAIL")}
     if rank == 0:
         about |= {"audit": verdicts, "max_seconds": limit, "phases": phases.report() | {"to_score": round(seconds, 3)}}

@@ -135,6 +135,8 @@ def check_config(cfg: Config) -> None:
             raise BadInput(f"--{f.name}=0 must be above 0")
         if f.name in BELOW_ONE and value >= 1 or f.name in ("lr_floor", "cooldown", "ema_share") and value > 1:
             raise BadInput(f"--{f.name}={value} is too large: it is a share")
+    if cfg.n_layer * cfg.loop_passes > 4096:
+        raise BadInput(f"--n_layer={cfg.n_layer} --loop_passes={cfg.loop_passes}: more than 4096 block applications")
     head_dim, looped = cfg.n_embd // cfg.n_head, block_order(cfg, True)
     encoder = looped[:len(looped) // 2] + list(range(cfg.n_layer // 2))
     for ok, message in [
@@ -827,8 +829,8 @@ class Optimizer:
             p.mul_(1 - lr * cfg.matrix_lr * cfg.matrix_wd).add_(update[:p.size(0)], alpha=-lr * cfg.matrix_lr)
         if flat_handle:
             flat_handle.wait()
-        torch._foreach_copy_(self.adam, [x.view_as(p) for x, p in zip(flat.split([p.numel() for p in self.adam] + [
-            flat.numel() - sum(p.numel() for p in self.adam)]), self.adam)])
+        sizes = [p.numel() for p in self.adam]
+        torch._foreach_copy_(self.adam, [x.view_as(p) for x, p in zip(flat[:sum(sizes)].split(sizes), self.adam)])
         for p in self.params:
             p.grad = None
         return torch.stack([totals[0], grad_norm])
@@ -966,7 +968,7 @@ class Validation:
             self.n_bytes = sum(len(data.tokenizer.decode(doc[1:]).encode()) for doc in docs)
         # The last target of a document is the boundary of the next one; what fills up the last row does not count.
         row = cfg.row_tokens
-        filled = np.concatenate([tokens[:self.n_tokens], [data.boundary], np.zeros(row, np.int64)])
+        filled = np.concatenate([tokens[:self.n_tokens], np.full(row + 1, data.boundary, tokens.dtype)])
         self.rows = [(filled[a:a + row + 1], min(row, self.n_tokens - a))
                      for a in range(rank * row, self.n_tokens, world_size * row)]
         self.boundary, self.cfg, self.world_size, self.device, self.padded = (
@@ -977,7 +979,8 @@ class Validation:
         """losses(tokens, targets, seg, looped) as GPT.losses -> (nats per token, bits per byte)."""
         nats = torch.zeros((), dtype=torch.float64)
         for row, n in self.rows:
-            x, starts = torch.from_numpy(row).to(self.device), np.flatnonzero(row[:-1] == self.boundary)
+            x = torch.from_numpy(row.astype(np.int64)).to(self.device)
+            starts = np.flatnonzero(row[:min(n + 1, len(row) - 1)] == self.boundary)  # the filling is one document
             seg = make_segments(starts, len(row) - 1, self.cfg.seq_len, self.device, self.padded, self.cfg.seq_len)
             nats += losses(x[:-1], x[1:], seg, looped)[:n].cpu().double().sum()
         if self.world_size > 1:
@@ -1126,7 +1129,10 @@ def load_checkpoint(path: Path) -> dict:
 def read_state(run: str) -> dict:
     """A run's folder or name -> the state from which it can go on, with its "folder". Raises BadInput."""
     folder = find_run(run)
-    state = read_saved(folder / "state.pt", "ema", "optimizer", "preset", "step", "next_val", "seconds", "resumed")
+    kinds = {"preset": str, "step": int, "next_val": int, "seconds": float, "resumed": int}
+    state = read_saved(folder / "state.pt", "ema", "optimizer", *kinds)
+    if any(type(state[key]) is not kind for key, kind in kinds.items()):
+        raise BadInput(f"{folder}/state.pt is not whole")
     source = lambda root, f: (root / f).read_bytes() if (root / f).is_file() else b""
     if changed := [f for f in SOURCES if source(folder / "source", f) != source(ROOT, f)]:
         raise BadInput(f"--resume={run}: {', '.join(changed)} changed since the run began")
@@ -1385,6 +1391,7 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
                 save_checkpoint(folder / "checkpoint.pt", cfg, model, data, {}, {**run, **scores})
             with torch.no_grad():
                 torch._foreach_copy_(params, raw)
+            world.largest(0)  # no clock runs while one rank writes
             clock.start()
         if save:
             clock.stop()
@@ -1394,6 +1401,7 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
                             seconds=clock.total, resumed=resumed, optimizer=buffers, weights=model.state_dict(),
                             ema=dict(zip(model.state_dict(), ema)))
             saved = clock.total
+            world.largest(0)
             clock.start()
 
         train_loss = torch.zeros((), device=device)

@@ -28,9 +28,9 @@ from data.dataset import Parser, command  # noqa: E402
 # GB that the compiler's own kernels move for one row of the record (vocabulary 8192), as roofline.py counts them.
 OWN_GB = {False: 50.3, True: 75.5}
 # Parts of a row by the names of its kernels: the first row that matches names it.
-PARTS = [("attention", ("flash", "fmha", "attention")),
+PARTS = [("inductor's own kernels", ("triton_",)), ("attention", ("flash", "fmha", "attention")),
          ("products and loss", ("up_kernel", "ce_forward", "ce_backward", "gemm", "nvjet", "cutlass", "xmma", "mm")),
-         ("inductor's own kernels", ("triton",)), ("copies and the rest", ("",))]
+         ("copies and the rest", ("",))]
 TINY = dict(n_layer=3, n_embd=16, n_head=2, n_kv_head=1, mlp_dim=16, loop_first=1, loop_last=1, two_lane_from=2,
             rope_dims=4, batch_tokens=128, row_tokens=128, seq_len=48, val_tokens=256, calib_tokens=128, val_points=1)
 
