@@ -147,7 +147,9 @@ def scan(review, name, text, depth=0):
         return scan_names(review, name, words)
     review.trees[name] = tree
     nodes = list(ast.walk(tree))
-    guarded = {id(n) for t in nodes if isinstance(t, ast.Try) and t.handlers for n in ast.walk(t)}
+    optional = [n for n in nodes if isinstance(n, ast.Try) and n.handlers or isinstance(n, ast.With) and any(
+        matching(identifiers(i.context_expr), "^importerror$") for i in n.items)]
+    guarded = {id(n) for t in optional for n in ast.walk(t)}
     runs_text = False
     # What stands below the border of eval_bpb.py is compared with the root's.
     at = text.find("\n# The judge") if name == "eval_bpb.py" else -1

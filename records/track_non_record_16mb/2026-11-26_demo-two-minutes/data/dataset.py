@@ -126,6 +126,9 @@ def find_dataset(name_or_path):
 def find_run(name=""):
     """A run's folder, its name under runs/, or empty for the newest run -> Path. BadInput where there is none."""
     for folder in (Path(name or "runs/latest"), Path("runs") / (name or "latest")):
+        if folder.name == "latest" and folder.is_file():  # where no link may be made
+            newest = folder.read_bytes().decode(errors="replace").strip()
+            folder = folder.with_name(newest) if re.fullmatch(r"[\w-][\w.-]*", newest) else folder
         if folder.is_dir():
             return folder.resolve() if folder.is_symlink() else folder
     raise BadInput(f"{name or 'runs/latest'}: no such run; train one first, python train_gpt.py")

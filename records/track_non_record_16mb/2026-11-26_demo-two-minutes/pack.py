@@ -47,6 +47,8 @@ MAX_FILE, MAX_WEIGHTS = 1 << 28, 1 << 27    # bytes of a file, weights of a mode
 
 BITS = 14                                   # probabilities are multiples of 2^-14
 LOW, HIGH = -24, 24                         # contexts: sigma = 2^(index / 4) steps, from 1/64 to 64 steps
+GRID, UNIT = 16, 1 << 20                    # points of a density a step; densities are multiples of 1 / UNIT
+NORMAL, LAPLACE = 1024, 96                  # densities at 0, one to the other: 95 % of N(0, sigma), 5 % of Laplace's
 # The states after an even and an odd k: Ungerboeck's code (13, 4). 32 states take four times as long for no less KL.
 TRELLIS = np.array([(0, 2), (5, 7), (1, 3), (4, 6), (2, 0), (7, 5), (3, 1), (6, 4)], np.int32)
 
@@ -59,24 +61,26 @@ def tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     running sum start are in units of 2^-BITS, and symbol is the inverse of start.
     p(k) ~ 0.95 N(0, sigma) + 0.05 Laplace of the same variance, integrated over the step at eight points.
     """
-    radius, rows = [], []
+    radii, rows = [], []
     for index in range(LOW, HIGH + 1):
-        # Densities at 0, 1, 2 ... sixteenths of a step, by products: those are rounded alike everywhere, exp is not.
-        r, sigma = int(6 * 2 ** (index / 4)) + 2, 16 * Decimal(2).sqrt().sqrt() ** index
-        ratios = [np.full(16 * r + 16, float(x.exp())) for x in (-1 / sigma ** 2, -Decimal(2).sqrt() / sigma)]
-        ratios[0][0] = float((-1 / sigma ** 2 / 2).exp())
-        density = 1024 * np.cumprod(np.cumprod(ratios[0])) + 96 * np.cumprod(ratios[1])
-        density = (np.append(1024 + 96, density) * 2 ** 20).astype(np.int64)
-        k = np.arange(-r, r + 1)
+        # Densities at each point of the grid by products: those are rounded alike everywhere, exp is not.
+        radius, sigma = int(6 * 2 ** (index / 4)) + 2, GRID * Decimal(2).sqrt().sqrt() ** index
+        normal, laplace = (np.full(GRID * (radius + 1), float(x.exp()))
+                           for x in (-1 / sigma ** 2, -Decimal(2).sqrt() / sigma))
+        normal[0] = float((-1 / sigma ** 2 / 2).exp())
+        density = NORMAL * np.cumprod(np.cumprod(normal)) + LAPLACE * np.cumprod(laplace)
+        density = (np.append(NORMAL + LAPLACE, density) * UNIT).astype(np.int64)
+        k = np.arange(-radius, radius + 1)
         for half in (0, 1):
-            running = np.cumsum(density[np.abs(8 * (2 * k + half)[:, None] + np.arange(-7, 8, 2))].sum(1))
+            points = GRID // 2 * (2 * k + half)[:, None] + np.arange(-7, 8, 2)
+            running = np.cumsum(density[np.abs(points)].sum(1))
             share = ((1 << BITS) - len(k) - 1) * running // running[-1]    # beyond one for each symbol and the escape
-            radius.append(r)
+            radii.append(radius)
             rows.append(np.append(1 + np.diff(share, prepend=0), 1))
     freq = np.array([np.pad(row, (0, max(map(len, rows)) - len(row))) for row in rows])
     start = np.cumsum(freq, 1) - freq
     symbol = np.concatenate([np.repeat(np.arange(row.size), row) for row in freq])
-    return np.array(radius, np.int32), freq.astype(np.uint32), start.astype(np.uint32), symbol.astype(np.uint16)
+    return np.array(radii, np.int32), freq.astype(np.uint32), start.astype(np.uint32), symbol.astype(np.uint16)
 
 
 def count_lanes(shapes: list[tuple[int, int, int]]) -> int:
@@ -117,11 +121,11 @@ def encode(values: list, rows: list, cols: list) -> tuple[np.ndarray, np.ndarray
         symbol = np.where(outside, 2 * radius + 1, k + radius) + context * freq.shape[1]
         histogram[bank] += np.bincount(symbol.ravel(), minlength=freq.size)
         head = coder[:len(layer)]
-        for f, c in zip(freq.ravel()[symbol][::-1], begin.ravel()[symbol][::-1]):
-            full = head >= f << 32 - BITS
+        for share, start in zip(freq.ravel()[symbol][::-1], begin.ravel()[symbol][::-1]):
+            full = head >= share << 32 - BITS
             words.append(head[full].astype(np.uint16))
             head[full] >>= 16
-            head[:] = (head // f << BITS) + head % f + c
+            head[:] = (head // share << BITS) + head % share + start
     words.append(coder.view(np.uint16))
     escapes = np.concatenate([np.empty(0, np.int32), *escapes[::-1]])
     return np.concatenate(words[::-1]), escapes, histogram.reshape(-1, *freq.shape)
@@ -161,8 +165,9 @@ def decode(words: np.ndarray, escapes: np.ndarray, shapes, rows, cols, trellis=T
 
 def scales(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """values (L, R, n) in half steps -> row (L * R,), col (L, n) int8, exponents: sigma ~ 2^((row + col) / 4) steps."""
+    def exponent(square):
+        return np.clip(np.round(2 * np.log2(np.maximum(square, 1e-9))), -60, 60)
     steps = values.astype(np.float32) / 2
-    exponent = lambda square: np.clip(np.round(2 * np.log2(np.maximum(square, 1e-9))), -60, 60)
     col = exponent((steps * steps).mean(1))
     steps *= np.exp2(-col / 4, dtype=np.float32)[:, None]
     return exponent((steps * steps).mean(2)).reshape(-1).astype(np.int8), col.astype(np.int8)
@@ -210,7 +215,8 @@ def plan(W: Tensor, H: Tensor, g: Tensor) -> Bank:
     rate falls by log2 step. So all weights pay alike where step_ij = constant * g_i^-1/2 U_jj: reverse water-filling,
     in which a direction that is not worth a step rounds to zero by itself.
     """
-    grid = lambda step: np.clip(np.round(4 * np.log2(step.cpu().numpy())), -127, 127).astype(np.int8)
+    def exponent(step):
+        return np.clip(np.round(4 * np.log2(step.cpu().numpy())), -127, 127).astype(np.int8)
     eye = torch.eye(W.size(2), dtype=torch.float64, device=W.device)
     level = H.diagonal(dim1=1, dim2=2).double().mean(1)[:, None, None]
     damped = H.double() + eye * torch.where(level > 0, DAMP * level, 1.0)
@@ -221,7 +227,7 @@ def plan(W: Tensor, H: Tensor, g: Tensor) -> Bank:
     share = relative ** -ROW_EXPONENT                                      # scaled so that the mean of g share^2 is 1
     share = share * ((relative * share.square()).mean(1, keepdim=True) * mean) ** -0.5
     diagonal = U.diagonal(dim1=1, dim2=2)
-    row, col = grid(share), grid(diagonal)
+    row, col = exponent(share), exponent(diagonal)
     step = torch.from_numpy(quarter(col)).to(W.device)
     weight = step / diagonal
     return Bank(W, H, g, row, col, (U * weight[..., None] / step[:, None]).float(), weight.square().float())
@@ -264,8 +270,8 @@ def best_path(X: Tensor, feedback: Tensor, cost: Tensor, state: Tensor, trellis)
     Viterbi, where each of the states keeps its own residual: its survivor's errors are fed forward, as GPTQ does.
     """
     (n, R), states = X.shape, len(trellis)
-    before = [[trellis[:, odd].tolist().index(s) for s in range(states)] for odd in (0, 1)]
-    from_even, from_odd = (torch.tensor(b, device=X.device) for b in before)
+    before = [[trellis[:, odd].tolist().index(after) for after in range(states)] for odd in (0, 1)]
+    from_even, from_odd = (torch.tensor(state, device=X.device) for state in before)
     half = (torch.arange(states, device=X.device) & 1)[:, None] / 2
     metric = torch.full((states, R), torch.inf, device=X.device).scatter_(0, state[None], 0.0)
     # Residuals (n, states, R). Step j reads one buffer and writes what is after column j to the other, by turns: so
@@ -282,8 +288,8 @@ def best_path(X: Tensor, feedback: Tensor, cost: Tensor, state: Tensor, trellis)
         take = torch.lt(to_odd, to_even, out=choices[j])
         metric = torch.minimum(to_odd, to_even)
         error = torch.where(take, odd.index_select(0, from_odd), even.index_select(0, from_even))
-        for s in range(states):
-            torch.where(take[s], now[:, before[1][s]], now[:, before[0][s]], out=then[:, s])
+        for i, even_before, odd_before in zip(range(states), *before):
+            torch.where(take[i], now[:, odd_before], now[:, even_before], out=then[:, i])
         then.addcmul_(feedback[j, j + 1:, None, None], error, value=-1)
     path, y = torch.empty(n + 1, R, dtype=torch.int64, device=X.device), torch.empty_like(X)
     parity = torch.empty(n, R, dtype=torch.bool, device=X.device)
@@ -540,8 +546,8 @@ def search(pack_at, cap: int, slope: float) -> tuple[Packed, bytes]:
         if tries:
             slope = (tries[-1][1] - size) / (octave - tries[-1][0])
         tries.append((octave, size))
-        low = max([x for x, s in tries if s > cap])
-        high = min([x for x, s in tries if s <= cap], default=math.inf)
+        low = max(tried for tried, size in tries if size > cap)
+        high = min((tried for tried, size in tries if size <= cap), default=math.inf)
         octave += min((size - 0.99975 * cap) / max(slope, 1.0), 4.0)
         if not low < octave < high:
             octave = (low + high) / 2
@@ -553,8 +559,8 @@ def search(pack_at, cap: int, slope: float) -> tuple[Packed, bytes]:
 def entropies(histogram: np.ndarray) -> tuple[np.ndarray, float]:
     """(banks, contexts, symbols) -> bytes of each bank by the coder's probabilities, of all by the symbols' own."""
     ideal = (histogram * np.log2((1 << BITS) / np.maximum(tables()[1], 1))).sum((1, 2)) / 8
-    n = histogram.sum(0)
-    return ideal, -(n * np.log2(np.maximum(n, 1) / np.maximum(n.sum(1, keepdims=True), 1))).sum() / 8
+    count = histogram.sum(0)
+    return ideal, -(count * np.log2(np.maximum(count, 1) / np.maximum(count.sum(1, keepdims=True), 1))).sum() / 8
 
 
 def ledger(banks: list[Bank], packed: Packed, data: bytes, measure: str) -> str:

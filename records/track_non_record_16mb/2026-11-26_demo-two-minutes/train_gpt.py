@@ -5,7 +5,7 @@
                                                               and a dataset: a small model in two minutes on two cores
     python train_gpt.py --help                                every setting, its unit and its default
 
-Writes runs/<run>/: log.txt, metrics.jsonl, checkpoint.pt (averaged weights and what pack.py needs to know), source/.
+Writes runs/<run>/: log.txt, metrics.jsonl, curve.svg, checkpoint.pt (averaged weights, what pack.py needs), source/.
 Then `python pack.py` makes the one file that counts and `python eval_bpb.py` scores it.
 """
 import hashlib
@@ -17,7 +17,6 @@ import os
 import platform
 import queue
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,11 +37,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.dataset import BadInput, Parser, atomic_write, command, find_dataset, read_meta, read_shard
+from data.dataset import BadInput, Parser, atomic_write, command, find_dataset, find_run, read_meta, read_shard
+from data.runs import Log, draw_curve, environment, no_cuda, note_in_ledger, open_run
 from data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/dataset.py", "data/tokenizer.py")
+SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/dataset.py", "data/runs.py",
+           "data/tokenizer.py")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}              # dense bf16, by name of the GPU, for MFU
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -58,6 +59,8 @@ class Config:
     device: str = ""                # cuda, mps or cpu; empty: the best there is
     max_seconds: float = 600.0      # s, the training clock: steps, averaging and calibration; 0: no limit
     max_steps: int = 0              # steps; progress is then step / max_steps and the run is deterministic; 0: no limit
+    parent: str = ""                # the run or record that this one has to beat, for the ledger
+    idea: str = ""                  # what differs from the parent, in one sentence
     # model (11 x 512 with 17 block applications: #1493, #1855)
     vocab_size: int = 0             # tokens; 0: the dataset's
     n_layer: int = 11               # blocks
@@ -100,12 +103,12 @@ class Config:
     calib_tokens: int = 524288      # tokens for the statistics that pack.py needs, inside the clock, over all ranks
     log_every: int = 25             # steps between log lines
     save_every: float = 60.0        # s of training between saved states, from which --resume goes on; 0: none
-    compare_to: str = ""            # another run's folder: stop when this run is behind its curve twice in a row
-    compare_margin: float = 0.01    # bits per byte that count as behind
 
 
 PRESETS = {
     "record": {},
+    # The record on one GPU: all of its tokens on an H100, if a step takes what is predicted, 663 and 976 ms.
+    "single": dict(max_seconds=4400.0),
     # A small model for two CPU cores and two minutes.
     "demo": dict(data="demo", max_seconds=120.0, n_layer=4, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512,
                  loop_passes=1, two_lane_from=3, rope_dims=8, batch_tokens=2048, row_tokens=1024, seq_len=384,
@@ -132,6 +135,8 @@ def check_config(cfg: Config) -> None:
             raise BadInput(f"--{f.name}=0 must be above 0")
         if f.name in BELOW_ONE and value >= 1 or f.name in ("lr_floor", "cooldown", "ema_share") and value > 1:
             raise BadInput(f"--{f.name}={value} is too large: it is a share")
+    if cfg.n_layer * cfg.loop_passes > 4096:
+        raise BadInput(f"--n_layer={cfg.n_layer} --loop_passes={cfg.loop_passes}: more than 4096 block applications")
     head_dim, looped = cfg.n_embd // cfg.n_head, block_order(cfg, True)
     encoder = looped[:len(looped) // 2] + list(range(cfg.n_layer // 2))
     for ok, message in [
@@ -158,16 +163,15 @@ def check_config(cfg: Config) -> None:
 def parse_config(argv: list[str]) -> tuple[str, Config, dict | None]:
     """Command line -> (preset, Config, state of the run to resume or None). A preset is a dict of overrides;
     --key=value overrides any field, typed."""
-    source = Path(__file__).read_text() if Path(__file__).exists() else ""
-    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))  # the class is where units are written
-    parser = Parser(prog="train_gpt.py", usage="%(prog)s [--preset=NAME] [--SETTING=VALUE ...]", description=__doc__)
+    settings = inspect.getsource(Config).split("\n", 2)[2]  # the class is where units and defaults are written
+    parser = Parser(prog="train_gpt.py", usage="%(prog)s [--preset=NAME] [--SETTING=VALUE ...]", description=__doc__,
+                    epilog=f"settings, as --name=value, with the values of the record:\n{settings}")
     parser.add_argument("--preset", choices=list(PRESETS), default=SUPPRESS,
-                        help="record where CUDA and data/fineweb are, else demo; proxy: the record made small")
+                        help="record where CUDA and data/fineweb are, else demo; single: on one GPU; proxy: made small")
     parser.add_argument("--resume", metavar="RUN", default=SUPPRESS,
                         help="go on with a run that was killed, from its last saved state, with its settings")
     for f in fields(Config):
-        parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__, default=SUPPRESS,
-                            help=f"{notes.get(f.name, '')} (record: {f.default!r})".replace("%", "%%"))
+        parser.add_argument(f"--{f.name}", type=f.type, default=SUPPRESS, help=SUPPRESS)
     given = vars(parser.parse_args(argv))
     if "resume" in given:
         if len(given) > 1:
@@ -209,7 +213,8 @@ def make_segments(starts: np.ndarray, n_tokens: int, seq_len: int, device="cpu",
     with empty segments, and where a row has more than fit, its shortest documents join the one before them.
     """
     edges = np.unique(np.concatenate([[0], starts, [n_tokens]])).astype(np.int64)
-    slots = -(-6 * n_tokens // (256 * longest)) * 256 if longest and not padded else n_tokens  # 192 cuts by length: 256
+    # Twice the segments that the shortest context of the run makes of a row without documents, in steps of 256.
+    slots = -(-6 * n_tokens // (256 * longest)) * 256 if longest and not padded else n_tokens
     if (-(-np.diff(edges) // seq_len)).sum() > slots:
         kept = np.argsort(-np.diff(edges), kind="stable")[:slots - n_tokens // seq_len - 1]
         edges = np.unique(np.concatenate([[0], edges[kept], [n_tokens]]))
@@ -228,11 +233,10 @@ def make_segments(starts: np.ndarray, n_tokens: int, seq_len: int, device="cpu",
     if not padded:
         empty = np.full(slots - len(cuts) if longest else 0, n_tokens)
         return Segments(to(np.append(cu, empty), np.int32), to(pos, np.int32), longest or seq_len, None, None)
-    longest = int(np.diff(cu).max())
+    width = int(np.diff(cu).max())
     # Places past a segment's end come after all of its tokens, so that the causal mask hides them.
-    pad = np.minimum(cuts[:, None] + np.arange(longest), n_tokens - 1)
-    return Segments(to(cu, np.int32), to(pos, np.int32), longest, to(pad, np.int64),
-                    to(segment * longest + pos, np.int64))
+    pad = np.minimum(cuts[:, None] + np.arange(width), n_tokens - 1)
+    return Segments(to(cu, np.int32), to(pos, np.int32), width, to(pad, np.int64), to(segment * width + pos, np.int64))
 
 
 def padded_attention(q, k, v, seg: Segments):
@@ -347,10 +351,11 @@ class GPT(nn.Module):
                    "down": self.down * self.mlp_scale[:, :, None], "gate": self.attn_gate * (0.5 * depth)}
         weights = {name: cast(W).unbind() for name, W in weights.items()}
 
-        # Rotary angles from the position in the segment, once for all blocks; fp32 until the cast.
+        # Rotary angles from the position in the segment, once for all blocks, in fp32.
         freqs = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, device=tokens.device) / cfg.rope_dims)
         angle = seg.pos[:, None, None] * freqs  # (N, 1, rope_dims / 2)
-        cos, sin = angle.cos(), angle.sin()
+        angle = F.pad(angle.expand(-1, cfg.n_head + cfg.n_kv_head, -1), (0, 0, 0, cfg.n_kv_head))  # none for values
+        cos, sin, gains = angle.cos(), angle.sin(), F.pad(self.q_gain, (0, 2 * cfg.n_kv_head), value=1.0)
 
         # SmearGate: each token takes some of the one before it, never across a segment's start (#1667, #1851; -0.0005).
         x = cast(self.embed(tokens))  # (N, D)
@@ -370,7 +375,7 @@ class GPT(nn.Module):
                 x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])
             W = {name: bank[i] for name, bank in weights.items()}
             u = x0_mix[2 * i] * x + x0_mix[2 * i + 1] * x0
-            a = self.attention(norm(u), W, i, visit, cos, sin, seg, linear, attend)
+            a = self.attention(norm(u), W, gains[i], i, visit, cos, sin, seg, linear, attend)
             if i < cfg.two_lane_from:
                 x = u + a
                 x = x + self.mlp(norm(x), W, i, visit, linear)
@@ -382,13 +387,14 @@ class GPT(nn.Module):
                 skips.append(x)
         return norm(x if lane is None else (x + lane) / 2)
 
-    def attention(self, n, W, i, visit, cos, sin, seg, linear, attend):
+    def attention(self, n, W, gain, i, visit, cos, sin, seg, linear, attend):
         """n (N, D), the block's normed input -> (N, D)."""
         qkv = linear(n, W["qkv"], "qkv", i, visit).view(len(n), -1, self.head_dim)
-        q, k, v = rotated_heads(qkv, self.q_gain[i], cos, sin, self.cfg.n_kv_head)
+        q, k, v = rotated_heads(qkv, gain, cos, sin, self.cfg.n_kv_head)
+        own, length = unit(v)  # before attention: after it, the compiler would keep v in float32 for backward
         y = attend(q, k, v, seg, visit)  # (N, H, d)
         gate = F.linear(n[:, :self.cfg.gate_dims], W["gate"])  # (N, H)
-        return linear(gated_xsa(y, v, gate).reshape(n.shape), W["o"], "o", i, visit)
+        return linear(gated_xsa(y, v, own, length, gate).reshape(n.shape), W["o"], "o", i, visit)
 
     def mlp(self, n, W, i, visit, linear):
         """n (N, D) -> (N, D)."""
@@ -398,8 +404,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> logits (N, V) float32, softcapped."""
-        z = F.linear(hidden, self.embed.weight.to(hidden.dtype)).float()
-        return self.cfg.softcap * torch.tanh(z / self.cfg.softcap)
+        z = F.linear(hidden, (self.embed.weight / self.cfg.softcap).to(hidden.dtype)).float()
+        return self.cfg.softcap * torch.tanh(z)
 
     def losses(self, tokens: Tensor, targets: Tensor, seg: Segments, looped: bool) -> Tensor:
         """tokens, targets (N,) int64 -> nats (N,) float32 of each target."""
@@ -410,93 +416,95 @@ class GPT(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (N, heads, d): the first 2 * r dimensions turned as pairs (i, i + r) by the angles of cos, sin (N, 1, r)."""
+    """x (N, heads, d): the first 2 * r dimensions turned as pairs (i, i + r) by the angles of cos, sin (N, ., r)."""
     r = cos.size(-1)
     a, b, rest = x[..., :r], x[..., r:2 * r], x[..., 2 * r:]
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
 
 
-# What stands between the products of attention, as two functions with gradients of their own: the compiler makes a few
-# passes over memory of each, where the gradients of their parts take three times as many.
+# What stands between the products of attention, as two functions with gradients of their own: with the folded scales
+# they take three tenths of the bytes from the compiler's own kernels, counted by records/evidence/roofline.py.
 
 
 class RotatedHeads(torch.autograd.Function):
-    """qkv (N, H + 2 K, d), gain (H,), cos and sin (N, 1, r) float32 -> q (N, H, d), k and v (N, K, d): q and k of unit
-    mean square and rotated, q times its gain.
+    """qkv (N, H + 2 K, d), gain (H + 2 K,), cos and sin (N, H + 2 K, r) float32 -> q (N, H, d), k and v (N, K, d),
+    views of one tensor: q and k of unit mean square, all rotated and times their gains (v: by no angle, times 1).
 
-    With y = gain R x / rms(x): dx = (g - x^ mean(x^ g)) / rms(x) where x^ = x / rms(x) and g = gain R^T dy.
+    With x^ = x / rms(x), y = gain R x^, y^ = y / gain, g = dy: dx = gain R^T (g - y^ mean(y^ g)) / rms(x).
     """
 
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, n_kv):
-        ctx.save_for_backward(qkv, gain, cos, sin)
-        q, k, v = qkv.split([len(gain), n_kv, n_kv], 1)
-
-        def prepare(x):
-            x = x.float()
-            return rotate(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), cos, sin)
-
-        return (prepare(q) * gain[:, None]).to(q.dtype), prepare(k).to(q.dtype), v
+        x, sizes = qkv.float(), [len(gain) - 2 * n_kv, n_kv, n_kv]
+        gain = gain[:, None] + 1e-12  # backward divides by it
+        normed = torch.arange(len(gain), device=x.device)[:, None] < len(gain) - n_kv
+        scale = torch.where(normed, torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), 1.0)
+        q, k, v = (rotate(x * scale, cos, sin) * gain).to(qkv.dtype).split(sizes, 1)
+        ctx.save_for_backward(q, k, gain, cos, sin, scale)
+        return q, k, v
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
-        qkv, gain, cos, sin = ctx.saved_tensors
-        q, k, _ = qkv.split([dq.size(1), dk.size(1), dv.size(1)], 1)
+        q, k, gain, cos, sin, scale = ctx.saved_tensors
+        sizes, cos, sin = [q.size(1), k.size(1), k.size(1)], cos[:, :1], -sin[:, :1]
 
-        def undo(x, dy, gain):
-            """-> dx, and the sums x^ R^T dy (N, heads) that add up to the gradient of the gain."""
-            x, g = x.float(), rotate(dy.float(), cos, -sin)
-            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-            x = x * scale
-            dot = (x * g).sum(-1, keepdim=True)
-            return ((g - x * (dot / x.size(-1))) * (scale * gain)).to(dy.dtype), dot[..., 0]
+        def undo(y, g, gain, scale):
+            """-> dx, and the sums x^ R^T g (N, heads) that add up to the gradient of the gain."""
+            dot = (y.float() * g.float()).sum(-1, keepdim=True) / gain
+            dx = rotate(g.float(), cos, sin) * gain - rotate(y.float(), cos, sin) * (dot / y.size(-1))
+            return (dx * scale).to(g.dtype), dot[..., 0]
 
-        (dq, dgain), (dk, _) = undo(q, dq, gain[:, None]), undo(k, dk, 1.0)
-        return torch.cat([dq, dk, dv], 1), dgain.sum(0), None, None, None
+        (dq, dgain), (dk, _) = map(undo, (q, k), (dq, dk), gain.split(sizes), scale.split(sizes, 1))
+        return torch.cat([dq, dk, dv], 1), F.pad(dgain.sum(0), (0, len(gain) - q.size(1))), None, None, None
+
+
+def unit(v: Tensor):
+    """v (N, K, d) -> v / |v| float32, |v| (N, K, 1)."""
+    v = v.detach().float()
+    length = v.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    return v / length, length
 
 
 class GatedXSA(torch.autograd.Function):
-    """y (N, H, d), v (N, K, d), gate (N, H) -> (N, H, d): each head less what lies along its token's own value (XSA,
-    #265), times sigmoid(gate) (sparse attention gate, #1787).
+    """y (N, G K, d), v (N, K, d), unit(v), gate (N, G K) -> (N, G K, d): each head less what lies along its token's own
+    value (XSA, #265), times sigmoid(gate) (sparse attention gate, #1787).
 
     With v^ = v / |v|, p = y v^: z = s (y - p v^). Then dy = e - q v^ where e = s dz and q = e v^, and of each head
     dv = (2 p q v^ - p e - q y) / |v|.
     """
 
     @staticmethod
-    def forward(ctx, y, v, gate):
-        ctx.save_for_backward(y, v, gate)
-        z, *_ = GatedXSA.parts(y, v, gate)
-        return (z * gate.float().sigmoid().view(*z.shape[:3], 1)).view(y.shape).to(y.dtype)
+    def forward(ctx, y, v, own, length, gate):
+        ctx.save_for_backward(y, own, length, gate)
+        zs = [((x - (x * own).sum(-1, keepdim=True) * own) * s).to(y.dtype)
+              for x, s in GatedXSA.heads(v.size(1), y, gate.float().sigmoid())]
+        return torch.stack(zs, 2).view(y.shape)
 
     @staticmethod
-    def parts(y, v, gate):
-        """-> y - p v^, y, v^ (N, K, H / K, d), |v| and p (N, K, H / K, 1)."""
-        y = y.reshape(len(v), v.size(1), -1, v.size(2)).float()
-        v = v[:, :, None].expand(y.shape).float()
-        length = v.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
-        own = v / length
-        p = (y * own).sum(-1, keepdim=True)
-        return y - p * own, y, own, length, p
+    def heads(K, *xs):
+        """Tensors (N, G K, ...) -> G tuples of them as (N, K, .) float32."""
+        xs = [x.view(len(x), K, -1, *x.shape[2:]) if x.ndim == 3 else x.view(len(x), K, -1, 1) for x in xs]
+        return [[x[:, :, g].float() for x in xs] for g in range(xs[0].size(2))]
 
     @staticmethod
     def backward(ctx, dz):
-        y, v, gate = ctx.saved_tensors
-        z, yf, own, length, p = GatedXSA.parts(y, v, gate)
-        dz, s = dz.reshape(z.shape).float(), gate.float().sigmoid().view(*z.shape[:3], 1)
-        e = dz * s
-        q = (e * own).sum(-1, keepdim=True)
-        dgate = ((dz * z).sum(-1, keepdim=True) * s * (1 - s)).view(gate.shape)
-        dv = ((2 * p * q * own - p * e - q * yf) / length).sum(2)
-        return (e - q * own).view(y.shape).to(y.dtype), dv.to(v.dtype), dgate.to(gate.dtype)
+        y, own, length, gate = ctx.saved_tensors
+        dv, dys, dgates = 0.0, [], []
+        for x, s, g in GatedXSA.heads(own.size(1), y, gate.float().sigmoid(), dz):
+            e = g * s
+            p, q = ((a * own).sum(-1, keepdim=True) for a in (x, e))
+            dgates.append(((g * (x - p * own)).sum(-1, keepdim=True) * s * (1 - s)).to(gate.dtype))
+            dys.append((e - q * own).to(dz.dtype))
+            dv = dv + ((2 * p * q * own - p * e - q * x) / length).to(dz.dtype)
+        return torch.stack(dys, 2).view(dz.shape), dv, None, None, torch.stack(dgates, 2).view(gate.shape)
 
 
 def rotated_heads(qkv, gain, cos, sin, n_kv):
     return RotatedHeads.apply(qkv, gain, cos, sin, n_kv)  # a function of its own: torch 2.11 cannot capture `apply`
 
 
-def gated_xsa(y, v, gate):
-    return GatedXSA.apply(y, v, gate)
+def gated_xsa(y, v, own, length, gate):
+    return GatedXSA.apply(y, v, own, length, gate)
 
 
 def count_flops(cfg: Config, looped: bool) -> float:
@@ -755,22 +763,21 @@ class Optimizer:
         for buffer in (*self.momenta, self.adam_m, self.adam_v):
             buffer.zero_()
 
-    def state(self) -> dict:
+    def buffers(self) -> list[Tensor]:
         """-> everything it remembers, of all ranks. Every rank must call it."""
         whole = [all_gather(x, self.world_size) for x in (*self.momenta, self.adam_m, self.adam_v)]
         for _, handle in whole:
             if handle:
                 handle.wait()
-        return {"t": self.t, "buffers": [x.cpu() for x, _ in whole]}
+        return [x.cpu() for x, _ in whole]
 
-    def load(self, state: dict) -> None:
-        """Inverse of state(), on the same number of ranks: ValueError otherwise."""
-        buffers = (*self.momenta, self.adam_m, self.adam_v)
-        if [len(x) for x in state["buffers"]] != [len(x) * self.world_size for x in buffers]:
+    def load(self, step: int, buffers: list[Tensor]) -> None:
+        """Goes on after so many steps with what buffers() gave. ValueError on another number of ranks."""
+        self.t, mine = step, (*self.momenta, self.adam_m, self.adam_v)
+        if [len(x) for x in buffers] != [len(x) * self.world_size for x in mine]:
             raise ValueError("it is of another number of ranks")
-        self.t = state["t"]
-        for buffer, whole in zip(buffers, state["buffers"]):
-            buffer.copy_(whole[self.rank * len(buffer):][:len(buffer)])
+        for share, whole in zip(mine, buffers):
+            share.copy_(whole[self.rank * len(share):][:len(share)])
 
     def flat(self, tensors) -> Tensor:
         """Tensors of self.adam's shapes -> one vector (world_size * adam_size,)."""
@@ -822,8 +829,8 @@ class Optimizer:
             p.mul_(1 - lr * cfg.matrix_lr * cfg.matrix_wd).add_(update[:p.size(0)], alpha=-lr * cfg.matrix_lr)
         if flat_handle:
             flat_handle.wait()
-        torch._foreach_copy_(self.adam, [x.view_as(p) for x, p in zip(flat.split([p.numel() for p in self.adam] + [
-            flat.numel() - sum(p.numel() for p in self.adam)]), self.adam)])
+        sizes = [p.numel() for p in self.adam]
+        torch._foreach_copy_(self.adam, [x.view_as(p) for x, p in zip(flat[:sum(sizes)].split(sizes), self.adam)])
         for p in self.params:
             p.grad = None
         return torch.stack([totals[0], grad_norm])
@@ -952,39 +959,29 @@ class Validation:
 
     def __init__(self, data: Dataset, cfg: Config, rank: int, world_size: int, device: torch.device, padded: bool):
         tokens = data.val()
-        starts = np.flatnonzero(tokens == data.boundary)
-        edges = np.append(starts, len(tokens))
+        edges = np.append(np.flatnonzero(tokens == data.boundary), len(tokens))
         if cfg.val_tokens:
             edges = edges[:max(2, int(np.searchsorted(edges, cfg.val_tokens, side="right")))]
-        self.n_docs, self.n_tokens = len(edges) - 1, int(edges[-1])
-        self.n_bytes = self.count_bytes(data, tokens[:self.n_tokens])
-        # A document's last target is the boundary of the next; rows are filled up with boundaries, which do not count.
+        self.n_docs, self.n_tokens, self.n_bytes = len(edges) - 1, int(edges[-1]), data.meta["val_bytes"]
+        if data.tokenizer and self.n_tokens < len(tokens):
+            docs = np.split(tokens[:self.n_tokens], edges[1:-1])
+            self.n_bytes = sum(len(data.tokenizer.decode(doc[1:]).encode()) for doc in docs)
+        # The last target of a document is the boundary of the next one; what fills up the last row does not count.
         row = cfg.row_tokens
-        n_rows = -(-self.n_tokens // row)
-        padded_tokens = np.full(n_rows * row + 1, data.boundary, np.int64)
-        padded_tokens[:self.n_tokens] = tokens[:self.n_tokens]
-        self.rows = []
-        for r in range(rank, n_rows, world_size):
-            x = padded_tokens[r * row:(r + 1) * row + 1]
-            n = min(row, self.n_tokens - r * row)
-            self.rows.append((torch.from_numpy(x), np.flatnonzero(x[:n] == data.boundary), n))
-        self.cfg, self.world_size, self.device, self.padded = cfg, world_size, device, padded
-
-    @staticmethod
-    def count_bytes(data: Dataset, tokens: np.ndarray) -> int:
-        """-> UTF-8 bytes of the documents that these tokens spell; 0 for random tokens."""
-        if data.tokenizer is None or len(tokens) == data.meta["val_tokens"]:
-            return data.meta["val_bytes"]
-        docs = np.split(tokens, np.flatnonzero(tokens == data.boundary)[1:])
-        return sum(len(data.tokenizer.decode(doc[1:]).encode()) for doc in docs)
+        filled = np.concatenate([tokens[:self.n_tokens], np.full(row + 1, data.boundary, tokens.dtype)])
+        self.rows = [(filled[a:a + row + 1], min(row, self.n_tokens - a))
+                     for a in range(rank * row, self.n_tokens, world_size * row)]
+        self.boundary, self.cfg, self.world_size, self.device, self.padded = (
+            data.boundary, cfg, world_size, device, padded)
 
     @torch.no_grad()
     def __call__(self, losses, looped: bool) -> tuple[float, float]:
         """losses(tokens, targets, seg, looped) as GPT.losses -> (nats per token, bits per byte)."""
         nats = torch.zeros((), dtype=torch.float64)
-        for x, starts, n in self.rows:
-            x = x.to(self.device)
-            seg = make_segments(starts, len(x) - 1, self.cfg.seq_len, self.device, self.padded, self.cfg.seq_len)
+        for row, n in self.rows:
+            x = torch.from_numpy(row.astype(np.int64)).to(self.device)
+            starts = np.flatnonzero(row[:min(n + 1, len(row) - 1)] == self.boundary)  # the filling is one document
+            seg = make_segments(starts, len(row) - 1, self.cfg.seq_len, self.device, self.padded, self.cfg.seq_len)
             nats += losses(x[:-1], x[1:], seg, looped)[:n].cpu().double().sum()
         if self.world_size > 1:
             nats = nats.to(self.device)
@@ -1088,73 +1085,58 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
     return stats
 
 
-def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: dict, run: dict) -> None:
+def write_saved(path: Path, **values) -> None:
+    """What read_saved() reads. The file that stands there is replaced in one step, or stays as it is."""
     buffer = io.BytesIO()  # a full disk must fail in write(), not in torch.save
-    torch.save({"config": asdict(cfg), "weights": {k: v.detach().cpu() for k, v in model.state_dict().items()},
-                "stats": {k: v.cpu() for k, v in stats.items()}, "run": run,
-                "tokenizer": data.tokenizer.blob.decode() if data.tokenizer else ""}, buffer)
+    torch.save(values, buffer)
     with atomic_write(path) as f:
         f.write(buffer.getbuffer())
 
 
-def load_checkpoint(path: Path) -> dict:
-    """checkpoint.pt -> {"config": Config, "weights" {name: float32}, "stats" (as weights, or {}), "run", "tokenizer"}.
+def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: dict, run: dict) -> None:
+    tokenizer = data.tokenizer.blob.decode() if data.tokenizer else ""
+    cfg = replace(cfg, parent="", idea="")  # of the run; its artifact does not pay for them
+    write_saved(path, config=asdict(cfg), weights=model.state_dict(), stats=stats, run=run, tokenizer=tokenizer)
+
+
+def read_saved(path: Path, *keys: str) -> dict:
+    """A checkpoint or a saved state -> {"config": Config, "weights" {name: tensor}, and keys}.
 
     The file may come from anywhere: checksums first, tensors and plain values only, shapes as configured. BadInput.
     """
-    if not Path(path).is_file():
-        raise BadInput(f"{path} does not exist: train first, python train_gpt.py")
     try:
         with zipfile.ZipFile(path) as z:
-            bad = z.testzip()
-        if bad is not None:
-            raise ValueError(f"{bad} does not match its checksum")
+            if (bad := z.testzip()) is not None:
+                raise ValueError(f"{bad} does not match its checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         cfg = config_from(saved["config"])
         with torch.device("meta"):
             expected = {k: v.shape for k, v in GPT(cfg).state_dict().items()}
-        if {k: v.shape for k, v in saved["weights"].items()} != expected:
+        if any({k: v.shape for k, v in saved[x].items()} != expected for x in ("weights", "ema") if x in saved):
             raise ValueError("the weights are not those that the config describes")
-        return {**{k: saved[k] for k in ("weights", "stats", "run", "tokenizer")}, "config": cfg}
+        return {**{k: saved[k] for k in ("weights", *keys)}, "config": cfg}
     except Exception as e:  # torch.load has no single error for bad bytes
-        raise BadInput(f"{path} is not a whole checkpoint: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+        raise BadInput(f"{path} is not whole: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
 
 
-def save_state(folder: Path | None, params, ema, optimizer: Optimizer, numbers: dict) -> None:
-    """Everything that --resume needs, of all ranks, into folder/state.pt. Rows and random numbers follow from the step.
-    Every rank must call it; the one with a folder writes."""
-    memory = optimizer.state()
-    if folder:
-        with atomic_write(folder / "state.pt") as f:
-            torch.save({**numbers, "weights": [p.detach().cpu() for p in params], "ema": [x.cpu() for x in ema],
-                        "optimizer": memory}, f)
+def load_checkpoint(path: Path) -> dict:
+    """checkpoint.pt -> {"config", "weights", "stats" {name: float32} or {}, "run", "tokenizer"}. Raises BadInput."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path} does not exist: train first, python train_gpt.py")
+    return read_saved(path, "stats", "run", "tokenizer")
 
 
 def read_state(run: str) -> dict:
-    """A run's folder or name -> its saved state, with "config" a Config and "folder". Raises BadInput."""
-    folder = Path(run) if Path(run).is_dir() else Path("runs") / run
-    try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        if changed := [f for f in SOURCES if (folder / "source" / f).read_bytes() != (ROOT / f).read_bytes()]:
-            raise ValueError(f"{', '.join(changed)} changed since the run began")
-        state |= {"config": config_from(state["config"]), "folder": str(folder)}
-    except Exception as e:  # torch.load has no single error for bad bytes
-        reason = (str(e).splitlines() or [""])[0]
-        raise BadInput(f"--resume={run}: {folder}/state.pt cannot be used: {reason}") from None
-    return state
-
-
-@torch.no_grad()
-def load_state(state: dict, params, ema, optimizer: Optimizer) -> None:
-    """Put the tensors of read_state() in place. Raises Stopped where they do not fit."""
-    try:
-        for tensors, saved in ((params, state["weights"]), (ema, state["ema"])):
-            if [x.shape for x in saved] != [x.shape for x in tensors]:
-                raise ValueError("its shapes are others")
-            torch._foreach_copy_(tensors, [x.to(tensors[0].device) for x in saved])
-        optimizer.load(state["optimizer"])
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise Stopped(f"--resume: the saved state does not fit: {str(e).splitlines()[0]}", 2) from None
+    """A run's folder or name -> the state from which it can go on, with its "folder". Raises BadInput."""
+    folder = find_run(run)
+    kinds = {"preset": str, "step": int, "next_val": int, "seconds": float, "resumed": int}
+    state = read_saved(folder / "state.pt", "ema", "optimizer", *kinds)
+    if any(type(state[key]) is not kind for key, kind in kinds.items()):
+        raise BadInput(f"{folder}/state.pt is not whole")
+    source = lambda root, f: (root / f).read_bytes() if (root / f).is_file() else b""
+    if changed := [f for f in SOURCES if source(folder / "source", f) != source(ROOT, f)]:
+        raise BadInput(f"--resume={run}: {', '.join(changed)} changed since the run began")
+    return state | {"folder": str(folder)}
 
 
 def config_from(values: dict) -> Config:
@@ -1205,94 +1187,6 @@ class Clock:
         return self.total + (time.perf_counter() - self.since if self.since is not None else 0.0)
 
 
-class Log:
-    """log.txt for eyes and awk, metrics.jsonl for programs, the terminal for whoever waits. Only rank 0 writes."""
-
-    def __init__(self, folder: Path | None):
-        self.text = open(folder / "log.txt", "a") if folder else None
-        self.json = open(folder / "metrics.jsonl", "a") if folder else None
-        self.live = bool(folder) and sys.stderr.isatty()
-
-    def __call__(self, line: str = "", **numbers) -> None:
-        """A line of text, or key:value pairs that go to both files; `kind` names the line in metrics.jsonl."""
-        if not self.text:
-            return
-        if numbers:
-            self.record(**numbers)
-            digits = {"progress": 2, "step_ms": 1, "train_seconds": 1, "eta": 0}
-            line = " ".join(f"{k}:{v:.{digits.get(k, 4)}f}" if isinstance(v, float) else f"{k}:{v}"
-                            for k, v in numbers.items() if k != "kind")
-        self.redraw("")
-        print(line, flush=True)
-        print(line, file=self.text, flush=True)
-
-    def record(self, **values) -> None:
-        """A line of metrics.jsonl; what is not finite becomes null."""
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        print(json.dumps(values), file=self.json, flush=True)
-
-    def redraw(self, line: str) -> None:
-        """The one line that moves, on a terminal only."""
-        if self.live:
-            sys.stderr.write(f"\r\x1b[K{line}")
-            sys.stderr.flush()
-
-
-def open_run(cfg: Config, preset: str) -> Path:
-    """Make runs/<run>/ with the sources as run, and point runs/latest at it. Refuses a folder that exists."""
-    name = cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}"
-    folder = Path("runs") / name
-    try:
-        folder.mkdir(parents=True)
-        for file in SOURCES:
-            (folder / "source" / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / file, folder / "source" / file)
-        link = Path("runs") / f".latest{os.getpid()}"
-        link.symlink_to(name, target_is_directory=True)
-        os.replace(link, Path("runs") / "latest")
-    except FileExistsError:
-        raise BadInput(f"--run={name}: {folder} exists; nothing is overwritten, choose another name") from None
-    except OSError as e:
-        raise BadInput(f"--run={name}: {e.filename}: {e.strerror}") from None
-    return folder
-
-
-def environment(device: torch.device, world_size: int) -> dict:
-    """What the numbers were made on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": f"{world_size} x {name}", "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
-            "os": platform.system(), "python": platform.python_version(), "torch": str(torch.__version__),
-            "cuda": torch.version.cuda or "", "numpy": np.__version__, "threads": torch.get_num_threads()}
-
-
-def no_cuda() -> str:
-    """Why there is no CUDA device here, in words; empty where there is one."""
-    if torch.cuda.is_available():
-        return ""
-    if not torch.version.cuda:
-        return f"torch {torch.__version__} is built without CUDA"
-    return (f"torch {torch.__version__} is built for CUDA {torch.version.cuda} but finds no GPU that it can use: "
-            "is there one, and is its driver new enough? (nvidia-smi)")
-
-
-def read_curve(path: str) -> list[tuple[float, float]]:
-    """runs/<run> -> [(progress, val_bpb)] of its validations, in order."""
-    try:
-        lines = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
-        curve = [(float(x["progress"]), float(x["val_bpb"])) for x in lines if x["kind"] == "val"]
-    except (OSError, ValueError, KeyError, TypeError):
-        curve = []
-    if not curve:
-        raise BadInput(f"--compare_to={path} has no metrics.jsonl with validations")
-    return curve
-
-
-def behind(curve: list[tuple[float, float]], progress: float, val_bpb: float, margin: float) -> bool:
-    """Is val_bpb worse by more than margin than the other run's curve [(progress, val_bpb)] at the same progress?"""
-    at, bpb = zip(*curve)
-    return at[0] <= progress and val_bpb > np.interp(progress, at, bpb) + margin
-
-
 class Stopped(Exception):
     """Training cannot go on: Stopped(reason, exit code)."""
 
@@ -1325,17 +1219,22 @@ def join(cfg: Config) -> World:
 
 def main(argv: list[str] | None = None) -> int:
     preset, cfg, state = parse_config(sys.argv[1:] if argv is None else argv)
-    curve = read_curve(cfg.compare_to) if cfg.compare_to else []
     world = join(cfg)
+    problems = [""] * world.size
     try:
         data = Dataset(cfg, world.rank, world.size)
     except BadInput as e:
-        raise BadInput(f"{platform.node()}: {e}" if world.size > 1 else str(e)) from None
+        problems[world.rank] = f"{platform.node()}: {e}" if world.size > 1 else str(e)
+    if world.size > 1:  # what one node lacks, all of them say
+        dist.all_gather_object(problems, problems[world.rank], world.control)
+    if any(problems):
+        raise BadInput(next(filter(None, problems)))
     cfg = replace(cfg, vocab_size=data.meta["vocab_size"])
-    folder = None if world.rank else Path(state["folder"]) if state else open_run(cfg, preset)
+    name = cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}"
+    folder = None if world.rank else Path(state["folder"]) if state else open_run(name, SOURCES)
     log = Log(folder)
     try:
-        return train(cfg, preset, data, curve, state, folder, log, world)
+        return train(cfg, preset, data, state, folder, log, world)
     except (Exception, KeyboardInterrupt) as e:
         reason, code = e.args if isinstance(e, Stopped) else (f"{type(e).__name__}: {e}", 1)
         if folder:
@@ -1347,17 +1246,10 @@ def main(argv: list[str] | None = None) -> int:
             return code
         raise
     finally:
+        if folder:
+            draw_curve(folder)
         if world.size > 1:
             dist.destroy_process_group()
-
-
-def note_in_ledger(folder: Path) -> None:
-    """A line for this run in runs/ledger.tsv, where records/ is at hand: not inside an artifact or a record."""
-    try:
-        from records import ledger
-    except ImportError:
-        return
-    ledger.append(folder)
 
 
 def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World, padded: bool):
@@ -1404,9 +1296,8 @@ def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World,
     return cfg, seconds
 
 
-def train(cfg: Config, preset: str, data: Dataset, curve, state, folder: Path | None, log: Log, world: World) -> int:
-    """One run, from initial weights (or the state of a stopped run) to the saved checkpoint -> exit code 0, or Stopped.
-    curve: of --compare_to."""
+def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, log: Log, world: World) -> int:
+    """One run, from initial weights or a saved state to the saved checkpoint -> exit code 0, or raises Stopped."""
     # ---- setup
     begin, device, cuda = time.perf_counter(), world.device, world.device.type == "cuda"
     sync = partial(torch.cuda.synchronize, device) if cuda else lambda: None
@@ -1445,10 +1336,15 @@ def train(cfg: Config, preset: str, data: Dataset, curve, state, folder: Path | 
     if limit <= 0:
         raise Stopped(f"--max_seconds={cfg.max_seconds} leaves no time to train: calibration takes {reserve:.0f} s", 2)
     ema = [p.detach().clone() for p in params]  # the averaged weights start where training starts
-    clock, in_flight, step, next_val, times_behind, resumed = Clock(sync), [], 0, 1, 0, 0
+    clock, in_flight, step, next_val, resumed = Clock(sync), [], 0, 1, 0
     if state:
-        load_state(state, params, ema, optimizer)
         step, next_val, clock.total, resumed = state["step"], state["next_val"], state["seconds"], state["resumed"] + 1
+        model.load_state_dict(state["weights"])
+        torch._foreach_copy_(ema, [state["ema"][name].to(device) for name, _ in model.named_parameters()])
+        try:
+            optimizer.load(step, state["optimizer"])
+        except (RuntimeError, ValueError, TypeError) as e:
+            raise Stopped(f"--resume: the state of the optimizer does not fit: {e}", 2) from None
         log(kind="resume", step=step, train_seconds=clock.total, resumed=resumed)
     loader = Loader(data, cfg, world.rank, world.size, device, padded, first_row=step * n_rows)
     val = Validation(data, cfg, world.rank, world.size, device, padded)
@@ -1483,6 +1379,7 @@ def train(cfg: Config, preset: str, data: Dataset, curve, state, folder: Path | 
         log.redraw(f"step {step}  {progress:.0%}  loss {last['train_loss']:.4f}  {seconds:.0f} s, "
                    f"{seconds / progress - seconds if progress else 0:.0f} s left")
 
+        lr, seq_len, looped = lr_at(cfg, progress), seq_len_at(cfg, progress), looped_at(cfg, progress)
         if step and progress * cfg.val_points >= next_val:
             clock.stop()
             next_val = int(progress * cfg.val_points) + 1
@@ -1494,20 +1391,19 @@ def train(cfg: Config, preset: str, data: Dataset, curve, state, folder: Path | 
                 save_checkpoint(folder / "checkpoint.pt", cfg, model, data, {}, {**run, **scores})
             with torch.no_grad():
                 torch._foreach_copy_(params, raw)
-            late = bool(curve) and behind(curve, progress, scores["val_bpb"], cfg.compare_margin)
-            times_behind = times_behind + 1 if late else 0
-            if times_behind == 2:
-                raise Stopped(f"behind --compare_to={cfg.compare_to} by {cfg.compare_margin} twice in a row", 1)
+            world.largest(0)  # no clock runs while one rank writes
             clock.start()
         if save:
             clock.stop()
-            save_state(folder, params, ema, optimizer, {
-                "config": asdict(cfg), "preset": preset, "step": step, "next_val": next_val, "seconds": clock.total,
-                "resumed": resumed})
+            buffers = optimizer.buffers()
+            if folder:  # rows and random numbers follow from the step
+                write_saved(folder / "state.pt", config=asdict(cfg), preset=preset, step=step, next_val=next_val,
+                            seconds=clock.total, resumed=resumed, optimizer=buffers, weights=model.state_dict(),
+                            ema=dict(zip(model.state_dict(), ema)))
             saved = clock.total
+            world.largest(0)
             clock.start()
 
-        lr, seq_len, looped = lr_at(cfg, progress), seq_len_at(cfg, progress), looped_at(cfg, progress)
         train_loss = torch.zeros((), device=device)
         for micro_step in range(n_rows // world.size):
             loss = losses(*loader.next(seq_len), looped).sum() / cfg.batch_tokens
@@ -1542,7 +1438,8 @@ def train(cfg: Config, preset: str, data: Dataset, curve, state, folder: Path | 
     run["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0
     if folder:
         save_checkpoint(folder / "checkpoint.pt", cfg, model, data, stats, run)
-        (folder / "state.pt").unlink(missing_ok=True)
+        for path in (folder / "state.pt", folder / "crash.json", *folder.glob(".*.tmp")):  # of lives that were ended
+            path.unlink(missing_ok=True)
         if stop:
             log("stopped early as asked; the checkpoint holds the averaged weights so far")
         keys = ("val_bpb", "val_loss", "train_seconds", "steps", "tokens", "seed", "peak_memory_mb")
