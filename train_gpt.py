@@ -1343,7 +1343,7 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
         torch._foreach_copy_(ema, [state["ema"][name].to(device) for name, _ in model.named_parameters()])
         try:
             optimizer.load(step, state["optimizer"])
-        except (RuntimeError, ValueError, TypeError) as e:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise Stopped(f"--resume: the state of the optimizer does not fit: {e}", 2) from None
         log(kind="resume", step=step, train_seconds=clock.total, resumed=resumed)
     loader = Loader(data, cfg, world.rank, world.size, device, padded, first_row=step * n_rows)

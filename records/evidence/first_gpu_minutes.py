@@ -58,7 +58,7 @@ def kernels(cfg, device, folder):
 def record(cfg, device, folder):
     """A whole short run on random tokens: all graphs, both states of the recurrence, calibration, checkpoint."""
     flags = [f"--{k}={v}" for k, v in asdict(cfg).items() if k not in ("vocab_size", "data", "run")]
-    python(folder, ROOT / "train_gpt.py", *flags, "--data=synthetic", "--run=record", "--max_steps=40", "--log_every=5",
+    python(folder, ROOT / "train_gpt.py", *flags, "--data=synthetic", "--run=record", "--max_steps=40", "--log_every=2",
            "--max_seconds=0")
     log = (folder / "runs/record/log.txt").read_text()
     print(f"warm-up: {found(log, 'warmup_seconds:').split()[0]} s; peak memory: {found(log, 'peak_memory_mb:')} MB")
