@@ -443,7 +443,7 @@ def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up_and_never_after(tmp
 
 
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, monkeypatch):
-    flags = ["--max_steps=40", "--save_every=0.02", "--val_points=2", "--log_every=1"]
+    flags = ["--max_steps=20", "--save_every=0.02", "--val_points=2", "--log_every=1"]
     whole, killed = (start_training(tmp_path, *flags, f"--run={name}", ranks=2) for name in ("whole", "killed"))
     monkeypatch.chdir(tmp_path)
     while not Path("runs/killed/state.pt").exists():
