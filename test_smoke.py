@@ -39,6 +39,7 @@ import pack
 import train_gpt
 from data import hub as hub_files, prepare
 from data.dataset import BadInput, find_run, read_meta, read_shard, read_val_docs, write_shard
+from data.runs import World
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
@@ -259,7 +260,7 @@ def test_orthogonalize_brings_singular_values_near_one():
 
 def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
     model, cfg = tiny_model(), Config(**TINY)
-    optimizer = Optimizer(model, replace(cfg, grad_clip=1e9), 0, 1)
+    optimizer = Optimizer(model, replace(cfg, grad_clip=1e9), World())
     before = {k: v.detach().clone() for k, v in model.named_parameters()}
     tokens = torch.randint(64, (128,))
     loss = model.losses(tokens, tokens.roll(-1), make_segments(np.array([0]), 128, 48), True).mean()
@@ -289,7 +290,7 @@ def make_loader(rank, ranks, seed=1, **changes):
     cfg = replace(Config(**{**TINY, "data": "synthetic", "seed": seed}), **changes)
     data = train_gpt.Dataset(cfg)
     data.train, data.n_train = lambda i: train_gpt.synthetic_tokens(64, 2000 + 100 * i, i), 3
-    return Loader(data, cfg, rank, ranks, torch.device("cpu"), True).rows()
+    return Loader(data, cfg, World(rank, ranks), True).rows()
 
 
 def test_the_stream_is_the_same_for_any_number_of_ranks_and_moves_with_the_seed():
@@ -318,14 +319,14 @@ def test_validation_counts_each_target_once_in_whole_documents():
     # Rows cut documents too, so the row is made long enough to hold all of them.
     cfg = replace(cfg, row_tokens=1024, batch_tokens=2048)
     for ranks in (1, 2):
-        parts = [Validation(data, cfg, rank, ranks, torch.device("cpu"), True) for rank in range(ranks)]
+        parts = [Validation(data, cfg, World(rank, ranks), True) for rank in range(ranks)]
         assert sum(len(p.rows) for p in parts) == 1
 
     def losses(x, y, seg, looped):  # what fills the row up is one document more
         assert (seg.pos == 0).sum() <= (tokens == 63).sum() + 1 + 1024 // 48
         return model.losses(x, y, seg, looped)
 
-    nats, bpb = Validation(data, cfg, 0, 1, torch.device("cpu"), True)(losses, True)
+    nats, bpb = Validation(data, cfg, World(), True)(losses, True)
     assert math.isclose(nats * 700, total, rel_tol=1e-5) and math.isclose(bpb, total / math.log(2) / 1000, rel_tol=1e-5)
 
 
@@ -1354,13 +1355,7 @@ def test_cached_prediction_looks_back_as_far_as_training_did_and_no_further():
     assert run_predictor(cached, [stream], 40)[0] == pytest.approx(expected, abs=3e-5)
 
 
-def test_reading_on_with_cached_keys_and_values_is_the_whole_forward_pass(packed_run, capfd):
-    model, tokens, cache = scoring_model(), torch.randint(40, (24,)), {}
-    with torch.no_grad():
-        whole = model.logits(model(tokens, make_segments(np.array([0]), 24, 24)))
-        parts = [eval_bpb.read_on(model, torch.cat([tokens[a - 1:a] if a else tokens[:1], tokens[a:b]]), a, cache)
-                 for a, b in itertools.pairwise([0, 5, 6, 7, 15, 16, 24])]
-        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+def test_a_sample_is_drawn_as_the_seed_says_and_begins_with_its_text(packed_run, capfd):
     artifact, written = packed_run[0] / "artifact.pyz", []
     long = "words " * 200  # more than the context
     for flags in ("--seed=1", "--seed=1", "--seed=2", "--temperature=0", "--top_p=0"), ("--seed=1",):
@@ -1619,6 +1614,7 @@ def test_harm_ends_in_one_line_and_nothing_stays_when_the_predictor(harm, datase
     make_artifact(packed_run, tmp_path / "a.pyz", mine(code) + """
 def answers():
     import fcntl
+    from contextlib import suppress
     for n in range(3, 99):  # the pipe that is open for writing
         with suppress(OSError):
             if fcntl.fcntl(n, fcntl.F_GETFL) & os.O_WRONLY:
@@ -1642,12 +1638,12 @@ def confine(readable, memory):  # on a system that cannot
 
 
 def test_a_system_that_cannot_confine_is_no_place_for_strangers(judge, dataset, monkeypatch):
-    monkeypatch.setattr(eval_bpb, "confine", confine)
+    monkeypatch.setattr("data.confine.confine", confine)
     with pytest.raises(BadInput, match="no Landlock to confine"):
         judge("", "--predictor=flat")
     _, result, out = judge("", "--predictor=flat", "--trust")
     assert result["unconfined"] == "Landlock" and "NOT CONFINED" in out
-    monkeypatch.setattr(eval_bpb, "READABLE", [str(dataset.parent)])
+    monkeypatch.setattr("data.confine.READABLE", [str(dataset.parent)])
     with pytest.raises(BadInput, match="where the artifact's code may read: move it"):
         judge("", "--predictor=flat")
 

@@ -10,7 +10,6 @@ Then `python pack.py` makes the one file that counts and `python eval_bpb.py` sc
 """
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -18,12 +17,9 @@ import platform
 import queue
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-import warnings
-import zipfile
 from argparse import SUPPRESS
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -37,13 +33,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.dataset import BadInput, Parser, atomic_write, command, find_dataset, find_run, read_meta, read_shard
-from data.runs import Log, draw_curve, environment, no_cuda, note_in_ledger, open_run
+from data.dataset import BadInput, Parser, command, find_dataset, find_run, read_meta, read_shard
+from data.runs import (Clock, Log, Stopped, World, changed_sources, environment, its_end_noted, join, no_cuda, open_run,
+                       read_tensors, write_tensors)
 from data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/dataset.py", "data/runs.py",
-           "data/tokenizer.py")
+SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/confine.py", "data/dataset.py",
+           "data/runs.py", "data/tokenizer.py")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}              # dense bf16, by name of the GPU, for MFU
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -733,8 +730,8 @@ def orthogonalize(G: Tensor) -> Tensor:
 class Optimizer:
     """Muon (Keller Jordan) for the banks of matrices; AdamW for embedding and small parameters in one flat vector."""
 
-    def __init__(self, model: GPT, cfg: Config, rank: int, world_size: int, compiled=False):
-        self.cfg, self.rank, self.world_size = cfg, rank, world_size
+    def __init__(self, model: GPT, cfg: Config, world: World, compiled=False):
+        self.cfg, self.world = cfg, world
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False, fullgraph=True) if compiled else orthogonalize
         named = dict(model.named_parameters())
         self.params = list(named.values())
@@ -745,12 +742,12 @@ class Optimizer:
         assert all(p.ndim == 3 for p, _ in self.banks) and len(self.banks) + len(self.adam) == len(self.params)
         device = self.params[0].device
         self.comm_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.momenta = [torch.zeros(-(-p.size(0) // world_size), *p.shape[1:], device=device) for p, _ in self.banks]
+        self.momenta = [torch.zeros(-(-p.size(0) // world.size), *p.shape[1:], device=device) for p, _ in self.banks]
         # AdamW's vector, padded to the ranks; learning rate and decay of each element of this rank's share.
         sizes = [p.numel() for p in self.adam]
-        self.adam_size = -(-sum(sizes) // world_size)
+        self.adam_size = -(-sum(sizes) // world.size)
         share = lambda values: torch.cat([torch.full((n,), v) for v, n in zip(values, sizes)] + [torch.zeros(
-            self.adam_size * world_size - sum(sizes))])[rank * self.adam_size:][:self.adam_size].to(device)
+            self.adam_size * world.size - sum(sizes))])[world.rank * self.adam_size:][:self.adam_size].to(device)
         is_embed = [name == "embed.weight" for name in named]
         self.adam_lr = share([cfg.embed_lr if e else cfg.scalar_lr for e in is_embed])
         self.adam_wd = share([cfg.embed_wd if e else cfg.scalar_wd for e in is_embed])
@@ -765,7 +762,7 @@ class Optimizer:
 
     def buffers(self) -> list[Tensor]:
         """-> everything it remembers, of all ranks. Every rank must call it."""
-        whole = [all_gather(x, self.world_size) for x in (*self.momenta, self.adam_m, self.adam_v)]
+        whole = [self.world.all_gather(x) for x in (*self.momenta, self.adam_m, self.adam_v)]
         for _, handle in whole:
             if handle:
                 handle.wait()
@@ -774,15 +771,15 @@ class Optimizer:
     def load(self, step: int, buffers: list[Tensor]) -> None:
         """Goes on after so many steps with what buffers() gave. ValueError on another number of ranks."""
         self.t, mine = step, (*self.momenta, self.adam_m, self.adam_v)
-        if [len(x) for x in buffers] != [len(x) * self.world_size for x in mine]:
+        if [len(x) for x in buffers] != [len(x) * self.world.size for x in mine]:
             raise ValueError("it is of another number of ranks")
         for share, whole in zip(mine, buffers):
-            share.copy_(whole[self.rank * len(share):][:len(share)])
+            share.copy_(whole[self.world.rank * len(share):][:len(share)])
 
     def flat(self, tensors) -> Tensor:
-        """Tensors of self.adam's shapes -> one vector (world_size * adam_size,)."""
+        """Tensors of self.adam's shapes -> one vector (ranks * adam_size,)."""
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        return F.pad(flat, (0, self.adam_size * self.world_size - flat.numel()))
+        return F.pad(flat, (0, self.adam_size * self.world.size - flat.numel()))
 
     @torch.no_grad()
     def step(self, loss: Tensor, lr: float, momentum: float) -> Tensor:
@@ -790,20 +787,19 @@ class Optimizer:
 
         lr: of the schedule, in [0, 1]; momentum: Muon's. -> (2,) float32 on the device: batch loss, gradient norm.
         """
-        cfg, W = self.cfg, self.world_size
+        cfg, world = self.cfg, self.world
         reduced = []  # (share of the gradient, handle): all in flight at once
         for p, _ in self.banks:
-            g = F.pad(p.grad, (0, 0, 0, 0, 0, -p.size(0) % W)).to(self.comm_dtype)
-            reduced.append(reduce_scatter(g, W))
-        reduced.append(reduce_scatter(self.flat([p.grad if p.numel() else p for p in self.adam]), W))
+            g = F.pad(p.grad, (0, 0, 0, 0, 0, -p.size(0) % world.size)).to(self.comm_dtype)
+            reduced.append(world.reduce_scatter(g))
+        reduced.append(world.reduce_scatter(self.flat([p.grad if p.numel() else p for p in self.adam])))
         grads = []
         for share, handle in reduced:
             if handle:
                 handle.wait()
             grads.append(share.float())
         totals = torch.stack([loss.detach().float(), sum(g.square().sum() for g in grads)])
-        if W > 1:
-            dist.all_reduce(totals)
+        world.sum(totals)
         grad_norm = totals[1].sqrt()
         clip = (cfg.grad_clip / (grad_norm + 1e-6)).clamp(max=1)
 
@@ -814,15 +810,15 @@ class Optimizer:
             m.mul_(momentum).add_(g * clip)
             nesterov = (g * clip + momentum * m).to(self.comm_dtype)
             update = torch.cat([self.orthogonalize(u) for u in nesterov.split(parts or nesterov.size(1), 1)], 1)
-            gathered.append(all_gather(update, W))
+            gathered.append(world.all_gather(update))
         # AdamW on this rank's share of the flat vector, meanwhile.
         g, m, v = grads[-1] * clip, self.adam_m, self.adam_v
         m.lerp_(g, 1 - cfg.adam_beta1)
         v.lerp_(g.square(), 1 - cfg.adam_beta2)
-        w = self.flat(self.adam)[self.rank * self.adam_size:][:self.adam_size]
+        w = self.flat(self.adam)[world.rank * self.adam_size:][:self.adam_size]
         mean, square = m / (1 - cfg.adam_beta1 ** self.t), v / (1 - cfg.adam_beta2 ** self.t)
         w = w - lr * self.adam_lr * (mean / (square.sqrt() + 1e-8) + self.adam_wd * w)
-        flat, flat_handle = all_gather(w, W)
+        flat, flat_handle = world.all_gather(w)
         for (p, _), (update, handle) in zip(self.banks, gathered):
             if handle:
                 handle.wait()
@@ -836,22 +832,6 @@ class Optimizer:
         return torch.stack([totals[0], grad_norm])
 
 
-def reduce_scatter(x: Tensor, world_size: int):
-    """x (world_size * n, ...) on every rank -> (this rank's n rows of the sum, handle to wait on or None)."""
-    if world_size == 1:
-        return x, None
-    share = x.new_empty(x.size(0) // world_size, *x.shape[1:])
-    return share, dist.reduce_scatter_tensor(share, x, async_op=True)
-
-
-def all_gather(x: Tensor, world_size: int):
-    """x (n, ...) on each rank -> ((world_size * n, ...) in rank order, handle to wait on or None)."""
-    if world_size == 1:
-        return x, None
-    whole = x.new_empty(x.size(0) * world_size, *x.shape[1:])
-    return whole, dist.all_gather_into_tensor(whole, x.contiguous(), async_op=True)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -859,7 +839,7 @@ def all_gather(x: Tensor, world_size: int):
 class Dataset:
     """A prepared dataset: meta (dict), tokenizer (None for random tokens), functions that read train shards and val."""
 
-    def __init__(self, cfg: Config, rank: int = 0, world_size: int = 1):
+    def __init__(self, cfg: Config, world: World = World()):
         """Checks everything that a run relies on before it starts: files against meta.json, and this rank's part of the
         shards for tokens outside the vocabulary. Raises BadInput."""
         if cfg.data == "synthetic":
@@ -879,7 +859,7 @@ class Dataset:
         val = sorted(folder.glob("val_*.bin"))
         if not train or not val:
             raise BadInput(f"{folder} has no {'train' if not train else 'val'} shards: prepare it with data/prepare.py")
-        for path in (train + val)[rank::world_size]:
+        for path in (train + val)[world.rank::world.size]:
             read_shard(path, vocab)
         self.n_train = len(train)
         self.train = lambda i: read_shard(train[i])
@@ -898,14 +878,12 @@ def synthetic_tokens(vocab: int, n: int, seed: int) -> np.ndarray:
 class Loader:
     """An endless stream of rows: shards in a seeded order, the documents of each in a seeded order, cut into rows.
 
-    The stream is the same whatever the number of ranks; rank r takes rows r, r + world_size, ... A thread reads ahead.
+    The stream is the same whatever the number of ranks; rank r of n takes rows r, r + n, ... A thread reads ahead.
     (The public loaders that mix documents gained 0.002 bits per byte over sequential ones.)
     """
 
-    def __init__(self, data: Dataset, cfg: Config, rank: int, world_size: int, device: torch.device, padded: bool,
-                 first_row: int = 0):
-        self.data, self.cfg, self.rank, self.world_size = data, cfg, rank, world_size
-        self.device, self.padded, self.first_row = device, padded, first_row
+    def __init__(self, data: Dataset, cfg: Config, world: World, padded: bool, first_row: int = 0):
+        self.data, self.cfg, self.world, self.padded, self.first_row = data, cfg, world, padded, first_row
         self.ready = queue.Queue(maxsize=16)
         threading.Thread(target=self.read_ahead, daemon=True).start()
 
@@ -924,7 +902,7 @@ class Loader:
                 starts, ends = starts[order], ends[order]
                 stop = np.cumsum(ends - starts)  # where each document ends in the shuffled shard
                 for a in range(0, int(stop[-1]) - n, n):  # the tail that fills no row is left out
-                    if index >= self.first_row and index % self.world_size == self.rank:
+                    if index >= self.first_row and index % self.world.size == self.world.rank:
                         i, j = np.searchsorted(stop, [a, a + n], side="right")
                         row = np.concatenate([tokens[starts[d]:ends[d]] for d in range(i, j + 1)])
                         skip = a - (int(stop[i - 1]) if i else 0)
@@ -947,18 +925,18 @@ class Loader:
         if isinstance(item, BaseException):
             raise item
         row, starts = item
-        if self.device.type == "cuda":
+        if self.world.device.type == "cuda":
             row = row.pin_memory()
-        row = row.to(self.device, non_blocking=True).long()
-        seg = make_segments(starts, len(row) - 1, seq_len, self.device, self.padded, self.cfg.seq_len)
+        row = row.to(self.world.device, non_blocking=True).long()
+        seg = make_segments(starts, len(row) - 1, seq_len, self.world.device, self.padded, self.cfg.seq_len)
         return row[:-1], row[1:], seg
 
 
 class Validation:
     """Bits per byte over whole validation documents in order, each target once, with a context of up to seq_len."""
 
-    def __init__(self, data: Dataset, cfg: Config, rank: int, world_size: int, device: torch.device, padded: bool):
-        tokens = data.val()
+    def __init__(self, data: Dataset, cfg: Config, world: World, padded: bool):
+        self.cfg, self.world, self.padded, self.boundary, tokens = cfg, world, padded, data.boundary, data.val()
         edges = np.append(np.flatnonzero(tokens == data.boundary), len(tokens))
         if cfg.val_tokens:
             edges = edges[:max(2, int(np.searchsorted(edges, cfg.val_tokens, side="right")))]
@@ -970,23 +948,18 @@ class Validation:
         row = cfg.row_tokens
         filled = np.concatenate([tokens[:self.n_tokens], np.full(row + 1, data.boundary, tokens.dtype)])
         self.rows = [(filled[a:a + row + 1], min(row, self.n_tokens - a))
-                     for a in range(rank * row, self.n_tokens, world_size * row)]
-        self.boundary, self.cfg, self.world_size, self.device, self.padded = (
-            data.boundary, cfg, world_size, device, padded)
+                     for a in range(world.rank * row, self.n_tokens, world.size * row)]
 
     @torch.no_grad()
     def __call__(self, losses, looped: bool) -> tuple[float, float]:
         """losses(tokens, targets, seg, looped) as GPT.losses -> (nats per token, bits per byte)."""
         nats = torch.zeros((), dtype=torch.float64)
         for row, n in self.rows:
-            x = torch.from_numpy(row.astype(np.int64)).to(self.device)
+            x = torch.from_numpy(row.astype(np.int64)).to(self.world.device)
             starts = np.flatnonzero(row[:min(n + 1, len(row) - 1)] == self.boundary)  # the filling is one document
-            seg = make_segments(starts, len(row) - 1, self.cfg.seq_len, self.device, self.padded, self.cfg.seq_len)
+            seg = make_segments(starts, len(row) - 1, self.cfg.seq_len, x.device, self.padded, self.cfg.seq_len)
             nats += losses(x[:-1], x[1:], seg, looped)[:n].cpu().double().sum()
-        if self.world_size > 1:
-            nats = nats.to(self.device)
-            dist.all_reduce(nats)
-        nats = nats.item()
+        nats = math.fsum(self.world.gather(nats.item()))
         return nats / self.n_tokens, nats / math.log(2) / self.n_bytes if self.n_bytes else float("nan")
 
 
@@ -1085,38 +1058,21 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
     return stats
 
 
-def write_saved(path: Path, **values) -> None:
-    """What read_saved() reads. The file that stands there is replaced in one step, or stays as it is."""
-    buffer = io.BytesIO()  # a full disk must fail in write(), not in torch.save
-    torch.save(values, buffer)
-    with atomic_write(path) as f:
-        f.write(buffer.getbuffer())
-
-
 def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: dict, run: dict) -> None:
     tokenizer = data.tokenizer.blob.decode() if data.tokenizer else ""
     cfg = replace(cfg, parent="", idea="")  # of the run; its artifact does not pay for them
-    write_saved(path, config=asdict(cfg), weights=model.state_dict(), stats=stats, run=run, tokenizer=tokenizer)
+    write_tensors(path, config=asdict(cfg), weights=model.state_dict(), stats=stats, run=run, tokenizer=tokenizer)
 
 
 def read_saved(path: Path, *keys: str) -> dict:
-    """A checkpoint or a saved state -> {"config": Config, "weights" {name: tensor}, and keys}.
-
-    The file may come from anywhere: checksums first, tensors and plain values only, shapes as configured. BadInput.
-    """
-    try:
-        with zipfile.ZipFile(path) as z:
-            if (bad := z.testzip()) is not None:
-                raise ValueError(f"{bad} does not match its checksum")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    """A checkpoint or a saved state -> {"config": Config, "weights" {name: tensor}, and keys}; shapes as configured."""
+    with read_tensors(path) as saved:
         cfg = config_from(saved["config"])
         with torch.device("meta"):
             expected = {k: v.shape for k, v in GPT(cfg).state_dict().items()}
         if any({k: v.shape for k, v in saved[x].items()} != expected for x in ("weights", "ema") if x in saved):
             raise ValueError("the weights are not those that the config describes")
         return {**{k: saved[k] for k in ("weights", *keys)}, "config": cfg}
-    except Exception as e:  # torch.load has no single error for bad bytes
-        raise BadInput(f"{path} is not whole: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -1133,10 +1089,9 @@ def read_state(run: str) -> dict:
     state = read_saved(folder / "state.pt", "ema", "optimizer", *kinds)
     if any(type(state[key]) is not kind for key, kind in kinds.items()):
         raise BadInput(f"{folder}/state.pt is not whole")
-    source = lambda root, f: (root / f).read_bytes() if (root / f).is_file() else b""
-    if changed := [f for f in SOURCES if source(folder / "source", f) != source(ROOT, f)]:
+    if changed := changed_sources(folder, SOURCES):
         raise BadInput(f"--resume={run}: {', '.join(changed)} changed since the run began")
-    return state | {"folder": str(folder)}
+    return state | {"folder": folder}
 
 
 def config_from(values: dict) -> Config:
@@ -1153,101 +1108,25 @@ def config_from(values: dict) -> Config:
 # Training
 
 
-class World(NamedTuple):
-    """The processes that train together, and the place of this one among them."""
-    rank: int
-    size: int
-    device: torch.device
-    control: object  # a gloo group for small talk between the CPUs, which no GPU waits for; None when alone
-
-    def largest(self, *values: float) -> list[float]:
-        """The largest of each value over all ranks."""
-        if self.size == 1:
-            return list(values)
-        agreed = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, self.control)
-        return agreed.tolist()
-
-
-class Clock:
-    """Seconds of training: runs from start() to stop(), as often as need be. sync() makes queued GPU work count."""
-
-    def __init__(self, sync):
-        self.sync, self.total, self.since = sync, 0.0, None
-
-    def start(self) -> None:
-        self.sync()
-        self.since = time.perf_counter()
-
-    def stop(self) -> None:
-        self.sync()
-        self.total, self.since = self.seconds(), None
-
-    def seconds(self) -> float:
-        return self.total + (time.perf_counter() - self.since if self.since is not None else 0.0)
-
-
-class Stopped(Exception):
-    """Training cannot go on: Stopped(reason, exit code)."""
-
-
-def join(cfg: Config) -> World:
-    """The processes that torchrun started, or this one alone -> World. Raises BadInput."""
-    rank, local_rank, size = (int(os.environ.get(k, v)) for k, v in
-                              (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = cfg.device or next(k for k in there if there[k])
-    if not there[kind]:
-        raise BadInput(f"--device={kind}: " + (no_cuda() if kind == "cuda" else "this machine or torch has none"))
-    if (rows := cfg.batch_tokens // cfg.row_tokens) % size:
-        raise BadInput(f"--batch_tokens={cfg.batch_tokens} is {rows} rows of --row_tokens={cfg.row_tokens}, which "
-                       f"{size} ranks cannot share evenly{'; ' + no_cuda() if no_cuda() else ''}")
-    device, control = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind), None
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
-    if size > 1:
-        warnings.filterwarnings("ignore", category=FutureWarning)  # torch 2.13 renames the collectives that 2.11 has
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
-        control = dist.new_group(backend="gloo")
-    if cfg.data == "demo" and local_rank == 0 and not (ROOT / "data/demo/meta.json").exists():  # on each node
-        subprocess.run([sys.executable, str(ROOT / "data/prepare.py"), "demo"])  # should it fail, Dataset() stops us
-    if size > 1:
-        dist.barrier(control)
-    return World(rank, size, device, control)
-
-
 def main(argv: list[str] | None = None) -> int:
     preset, cfg, state = parse_config(sys.argv[1:] if argv is None else argv)
     world = join(cfg)
-    problems = [""] * world.size
     try:
-        data = Dataset(cfg, world.rank, world.size)
+        data, problem = Dataset(cfg, world), ""
     except BadInput as e:
-        problems[world.rank] = f"{platform.node()}: {e}" if world.size > 1 else str(e)
-    if world.size > 1:  # what one node lacks, all of them say
-        dist.all_gather_object(problems, problems[world.rank], world.control)
-    if any(problems):
-        raise BadInput(next(filter(None, problems)))
+        problem = f"{platform.node()}: {e}" if world.size > 1 else str(e)
+    if problems := [*filter(None, world.gather(problem))]:  # what one node lacks, all of them say
+        raise BadInput(problems[0])
     cfg = replace(cfg, vocab_size=data.meta["vocab_size"])
     name = cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}"
-    folder = None if world.rank else Path(state["folder"]) if state else open_run(name, SOURCES)
+    folder = None if world.rank else state["folder"] if state else open_run(name, SOURCES)
     log = Log(folder)
     try:
-        return train(cfg, preset, data, state, folder, log, world)
-    except (Exception, KeyboardInterrupt) as e:
-        reason, code = e.args if isinstance(e, Stopped) else (f"{type(e).__name__}: {e}", 1)
-        if folder:
-            with atomic_write(folder / "crash.json", "w") as f:
-                json.dump({"reason": reason, "exit_code": code}, f)
-            log(f"stopped: {reason} (see {folder}/crash.json)")
-            note_in_ledger(folder)
-        if isinstance(e, Stopped):
-            return code
-        raise
+        with its_end_noted(folder, log):
+            return train(cfg, preset, data, state, folder, log, world)
+    except Stopped as e:
+        return e.args[1]
     finally:
-        if folder:
-            draw_curve(folder)
         if world.size > 1:
             dist.destroy_process_group()
 
@@ -1323,7 +1202,7 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
     if world.size > 1:
         for p in params:
             dist.broadcast(p.data, 0)
-    optimizer = Optimizer(model, cfg, world.rank, world.size, compiled=not padded)
+    optimizer = Optimizer(model, cfg, world, compiled=not padded)
     losses = model.losses if padded else torch.compile(model.losses, dynamic=False, fullgraph=True)
     wanted, (cfg, chunk_seconds) = cfg.row_tokens, warm_up(cfg, model, losses, optimizer, world, padded)
     if cfg.row_tokens < wanted:
@@ -1346,8 +1225,8 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise Stopped(f"--resume: the state of the optimizer does not fit: {e}", 2) from None
         log(kind="resume", step=step, train_seconds=clock.total, resumed=resumed)
-    loader = Loader(data, cfg, world.rank, world.size, device, padded, first_row=step * n_rows)
-    val = Validation(data, cfg, world.rank, world.size, device, padded)
+    loader = Loader(data, cfg, world, padded, first_row=step * n_rows)
+    val = Validation(data, cfg, world, padded)
     log(f"attention:{attention} dtype:{str(dtype).split('.')[1]} compile:{'off' if padded else 'on'} "
         f"parameters:{sum(p.numel() for p in params)} rows_per_step:{n_rows} rows_per_rank:{n_rows // world.size} "
         f"train_tokens:{data.meta.get('train_tokens', 0)} val_tokens:{val.n_tokens} val_docs:{val.n_docs}")
@@ -1397,9 +1276,9 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
             clock.stop()
             buffers = optimizer.buffers()
             if folder:  # rows and random numbers follow from the step
-                write_saved(folder / "state.pt", config=asdict(cfg), preset=preset, step=step, next_val=next_val,
-                            seconds=clock.total, resumed=resumed, optimizer=buffers, weights=model.state_dict(),
-                            ema=dict(zip(model.state_dict(), ema)))
+                write_tensors(folder / "state.pt", config=asdict(cfg), preset=preset, step=step, next_val=next_val,
+                              seconds=clock.total, resumed=resumed, optimizer=buffers, weights=model.state_dict(),
+                              ema=dict(zip(model.state_dict(), ema)))
             saved = clock.total
             world.largest(0)
             clock.start()
@@ -1426,8 +1305,8 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
         torch._foreach_lerp_(params, ema, cfg.ema_share)
     late = lambda: cfg.max_seconds and clock.seconds() >= cfg.max_seconds  # the estimate was too low: fewer tokens do
     stats = calibrate(model, loader, n_chunks, calib_chunk(cfg), cfg.seed + world.rank, late) if n_chunks else {}
-    for x in stats.values() if world.size > 1 else ():
-        dist.all_reduce(x)
+    for x in stats.values():
+        world.sum(x)
     clock.stop()
 
     # ---- save, validate, sum up

@@ -25,9 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(1, str(ROOT))  # after the folder of a run, when it measures itself
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 
 from data.dataset import BadInput, Parser, command, find_dataset, read_meta  # noqa: E402
+from data.runs import World  # noqa: E402
 from pack import constant_for, gather, pack_model, unpack_model  # noqa: E402
 from train_gpt import SOURCES, Config, Dataset, Validation, load_checkpoint  # noqa: E402
 
@@ -193,7 +193,7 @@ def measure() -> None:
     path = Path("runs/r/checkpoint.pt")
     checkpoint = load_checkpoint(path)
     cfg, weights, banks = checkpoint["config"], checkpoint["weights"], gather(checkpoint, path)
-    val, points = Validation(Dataset(cfg), cfg, 0, 1, torch.device("cpu"), True), []
+    val, points = Validation(Dataset(cfg), cfg, World(), True), []
     for goal in KL_GOALS:
         packed = pack_model(asdict(cfg), weights, banks, constant_for(banks, goal))
         points.append((len(packed.blob), val(unpack_model(packed.blob)[1].losses, True)[1]))
