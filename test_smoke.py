@@ -39,7 +39,7 @@ import pack
 import train_gpt
 from data import hub as hub_files, prepare
 from data.dataset import BadInput, find_run, read_meta, read_shard, read_val_docs, write_shard
-from data.runs import World
+from data.runs import Dataset, World, synthetic_tokens
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
@@ -162,8 +162,8 @@ def test_what_stands_between_the_products_of_attention_has_the_gradients_of_its_
 
     def fused(qkv, gain, gate):
         angles, gains = F.pad(angle.expand(-1, H + K, -1), (0, 0, 0, K)), F.pad(gain, (0, 2 * K), value=1.0)
-        q, k, v = train_gpt.rotated_heads(qkv, gains, angles.cos(), angles.sin(), K)
-        return train_gpt.gated_xsa(q + wide(k * v), v, *train_gpt.unit(v), gate)
+        q, k, v = train_gpt.RotatedHeads.apply(qkv, gains, angles.cos(), angles.sin(), K)
+        return train_gpt.GatedXSA.apply(q + wide(k * v), v, *train_gpt.unit(v), gate)
 
     results = [(z := f(*inputs), *torch.autograd.grad((z * weights).sum(), inputs)) for f in (parts, fused)]
     for expected, found in zip(*results):
@@ -288,8 +288,8 @@ def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
 
 def make_loader(rank, ranks, seed=1, **changes):
     cfg = replace(Config(**{**TINY, "data": "synthetic", "seed": seed}), **changes)
-    data = train_gpt.Dataset(cfg)
-    data.train, data.n_train = lambda i: train_gpt.synthetic_tokens(64, 2000 + 100 * i, i), 3
+    data = Dataset(cfg)
+    data.train, data.n_train = lambda i: synthetic_tokens(64, 2000 + 100 * i, i), 3
     return Loader(data, cfg, World(rank, ranks), True).rows()
 
 
@@ -300,7 +300,7 @@ def test_the_stream_is_the_same_for_any_number_of_ranks_and_moves_with_the_seed(
         shares = [make_loader(r, ranks) for r in range(ranks)]
         assert all(np.array_equal(rows[i], next(shares[i % ranks])) for i in range(120))
     assert not np.array_equal(rows[0], next(make_loader(0, 1, seed=2)))
-    shards = np.concatenate([train_gpt.synthetic_tokens(64, 2000 + 100 * i, i) for i in range(3)])
+    shards = np.concatenate([synthetic_tokens(64, 2000 + 100 * i, i) for i in range(3)])
     epoch = np.concatenate([r[:-1] for r in rows[:sum((2000 + 100 * i - 1) // 128 for i in range(3))]])
     left = np.bincount(shards, minlength=64) - np.bincount(epoch, minlength=64)
     assert left.min() >= 0 and left.sum() < 3 * 129  # an epoch holds each token at most once, and nearly all
@@ -309,8 +309,8 @@ def test_the_stream_is_the_same_for_any_number_of_ranks_and_moves_with_the_seed(
 def test_validation_counts_each_target_once_in_whole_documents():
     model = tiny_model()
     cfg = replace(Config(**TINY), data="synthetic")
-    data = train_gpt.Dataset(cfg)
-    tokens = train_gpt.synthetic_tokens(64, 700, 5)
+    data = Dataset(cfg)
+    tokens = synthetic_tokens(64, 700, 5)
     data.val, data.meta["val_bytes"], data.meta["val_tokens"] = lambda: tokens, 1000, 700
     total = 0.0
     for doc in np.split(tokens, np.flatnonzero(tokens == 63)[1:]):
@@ -423,7 +423,7 @@ def test_bad_flags_and_shapes_are_refused_in_one_line(tmp_path, monkeypatch):
 
 def test_a_damaged_checkpoint_is_refused_and_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
     model, cfg, path = tiny_model(), Config(**TINY), tmp_path / "checkpoint.pt"
-    data = train_gpt.Dataset(replace(cfg, data="synthetic"))
+    data = Dataset(replace(cfg, data="synthetic"))
     train_gpt.save_checkpoint(path, cfg, model, data, {"tokens": torch.ones(1)}, {"steps": 1})
     good = path.read_bytes()
     assert torch.equal(train_gpt.load_checkpoint(path)["weights"]["up"], model.up)
@@ -476,7 +476,7 @@ def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up_and_never_after(tmp
     real_warm_up = train_gpt.warm_up
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt, "warm_up", warm_up)
-    monkeypatch.setattr(train_gpt, "synthetic_tokens", tokens)
+    monkeypatch.setattr("data.runs.synthetic_tokens", tokens)
     monkeypatch.setattr(train_gpt, "pick_attention", lambda *_: ("varlen_attn", stub_attention))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=backend, **how))
@@ -926,7 +926,7 @@ def run_to_pack(tmp_path_factory):
     folder.mkdir()
     tokenizer = Tokenizer(DEMO)
     model = tiny_model(vocab_size=tokenizer.vocab_size, seq_len=24, row_tokens=96, batch_tokens=96, data="synthetic")
-    tokens = torch.from_numpy(train_gpt.synthetic_tokens(tokenizer.vocab_size, 513, seed=1).astype(np.int64))
+    tokens = torch.from_numpy(synthetic_tokens(tokenizer.vocab_size, 513, seed=1).astype(np.int64))
     row = tokens[:-1], tokens[1:], make_segments(np.arange(0, 512, 60), 512, 24)
     stats = train_gpt.calibrate(model, SimpleNamespace(next=lambda seq_len: row), 8, 512, 0)
     train_gpt.save_checkpoint(folder / "checkpoint.pt", model.cfg, model, SimpleNamespace(tokenizer=tokenizer), stats,
@@ -1015,7 +1015,7 @@ def test_expected_kl_is_the_measured_one_for_every_bank(run_to_pack):
     checkpoint = train_gpt.load_checkpoint(run_to_pack / "checkpoint.pt")
     model, weights, banks = GPT(checkpoint["config"]), checkpoint["weights"], pack.gather(checkpoint, run_to_pack)
     packed = pack.pack_model(asdict(checkpoint["config"]), weights, banks, 1e-3)
-    tokens = torch.from_numpy(train_gpt.synthetic_tokens(1024, 2048, seed=1).astype(np.int64))
+    tokens = torch.from_numpy(synthetic_tokens(1024, 2048, seed=1).astype(np.int64))
 
     @torch.no_grad()
     def log_p(**changes):

@@ -33,10 +33,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.dataset import BadInput, Parser, command, find_dataset, find_run, read_meta, read_shard
-from data.runs import (Clock, Log, Stopped, World, changed_sources, environment, its_end_noted, join, no_cuda, open_run,
-                       read_tensors, write_tensors)
-from data.tokenizer import Tokenizer
+from data.dataset import BadInput, Parser, command, find_run
+from data.runs import (Clock, Dataset, Log, Stopped, World, changed_sources, environment, its_end_noted, join, no_cuda,
+                       open_run, read_tensors, write_tensors)
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/confine.py", "data/dataset.py",
@@ -387,11 +386,11 @@ class GPT(nn.Module):
     def attention(self, n, W, gain, i, visit, cos, sin, seg, linear, attend):
         """n (N, D), the block's normed input -> (N, D)."""
         qkv = linear(n, W["qkv"], "qkv", i, visit).view(len(n), -1, self.head_dim)
-        q, k, v = rotated_heads(qkv, gain, cos, sin, self.cfg.n_kv_head)
+        q, k, v = RotatedHeads.apply(qkv, gain, cos, sin, self.cfg.n_kv_head)
         own, length = unit(v)  # before attention: after it, the compiler would keep v in float32 for backward
         y = attend(q, k, v, seg, visit)  # (N, H, d)
         gate = F.linear(n[:, :self.cfg.gate_dims], W["gate"])  # (N, H)
-        return linear(gated_xsa(y, v, own, length, gate).reshape(n.shape), W["o"], "o", i, visit)
+        return linear(GatedXSA.apply(y, v, own, length, gate).reshape(n.shape), W["o"], "o", i, visit)
 
     def mlp(self, n, W, i, visit, linear):
         """n (N, D) -> (N, D)."""
@@ -494,14 +493,6 @@ class GatedXSA(torch.autograd.Function):
             dys.append((e - q * own).to(dz.dtype))
             dv = dv + ((2 * p * q * own - p * e - q * x) / length).to(dz.dtype)
         return torch.stack(dys, 2).view(dz.shape), dv, None, None, torch.stack(dgates, 2).view(gate.shape)
-
-
-def rotated_heads(qkv, gain, cos, sin, n_kv):
-    return RotatedHeads.apply(qkv, gain, cos, sin, n_kv)  # a function of its own: torch 2.11 cannot capture `apply`
-
-
-def gated_xsa(y, v, own, length, gate):
-    return GatedXSA.apply(y, v, own, length, gate)
 
 
 def count_flops(cfg: Config, looped: bool) -> float:
@@ -834,45 +825,6 @@ class Optimizer:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
-
-
-class Dataset:
-    """A prepared dataset: meta (dict), tokenizer (None for random tokens), functions that read train shards and val."""
-
-    def __init__(self, cfg: Config, world: World = World()):
-        """Checks everything that a run relies on before it starts: files against meta.json, and this rank's part of the
-        shards for tokens outside the vocabulary. Raises BadInput."""
-        if cfg.data == "synthetic":
-            self.tokenizer, vocab = None, cfg.vocab_size or 8192
-            self.meta = {"name": "synthetic", "vocab_size": vocab, "val_tokens": 4 * cfg.row_tokens, "val_bytes": 0}
-            self.boundary, self.n_train = vocab - 1, 8
-            self.train = lambda i: synthetic_tokens(vocab, max(1 << 22, 2 * cfg.row_tokens), seed=i)
-            self.val = lambda: synthetic_tokens(vocab, 4 * cfg.row_tokens, seed=self.n_train)
-            return
-        folder = find_dataset(cfg.data)
-        self.meta = read_meta(folder)
-        self.tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
-        vocab, self.boundary = self.meta["vocab_size"], self.tokenizer.boundary
-        if cfg.vocab_size not in (0, vocab):
-            raise BadInput(f"--vocab_size={cfg.vocab_size}, but {folder} has {vocab}: leave it 0 to follow the dataset")
-        train = sorted(folder.glob("train_*.bin"))
-        val = sorted(folder.glob("val_*.bin"))
-        if not train or not val:
-            raise BadInput(f"{folder} has no {'train' if not train else 'val'} shards: prepare it with data/prepare.py")
-        for path in (train + val)[world.rank::world.size]:
-            read_shard(path, vocab)
-        self.n_train = len(train)
-        self.train = lambda i: read_shard(train[i])
-        self.val = lambda: np.concatenate([read_shard(path) for path in val])
-
-
-def synthetic_tokens(vocab: int, n: int, seed: int) -> np.ndarray:
-    """-> n random tokens uint16 in documents of web-like lengths (lognormal, median 403 tokens, mean 690)."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, vocab - 1, n, dtype=np.uint16)
-    starts = np.cumsum(np.concatenate([[0], rng.lognormal(np.log(403), 1.04, n // 100)])).astype(np.int64)
-    tokens[starts[starts < n]] = vocab - 1
-    return tokens
 
 
 class Loader:

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.dataset import ROOT, BadInput, atomic_write
+from data.dataset import ROOT, BadInput, atomic_write, find_dataset, read_meta, read_shard
+from data.tokenizer import Tokenizer
 
 
 class World(NamedTuple):
@@ -117,6 +118,45 @@ class Clock:
 
 class Stopped(Exception):
     """Training cannot go on: Stopped(reason, exit code)."""
+
+
+class Dataset:
+    """A prepared dataset: meta (dict), tokenizer (None for random tokens), functions that read train shards and val."""
+
+    def __init__(self, cfg, world: World = World()):
+        """Checks everything that a run relies on before it starts: files against meta.json, and this rank's part of the
+        shards for tokens outside the vocabulary. Raises BadInput."""
+        if cfg.data == "synthetic":
+            self.tokenizer, vocab = None, cfg.vocab_size or 8192
+            self.meta = {"name": "synthetic", "vocab_size": vocab, "val_tokens": 4 * cfg.row_tokens, "val_bytes": 0}
+            self.boundary, self.n_train = vocab - 1, 8
+            self.train = lambda i: synthetic_tokens(vocab, max(1 << 22, 2 * cfg.row_tokens), seed=i)
+            self.val = lambda: synthetic_tokens(vocab, 4 * cfg.row_tokens, seed=self.n_train)
+            return
+        folder = find_dataset(cfg.data)
+        self.meta = read_meta(folder)
+        self.tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
+        vocab, self.boundary = self.meta["vocab_size"], self.tokenizer.boundary
+        if cfg.vocab_size not in (0, vocab):
+            raise BadInput(f"--vocab_size={cfg.vocab_size}, but {folder} has {vocab}: leave it 0 to follow the dataset")
+        train = sorted(folder.glob("train_*.bin"))
+        val = sorted(folder.glob("val_*.bin"))
+        if not train or not val:
+            raise BadInput(f"{folder} has no {'train' if not train else 'val'} shards: prepare it with data/prepare.py")
+        for path in (train + val)[world.rank::world.size]:
+            read_shard(path, vocab)
+        self.n_train = len(train)
+        self.train = lambda i: read_shard(train[i])
+        self.val = lambda: np.concatenate([read_shard(path) for path in val])
+
+
+def synthetic_tokens(vocab: int, n: int, seed: int) -> np.ndarray:
+    """-> n random tokens uint16 in documents of web-like lengths (lognormal, median 403 tokens, mean 690)."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab - 1, n, dtype=np.uint16)
+    starts = np.cumsum(np.concatenate([[0], rng.lognormal(np.log(403), 1.04, n // 100)])).astype(np.int64)
+    tokens[starts[starts < n]] = vocab - 1
+    return tokens
 
 
 def open_run(name: str, sources: tuple[str, ...]) -> Path:
