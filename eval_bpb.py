@@ -85,7 +85,7 @@ class Sliding:
                 starts.append(size)
                 scored.append(np.arange(size + first - begin, size + end - begin))
                 size += end - begin
-        seg = make_segments(np.array(starts), size, self.seq_len, self.device, self.model.padded)
+        seg = make_segments(np.array(starts), size, self.seq_len, self.device)
         hidden = self.model(torch.from_numpy(np.concatenate(row)).to(self.device), seg)
         return self.model.logits(hidden[torch.from_numpy(np.concatenate(scored)).to(self.device)])
 
@@ -216,7 +216,7 @@ class Adaptive:
         pos = (start + torch.arange(T, dtype=torch.int32, device=self.device)).repeat(B)
         before = F.pad(text, (1, 0))[:, -T - 1:-1].flatten()
         linear = partial(self.linear, adapt)
-        hidden = model(tokens.view(-1), Segments(None, pos, 0, None, None), True, linear, attend, before)
+        hidden = model(tokens.view(-1), Segments(None, pos, 0, None), True, linear, attend, before)
         z = adapt(hidden, F.linear(hidden, model.embed.weight.to(hidden.dtype)), ("head", 0)).float().view(B, T, -1)
         p = (model.cfg.softcap * torch.tanh(z / model.cfg.softcap)).softmax(-1)
         h = F.normalize(hidden.detach().float(), dim=-1).view(B, 1, T, -1)
@@ -273,8 +273,7 @@ def move(model, device: str):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model.dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    attention, model.attend = pick_attention(device, model.dtype)
-    model.padded = attention == "sdpa"
+    _, model.attend = pick_attention(device, model.dtype)
     return model.to(device).requires_grad_(False)
 
 
@@ -299,7 +298,7 @@ def sample(path: str, device: str, text: str, n_tokens: int, temperature: float,
         if not left or len(tokens) > 1 and tokens[-1] == tokenizer.boundary:
             break
         seen = torch.tensor(tokens[-cfg.seq_len:], device=device)
-        hidden = model(seen, make_segments(np.array([0]), len(seen), cfg.seq_len, device, model.padded))
+        hidden = model(seen, make_segments(np.array([0]), len(seen), cfg.seq_len, device))
         logits = model.logits(hidden[-1:])[0].cpu()
         p, order = (logits / max(temperature, 1e-6)).softmax(-1).sort(descending=True)
         p[p.cumsum(0) - p > top_p] = 0

@@ -115,17 +115,17 @@ def test_segments_are_documents_cut_every_seq_len_and_on_a_gpu_of_one_shape():
         starts = np.flatnonzero(rng.random(n) < 0.03)
         for t in range(n):
             pos.append(0 if t in starts or pos[-1] + 1 == seq_len else pos[-1] + 1)
-        for seg in (make_segments(starts, n, seq_len), make_segments(starts, n, seq_len, padded=False)):
+        for seg in (make_segments(starts, n, seq_len),):
             assert seg.pos.tolist() == pos[1:] and seg.max_len <= max(seq_len, max(pos) + 1)
             cu = seg.cu_seqlens.tolist()
             assert sorted(set(cu)) == [t for t, p in enumerate(pos[1:]) if p == 0] + [n] and cu == sorted(cu)
     for step, seq_len in itertools.product((1, 2, 3, 50, 700, 10 ** 6), (1024, 2048, 3072)):
-        seg = make_segments(np.arange(0, 98304, step), 98304, seq_len, padded=False, longest=3072)
+        seg = make_segments(np.arange(0, 98304, step), 98304, seq_len, longest=3072)
         assert seg.cu_seqlens.shape == (257,) and seg.max_len == 3072
         assert seg.cu_seqlens.diff().max() <= seq_len and seg.cu_seqlens[-1] == 98304
-    alone = make_segments(np.array([0, 500, 501]), 98304, 1024, padded=False, longest=3072)
+    alone = make_segments(np.array([0, 500, 501]), 98304, 1024, longest=3072)
     assert alone.cu_seqlens[:5].tolist() == [0, 500, 501, 1525, 2549]  # where they fit, documents stay apart
-    crowd = make_segments(np.append(np.arange(0, 4000, 2), 50_000), 98304, 1024, padded=False, longest=3072)
+    crowd = make_segments(np.append(np.arange(0, 4000, 2), 50_000), 98304, 1024, longest=3072)
     assert {3998, 50_000} <= {*crowd.cu_seqlens.tolist()}  # where they do not, the long ones do
 
 
@@ -290,7 +290,7 @@ def make_loader(rank, ranks, seed=1, **changes):
     cfg = replace(Config(**{**TINY, "data": "synthetic", "seed": seed}), **changes)
     data = Dataset(cfg)
     data.train, data.n_train = lambda i: synthetic_tokens(64, 2000 + 100 * i, i), 3
-    return Loader(data, cfg, World(rank, ranks), True).rows()
+    return Loader(data, cfg, World(rank, ranks)).rows()
 
 
 def test_the_stream_is_the_same_for_any_number_of_ranks_and_moves_with_the_seed():
@@ -319,14 +319,14 @@ def test_validation_counts_each_target_once_in_whole_documents():
     # Rows cut documents too, so the row is made long enough to hold all of them.
     cfg = replace(cfg, row_tokens=1024, batch_tokens=2048)
     for ranks in (1, 2):
-        parts = [Validation(data, cfg, World(rank, ranks), True) for rank in range(ranks)]
+        parts = [Validation(data, cfg, World(rank, ranks)) for rank in range(ranks)]
         assert sum(len(p.rows) for p in parts) == 1
 
     def losses(x, y, seg, looped):  # what fills the row up is one document more
         assert (seg.pos == 0).sum() <= (tokens == 63).sum() + 1 + 1024 // 48
         return model.losses(x, y, seg, looped)
 
-    nats, bpb = Validation(data, cfg, World(), True)(losses, True)
+    nats, bpb = Validation(data, cfg, World())(losses, True)
     assert math.isclose(nats * 700, total, rel_tol=1e-5) and math.isclose(bpb, total / math.log(2) / 1000, rel_tol=1e-5)
 
 
@@ -1299,7 +1299,7 @@ class Pointless(eval_bpb.Adaptive):
 
 
 def adaptive(cls, model, learns: bool):
-    model.dtype, model.padded = torch.float32, True
+    model.dtype = torch.float32
     predictor = cls(model.cfg, model, "cpu")
     predictor.lr = {key: lr * learns for key, lr in predictor.lr.items()}
     return predictor
@@ -1432,7 +1432,7 @@ def proofs(packed_run):
     """proofs(predictor source) -> the verdicts on it over TEXTS, each by a new one."""
     cfg, model, tokenizer = pack.load(packed_run[0] / "artifact.pyz")
     streams = [np.concatenate([[0], tokenizer.encode(text), [0]]).astype(np.int64) for text in TEXTS]
-    model.padded, V = True, tokenizer.vocab_size
+    V = tokenizer.vocab_size
 
     def prove(source, seconds=2.0):
         names = {**vars(eval_bpb)}

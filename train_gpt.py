@@ -197,56 +197,46 @@ class Segments(NamedTuple):
     cu_seqlens: Tensor  # (S + 1,) int32, segment starts and N; trailing empty segments allowed
     pos: Tensor  # (N,) int32, position in the segment
     max_len: int  # tokens, at least the longest segment
-    pad: Tensor | None  # (S, max_len) int64, the token in each padded place; None where attention takes cu_seqlens
-    unpad: Tensor | None  # (N,) int64, each token's place in the flattened padded layout
+    lengths: list[int] | None  # of the segments; None for compiled graphs, to which a list of numbers is a constant
 
 
-def make_segments(starts: np.ndarray, n_tokens: int, seq_len: int, device="cpu", padded=True, longest=0) -> Segments:
+def make_segments(starts: np.ndarray, n_tokens: int, seq_len: int, device="cpu", longest=0) -> Segments:
     """starts (K,) int, increasing positions of document starts in a row of n_tokens -> Segments, on device.
 
-    A document is cut every seq_len tokens from its start. Not padded (varlen kernels): with longest, the longest
-    seq_len of the run, compiled graphs see one shape and one max_len whatever the documents: cu_seqlens is filled up
-    with empty segments, and where a row has more than fit, its shortest documents join the one before them.
+    A document is cut every seq_len tokens from its start. With longest, the longest seq_len of the run, compiled graphs
+    see one shape and one max_len whatever the documents: cu_seqlens is filled up with empty segments, and where a row
+    has more than fit, its shortest documents join the one before them.
     """
     edges = np.unique(np.concatenate([[0], starts, [n_tokens]])).astype(np.int64)
     # Twice the segments that the shortest context of the run makes of a row without documents, in steps of 256.
-    slots = -(-6 * n_tokens // (256 * longest)) * 256 if longest and not padded else n_tokens
+    slots = -(-6 * n_tokens // (256 * longest)) * 256 if longest else n_tokens
     if (-(-np.diff(edges) // seq_len)).sum() > slots:
         kept = np.argsort(-np.diff(edges), kind="stable")[:slots - n_tokens // seq_len - 1]
         edges = np.unique(np.concatenate([[0], edges[kept], [n_tokens]]))
-    lengths = np.diff(edges)
-    pieces = (lengths + seq_len - 1) // seq_len
-    first = np.repeat(edges[:-1], pieces)
-    cuts = first + seq_len * (np.arange(len(first)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
-    cu = np.append(cuts, n_tokens)
-    segment = np.repeat(np.arange(len(cuts)), np.diff(cu))
-    pos = np.arange(n_tokens) - cuts[segment]
+    cuts = np.concatenate([np.arange(begin, end, seq_len) for begin, end in zip(edges, edges[1:])])
+    lengths = np.diff(cuts, append=n_tokens)
+    pos = np.arange(n_tokens) - np.repeat(cuts, lengths)
+    cu_seqlens = np.append(cuts, np.full(slots + 1 - len(cuts) if longest else 1, n_tokens))
 
-    def to(a, dtype):  # pinned, for a copy from pageable memory makes the CPU wait for the GPU
-        a = torch.from_numpy(a.astype(dtype))
+    def to_device(a):  # pinned, for a copy from pageable memory makes the CPU wait for the GPU
+        a = torch.from_numpy(a.astype(np.int32))
         return (a.pin_memory() if torch.device(device).type == "cuda" else a).to(device, non_blocking=True)
 
-    if not padded:
-        empty = np.full(slots - len(cuts) if longest else 0, n_tokens)
-        return Segments(to(np.append(cu, empty), np.int32), to(pos, np.int32), longest or seq_len, None, None)
-    width = int(np.diff(cu).max())
-    # Places past a segment's end come after all of its tokens, so that the causal mask hides them.
-    pad = np.minimum(cuts[:, None] + np.arange(width), n_tokens - 1)
-    return Segments(to(cu, np.int32), to(pos, np.int32), width, to(pad, np.int64), to(segment * width + pos, np.int64))
+    return Segments(to_device(cu_seqlens), to_device(pos), longest or seq_len, None if longest else lengths.tolist())
 
 
-def padded_attention(q, k, v, seg: Segments):
-    """q (N, H, d), k and v (N, K, d) -> (N, H, d), causal in segments: one kernel over segments padded to a length."""
-    q, k, v = (x[seg.pad].transpose(1, 2) for x in (q, k, v))  # (S, heads, max_len, d)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return y.transpose(1, 2).flatten(0, 1)[seg.unpad]
+def segment_attention(q, k, v, seg: Segments):
+    """q (N, H, d), k and v (N, K, d) -> (N, H, d), causal in segments: torch's kernel for each of them in turn."""
+    q, k, v = (x.transpose(0, 1)[None].split(seg.lengths, 2) for x in (q, k, v))  # each (1, heads, length, d)
+    y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in zip(q, k, v)]
+    return torch.cat(y, 2)[0].transpose(0, 1)
 
 
 def pick_attention(device: torch.device, dtype: torch.dtype):
     """-> (name, attend(q, k, v, Segments) -> (N, H, d)): FlashAttention-3 if there, else torch's varlen or SDPA."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if capability < (8, 0) or dtype != torch.bfloat16:
-        return "sdpa", padded_attention
+        return "sdpa", segment_attention
     if capability[0] == 9:
         try:
             from flash_attn_interface import flash_attn_varlen_func  # this is FA3; the module `flash_attn` is FA2
@@ -293,7 +283,7 @@ class GPT(nn.Module):
     """A decoder whose matrices are stacked in banks (layer, out, in), one per role: Muon works on whole banks."""
     MATRICES = ("qkv", "o", "up", "down")
 
-    def __init__(self, cfg: Config, attend=padded_attention, dtype=torch.float32, fused_mlp=None, fused_ce=None):
+    def __init__(self, cfg: Config, attend=segment_attention, dtype=torch.float32, fused_mlp=None, fused_ce=None):
         """cfg with vocab_size set; attend, fused_mlp, fused_ce: kernels chosen at start-up, None for torch's own."""
         super().__init__()
         self.cfg, self.attend, self.dtype, self.fused_mlp, self.fused_ce = cfg, attend, dtype, fused_mlp, fused_ce
@@ -834,8 +824,9 @@ class Loader:
     (The public loaders that mix documents gained 0.002 bits per byte over sequential ones.)
     """
 
-    def __init__(self, data: Dataset, cfg: Config, world: World, padded: bool, first_row: int = 0):
-        self.data, self.cfg, self.world, self.padded, self.first_row = data, cfg, world, padded, first_row
+    def __init__(self, data: Dataset, cfg: Config, world: World, compiled: bool = False, first_row: int = 0):
+        self.data, self.cfg, self.world, self.first_row = data, cfg, world, first_row
+        self.longest = cfg.seq_len if compiled else 0
         self.ready = queue.Queue(maxsize=16)
         threading.Thread(target=self.read_ahead, daemon=True).start()
 
@@ -880,15 +871,16 @@ class Loader:
         if self.world.device.type == "cuda":
             row = row.pin_memory()
         row = row.to(self.world.device, non_blocking=True).long()
-        seg = make_segments(starts, len(row) - 1, seq_len, self.world.device, self.padded, self.cfg.seq_len)
+        seg = make_segments(starts, len(row) - 1, seq_len, self.world.device, self.longest)
         return row[:-1], row[1:], seg
 
 
 class Validation:
     """Bits per byte over whole validation documents in order, each target once, with a context of up to seq_len."""
 
-    def __init__(self, data: Dataset, cfg: Config, world: World, padded: bool):
-        self.cfg, self.world, self.padded, self.boundary, tokens = cfg, world, padded, data.boundary, data.val()
+    def __init__(self, data: Dataset, cfg: Config, world: World, compiled: bool = False):
+        self.cfg, self.world, self.boundary, tokens = cfg, world, data.boundary, data.val()
+        self.longest = cfg.seq_len if compiled else 0
         edges = np.append(np.flatnonzero(tokens == data.boundary), len(tokens))
         if cfg.val_tokens:
             edges = edges[:max(2, int(np.searchsorted(edges, cfg.val_tokens, side="right")))]
@@ -909,7 +901,7 @@ class Validation:
         for row, n in self.rows:
             x = torch.from_numpy(row.astype(np.int64)).to(self.world.device)
             starts = np.flatnonzero(row[:min(n + 1, len(row) - 1)] == self.boundary)  # the filling is one document
-            seg = make_segments(starts, len(row) - 1, self.cfg.seq_len, x.device, self.padded, self.cfg.seq_len)
+            seg = make_segments(starts, len(row) - 1, self.cfg.seq_len, x.device, self.longest)
             nats += losses(x[:-1], x[1:], seg, looped)[:n].cpu().double().sum()
         nats = math.fsum(self.world.gather(nats.item()))
         return nats / self.n_tokens, nats / math.log(2) / self.n_bytes if self.n_bytes else float("nan")
@@ -989,7 +981,7 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
         tokens, _, seg = loader.next(model.cfg.seq_len)
         if chunk_tokens < len(tokens):
             tokens, starts = tokens[:chunk_tokens], (seg.pos[:chunk_tokens] == 0).nonzero()[:, 0].cpu().numpy()
-            seg = make_segments(starts, chunk_tokens, model.cfg.seq_len, device, seg.pad is not None)
+            seg = make_segments(starts, chunk_tokens, model.cfg.seq_len, device)
         hidden = model(tokens, seg, True, tap)
         outer("embed.H", hidden)
         logits = model.logits(hidden)
@@ -1083,7 +1075,7 @@ def main(argv: list[str] | None = None) -> int:
             dist.destroy_process_group()
 
 
-def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World, padded: bool):
+def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World, compiled: bool):
     """Compile every graph and time calibration, on random tokens and untimed; leaves no trace. A row that does not fit
     into memory is halved. -> (Config with the row_tokens that fit, seconds of calibration per chunk)."""
     params, states = list(model.parameters()), dict.fromkeys((looped_at(cfg, 0.0), True))
@@ -1092,7 +1084,7 @@ def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World,
     def batch(seq_len):
         row = torch.from_numpy(np.random.default_rng(world.rank).integers(0, cfg.vocab_size, cfg.row_tokens + 1))
         starts = np.arange(0, cfg.row_tokens, 700)  # of documents of 700 tokens
-        seg = make_segments(starts, cfg.row_tokens, seq_len, world.device, padded, cfg.seq_len)
+        seg = make_segments(starts, cfg.row_tokens, seq_len, world.device, cfg.seq_len if compiled else 0)
         return row[:-1].to(world.device), row[1:].to(world.device), seg
 
     while True:
@@ -1146,7 +1138,7 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
 
     # ---- build and warm up
     attention, attend = pick_attention(device, dtype)
-    padded = attention == "sdpa"  # segments padded to shapes that change from row to row: nothing is compiled
+    compiled = attention != "sdpa"  # whose segments change their shapes from row to row
     model = GPT(cfg, attend, dtype, **pick_kernels(cfg, device, dtype, log))
     model.init_matrices()  # on the CPU: the same weights on any device
     model.to(device)
@@ -1154,9 +1146,9 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
     if world.size > 1:
         for p in params:
             dist.broadcast(p.data, 0)
-    optimizer = Optimizer(model, cfg, world, compiled=not padded)
-    losses = model.losses if padded else torch.compile(model.losses, dynamic=False, fullgraph=True)
-    wanted, (cfg, chunk_seconds) = cfg.row_tokens, warm_up(cfg, model, losses, optimizer, world, padded)
+    optimizer = Optimizer(model, cfg, world, compiled=compiled)
+    losses = torch.compile(model.losses, dynamic=False, fullgraph=True) if compiled else model.losses
+    wanted, (cfg, chunk_seconds) = cfg.row_tokens, warm_up(cfg, model, losses, optimizer, world, compiled)
     if cfg.row_tokens < wanted:
         log(f"--row_tokens={wanted} does not fit into this GPU: {cfg.row_tokens}, the same batch in more passes")
     n_rows = cfg.batch_tokens // cfg.row_tokens
@@ -1177,9 +1169,9 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise Stopped(f"--resume: the state of the optimizer does not fit: {e}", 2) from None
         log(kind="resume", step=step, train_seconds=clock.total, resumed=resumed)
-    loader = Loader(data, cfg, world, padded, first_row=step * n_rows)
-    val = Validation(data, cfg, world, padded)
-    log(f"attention:{attention} dtype:{str(dtype).split('.')[1]} compile:{'off' if padded else 'on'} "
+    loader = Loader(data, cfg, world, compiled, first_row=step * n_rows)
+    val = Validation(data, cfg, world, compiled)
+    log(f"attention:{attention} dtype:{str(dtype).split('.')[1]} compile:{'on' if compiled else 'off'} "
         f"parameters:{sum(p.numel() for p in params)} rows_per_step:{n_rows} rows_per_rank:{n_rows // world.size} "
         f"train_tokens:{data.meta.get('train_tokens', 0)} val_tokens:{val.n_tokens} val_docs:{val.n_docs}")
     if attention == "varlen_attn" and torch.cuda.get_device_capability(device)[0] == 9:

@@ -1,8 +1,8 @@
 """A predictor whose code is not the judge's own, confined in a child process that is shown only what is revealed.
 
 The judge talks to Remote as to any predictor: plan, predict, learn. Remote talks to serve(), the judge's own end of the
-pipe, in the child: frames of 4 bytes of name, 8 bytes of length, content. The child is given confine(), serve() and what
-they call as source, before any code of the artifact.
+pipe, in the child: frames of 4 bytes of name, 8 bytes of length, content. The child is given confine(), serve() and
+what they call as source, before any code of the artifact.
 """
 import importlib
 import inspect

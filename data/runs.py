@@ -260,7 +260,7 @@ def no_cuda() -> str:
 
 @contextmanager
 def its_end_noted(folder: Path | None, log: Log):
-    """A run that fails leaves crash.json with the reason and a line in the ledger, any run its curve. Rank 0 has folder."""
+    """A run that fails leaves crash.json with the reason and a line in the ledger, any run its curve. folder: rank 0's."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as e:

@@ -193,7 +193,7 @@ def measure() -> None:
     path = Path("runs/r/checkpoint.pt")
     checkpoint = load_checkpoint(path)
     cfg, weights, banks = checkpoint["config"], checkpoint["weights"], gather(checkpoint, path)
-    val, points = Validation(Dataset(cfg), cfg, World(), True), []
+    val, points = Validation(Dataset(cfg), cfg, World()), []
     for goal in KL_GOALS:
         packed = pack_model(asdict(cfg), weights, banks, constant_for(banks, goal))
         points.append((len(packed.blob), val(unpack_model(packed.blob)[1].losses, True)[1]))

@@ -138,7 +138,7 @@ def count(trainer, settings: dict, looped: bool, code: dict | None = None) -> di
         wrapped = torch.nn.Module()
         wrapped.m, wrapped.forward = model, model.losses
         return torch.func.functional_call(wrapped, {f"m.{n}": p for n, p in zip(names, parameters)}, (
-            tokens, targets, trainer.Segments(cu, pos, cfg.seq_len, None, None), looped)).sum() / cfg.batch_tokens
+            tokens, targets, trainer.Segments(cu, pos, cfg.seq_len, None), looped)).sum() / cfg.batch_tokens
 
     with mode:  # on the CPU: gradients of fake CUDA tensors would ask the driver for a stream
         parameters = [torch.empty(p.shape, requires_grad=True) for p in model.parameters()]
