@@ -329,7 +329,7 @@ from torch import Tensor
 
 from data.confine import Refused, Remote, failure, reachable
 from data.dataset import Parser, Progress, atomic_write, command, find_dataset, find_run, read_meta, read_val_docs
-from data.runs import environment, note_in_ledger
+from data.runs import World, environment, note_in_ledger
 from data.tokenizer import Tokenizer
 from train_gpt import SOURCES
 
@@ -369,15 +369,7 @@ def find_data(artifact: Path, data: str) -> Path:
     return find_dataset(data)
 
 
-def gather(value, world_size: int) -> list:
-    """-> every rank's value, in order."""
-    values = [value] * world_size
-    if world_size > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def read_documents(folder: Path, meta: dict, limit, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1):
+def read_documents(folder: Path, meta: dict, limit, tokenizer: Tokenizer, world: World):
     """-> streams [int64 (n + 2,): boundary, tokens, boundary], UTF-8 bytes of all documents. Ranks share the encoding.
 
     The judge's own Tokenizer encodes: the artifact's tokenizer.json is data, and none of its code sees a document.
@@ -386,13 +378,13 @@ def read_documents(folder: Path, meta: dict, limit, tokenizer: Tokenizer, rank: 
     mine, n_bytes = [], 0
     for i, text in enumerate(read_val_docs(folder, meta, limit)):
         n_bytes += len(text.encode())
-        if i % world_size == rank:
+        if i % world.size == world.rank:
             tokens = tokenizer.encode(text)
             if tokenizer.decode(tokens) != text:
                 raise Refused(f"the tokenizer does not give document {i} back: its bits are not bits of this text")
             mine.append(np.concatenate([[tokenizer.boundary], tokens, [tokenizer.boundary]]).astype(np.int64))
-    shares = gather(mine, world_size)
-    return [shares[i % world_size][i // world_size] for i in range(sum(map(len, shares)))], n_bytes
+    shares = world.gather(mine)
+    return [shares[i % world.size][i // world.size] for i in range(sum(map(len, shares)))], n_bytes
 
 
 def check_plan(rounds, lengths: np.ndarray, vocab_size: int) -> list[np.ndarray]:
@@ -632,7 +624,7 @@ def parse(argv):
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code: 0, or 2 for a failed proof. Raises BadInput."""
     phases, args = Phases(), parse(argv)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
     artifact = Path(args.artifact or find_run() / "artifact.pyz")
     blob, tokenizer, foreign = open_artifact(artifact)
@@ -645,7 +637,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {"mode": "audited" if audit else "trusted" if foreign else "own", "unconfined": ""}
     folder = find_data(artifact, args.data)
     meta, vocab_size, remotes = read_meta(folder), tokenizer.vocab_size, []
-    if foreign and rank == 0:
+    if foreign and world.rank == 0:
         print(f"note: the artifact's {', '.join(foreign)} differ from this folder's: its code runs confined"
               + (" and must prove its score (--trust if it is yours)" if audit else ""), flush=True)
 
@@ -679,17 +671,17 @@ def main(argv: list[str] | None = None) -> int:
 
     limit = (600.0 if meta["name"] == "fineweb" else 0.0) if args.max_seconds is None else args.max_seconds
     timer = watch(limit)
-    if world_size > 1:
+    if world.size > 1:
         dist.init_process_group("gloo")  # the judge's small talk, between the CPUs
     try:
         with phases("load"):
             predictor = make()
         with phases("text"):
-            streams, n_bytes = read_documents(folder, meta, args.limit_docs or None, tokenizer, rank, world_size)
+            streams, n_bytes = read_documents(folder, meta, args.limit_docs or None, tokenizer, world)
             lengths = np.array([len(s) - 1 for s in streams])
         with phases("compile"):  # a predictor may compile in plan()
             rounds = check_plan(predictor.plan(lengths.copy()), lengths, vocab_size)
-            mine = deal(rounds, world_size)[rank]
+            mine = deal(rounds, world.size)[world.rank]
         nats, verdicts = score(predictor, streams, rounds, mine, vocab_size, phases), {}
         timer.cancel()
         seconds = time.perf_counter() - BEGIN
@@ -700,7 +692,7 @@ def main(argv: list[str] | None = None) -> int:
                 verdicts["replay"] = replay(make(), streams, rounds, nats, vocab_size, args.audit_seconds,
                                             phases.seconds["score"], device)
                 verdicts["lengths"] = tell_wrong_lengths(make(), streams, rounds, nats, vocab_size)
-        shares = gather(({i: math.fsum(each) for i, each in nats.items()}, verdicts, seconds), world_size)
+        shares = world.gather(({i: math.fsum(each) for i, each in nats.items()}, verdicts, seconds))
     except BadInput as e:
         raise type(e)(f"{artifact}: {e}") from None
     except Exception as e:
@@ -709,14 +701,14 @@ def main(argv: list[str] | None = None) -> int:
         timer.cancel()
         for remote in remotes:
             remote.close()
-        if world_size > 1:
+        if world.size > 1:
             dist.destroy_process_group()
     nats, seconds = math.fsum(x for share, *_ in shares for _, x in sorted(share.items())), max(s for *_, s in shares)
     for _, others, _ in shares:  # what failed on any rank has failed
         verdicts |= {k: v for k, v in others.items() if v.startswith("FAIL")}
-    if rank == 0:
+    if world.rank == 0:
         about |= {"audit": verdicts, "max_seconds": limit, "phases": phases.report() | {"to_score": round(seconds, 3)}}
-        about["environment"] = environment(torch.device(device), world_size)
+        about["environment"] = environment(torch.device(device), world.size)
         report(artifact, blob, folder, meta, streams, n_bytes, nats, about)
     return 2 if any(v.startswith("FAIL") for v in verdicts.values()) else 0
 
