@@ -41,6 +41,7 @@ import pack
 import train_gpt
 from data import hub as hub_files, prepare
 from data.dataset import BadInput, find_run, read_meta, read_shard, read_val_docs, write_shard
+from data.runs import Dataset, World, synthetic_tokens
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
@@ -116,7 +117,7 @@ def test_a_token_sees_only_its_own_segment_and_its_past():
     gpu.attend = stub_attention
     for looped in (False, True):
         before = model(tokens, seg, looped)
-        same = gpu(tokens, make_segments(starts, 128, 48, padded=False, longest=48), looped)
+        same = gpu(tokens, make_segments(starts, 128, 48, longest=48), looped)
         torch.testing.assert_close(same, before, rtol=1e-4, atol=1e-4)
         for at in (20, 29, 30, 60, 76, 100, 125):
             changed = tokens.clone()
@@ -151,8 +152,8 @@ def test_what_stands_between_the_products_of_attention_has_the_gradients_of_its_
 
     def fused(qkv, gain, gate):
         angles, gains = F.pad(angle.expand(-1, H + K, -1), (0, 0, 0, K)), F.pad(gain, (0, 2 * K), value=1.0)
-        q, k, v = train_gpt.rotated_heads(qkv, gains, angles.cos(), angles.sin(), K)
-        return train_gpt.gated_xsa(q + wide(k * v), v, *train_gpt.unit(v), gate)
+        q, k, v = train_gpt.RotatedHeads.apply(qkv, gains, angles.cos(), angles.sin(), K)
+        return train_gpt.GatedXSA.apply(q + wide(k * v), v, *train_gpt.unit(v), gate)
 
     results = [(z := f(*inputs), *torch.autograd.grad((z * weights).sum(), inputs)) for f in (parts, fused)]
     for expected, found in zip(*results):
@@ -232,7 +233,7 @@ def test_orthogonalize_brings_singular_values_near_one():
 
 def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
     model, cfg = tiny_model(), Config(**TINY)
-    optimizer = Optimizer(model, replace(cfg, grad_clip=1e9), 0, 1)
+    optimizer = Optimizer(model, replace(cfg, grad_clip=1e9), World())
     before = {k: v.detach().clone() for k, v in model.named_parameters()}
     tokens = torch.randint(64, (128,))
     loss = model.losses(tokens, tokens.roll(-1), make_segments(np.array([0]), 128, 48), True).mean()
@@ -260,9 +261,9 @@ def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
 
 def make_loader(rank, ranks, seed=1, **changes):
     cfg = replace(Config(**{**TINY, "data": "synthetic", "seed": seed}), **changes)
-    data = train_gpt.Dataset(cfg)
-    data.train, data.n_train = lambda i: train_gpt.synthetic_tokens(64, 2000 + 100 * i, i), 3
-    return Loader(data, cfg, rank, ranks, torch.device("cpu"), True).rows()
+    data = Dataset(cfg)
+    data.train, data.n_train = lambda i: synthetic_tokens(64, 2000 + 100 * i, i), 3
+    return Loader(data, cfg, World(rank, ranks)).rows()
 
 
 def test_the_stream_is_the_same_for_any_number_of_ranks_and_moves_with_the_seed():
@@ -272,7 +273,7 @@ def test_the_stream_is_the_same_for_any_number_of_ranks_and_moves_with_the_seed(
         shares = [make_loader(r, ranks) for r in range(ranks)]
         assert all(np.array_equal(rows[i], next(shares[i % ranks])) for i in range(120))
     assert not np.array_equal(rows[0], next(make_loader(0, 1, seed=2)))
-    shards = np.concatenate([train_gpt.synthetic_tokens(64, 2000 + 100 * i, i) for i in range(3)])
+    shards = np.concatenate([synthetic_tokens(64, 2000 + 100 * i, i) for i in range(3)])
     epoch = np.concatenate([r[:-1] for r in rows[:sum((2000 + 100 * i - 1) // 128 for i in range(3))]])
     left = np.bincount(shards, minlength=64) - np.bincount(epoch, minlength=64)
     assert left.min() >= 0 and left.sum() < 3 * 129  # an epoch holds each token at most once, and nearly all
@@ -280,13 +281,13 @@ def test_the_stream_is_the_same_for_any_number_of_ranks_and_moves_with_the_seed(
 
 def test_validation_counts_each_target_once_in_whole_documents():
     model, cfg = tiny_model(), Config(**{**TINY, "data": "synthetic", "row_tokens": 1024, "batch_tokens": 2048})
-    data, tokens, total = train_gpt.Dataset(cfg), train_gpt.synthetic_tokens(64, 700, 5), 0.0
+    data, tokens, total = Dataset(cfg), synthetic_tokens(64, 700, 5), 0.0
     data.val, data.meta["val_bytes"], data.meta["val_tokens"] = lambda: tokens, 1000, 700
     for doc in np.split(tokens, np.flatnonzero(tokens == 63)[1:]):
         x = torch.from_numpy(np.append(doc, 63).astype(np.int64))
         total += model.losses(x[:-1], x[1:], make_segments(np.array([0]), len(doc), 48), True).sum().item()
     # Rows cut documents too; this one holds all of them.
-    nats, bpb = Validation(data, cfg, 0, 1, torch.device("cpu"), True)(model.losses, True)
+    nats, bpb = Validation(data, cfg, World())(model.losses, True)
     assert math.isclose(nats * 700, total, rel_tol=1e-5) and math.isclose(bpb, total / math.log(2) / 1000, rel_tol=1e-5)
 
 
@@ -389,7 +390,7 @@ def test_bad_flags_and_shapes_are_refused_in_one_line(tmp_path, monkeypatch):
 
 def test_a_damaged_checkpoint_is_refused_and_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
     model, cfg, path = tiny_model(), Config(**TINY), tmp_path / "checkpoint.pt"
-    data = train_gpt.Dataset(replace(cfg, data="synthetic"))
+    data = Dataset(replace(cfg, data="synthetic"))
     train_gpt.save_checkpoint(path, cfg, model, data, {"tokens": torch.ones(1)}, {"steps": 1})
     good = path.read_bytes()
     assert torch.equal(train_gpt.load_checkpoint(path)["weights"]["up"], model.up)
@@ -426,7 +427,7 @@ def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up_and_never_after(tmp
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt, "warm_up", lambda *args: (warm_up(*args), ready.append(len(graphs)))[0])
-    monkeypatch.setattr(train_gpt, "synthetic_tokens", tokens)
+    monkeypatch.setattr("data.runs.synthetic_tokens", tokens)
     monkeypatch.setattr(train_gpt, "pick_attention", lambda *_: ("varlen_attn", stub_attention))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=backend, **how))
@@ -811,7 +812,7 @@ def run_to_pack(tmp_path_factory):
     folder.mkdir()
     tokenizer = Tokenizer(DEMO)
     model = tiny_model(vocab_size=tokenizer.vocab_size, seq_len=24, row_tokens=96, batch_tokens=96, data="synthetic")
-    tokens = torch.from_numpy(train_gpt.synthetic_tokens(tokenizer.vocab_size, 513, seed=1).astype(np.int64))
+    tokens = torch.from_numpy(synthetic_tokens(tokenizer.vocab_size, 513, seed=1).astype(np.int64))
     row = tokens[:-1], tokens[1:], make_segments(np.arange(0, 512, 60), 512, 24)
     stats = train_gpt.calibrate(model, SimpleNamespace(next=lambda seq_len: row), 8, 512, 0)
     train_gpt.save_checkpoint(folder / "checkpoint.pt", model.cfg, model, SimpleNamespace(tokenizer=tokenizer), stats,
@@ -900,7 +901,7 @@ def test_expected_kl_is_the_measured_one_for_every_bank(run_to_pack):
     checkpoint = train_gpt.load_checkpoint(run_to_pack / "checkpoint.pt")
     model, weights, banks = GPT(checkpoint["config"]), checkpoint["weights"], pack.gather(checkpoint, run_to_pack)
     packed = pack.pack_model(asdict(checkpoint["config"]), weights, banks, 1e-3)
-    tokens = torch.from_numpy(train_gpt.synthetic_tokens(1024, 2048, seed=1).astype(np.int64))
+    tokens = torch.from_numpy(synthetic_tokens(1024, 2048, seed=1).astype(np.int64))
 
     @torch.no_grad()
     def log_p(**changes):
@@ -1175,7 +1176,7 @@ class Pointless(eval_bpb.Adaptive):
 
 
 def adaptive(cls, model, learns: bool):
-    model.dtype, model.padded = torch.float32, True
+    model.dtype = torch.float32
     predictor = cls(model.cfg, model, "cpu")
     predictor.lr = {key: lr * learns for key, lr in predictor.lr.items()}
     return predictor
@@ -1229,13 +1230,7 @@ def test_sliding_and_plain_give_every_target_its_context():
             assert found[0][end - 6:end] == pytest.approx(expected, abs=2e-5)
 
 
-def test_reading_on_with_cached_keys_and_values_is_the_whole_forward_pass(packed_run, capfd):
-    model, tokens, cache = scoring_model(), torch.randint(40, (24,)), {}
-    with torch.no_grad():
-        whole = model.logits(model(tokens, make_segments(np.array([0]), 24, 24)))
-        parts = [eval_bpb.read_on(model, torch.cat([tokens[a - 1:a] if a else tokens[:1], tokens[a:b]]), a, cache)
-                 for a, b in itertools.pairwise([0, 5, 6, 7, 15, 16, 24])]
-        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+def test_a_sample_is_drawn_as_the_seed_says_and_begins_with_its_text(packed_run, capfd):
     artifact, written = packed_run[0] / "artifact.pyz", []
     long = "words " * 200  # more than the context
     for flags in ("--seed=1", "--seed=1", "--seed=2", "--temperature=0", "--top_p=0"), ("--seed=1",):
@@ -1309,7 +1304,7 @@ def proofs(packed_run):
     """proofs(predictor source) -> the verdicts on it over TEXTS, each by a new one."""
     cfg, model, tokenizer = pack.load(packed_run[0] / "artifact.pyz")
     streams = [np.concatenate([[0], tokenizer.encode(text), [0]]).astype(np.int64) for text in TEXTS]
-    model.padded, V = True, tokenizer.vocab_size
+    V = tokenizer.vocab_size
 
     def prove(source, seconds=1.0):
         names = {**vars(eval_bpb)}
@@ -1461,6 +1456,7 @@ def test_harm_ends_in_one_line_and_nothing_stays(dataset, packed_run, tmp_path, 
         return make_artifact(packed_run, folder / "a.pyz", mine(code) + """
 def answers():
     import fcntl
+    from contextlib import suppress
     for n in range(3, 99):  # the pipe that is open for writing
         with suppress(OSError):
             if fcntl.fcntl(n, fcntl.F_GETFL) & os.O_WRONLY:
@@ -1493,13 +1489,13 @@ def confine(readable, memory):  # on a system that cannot
 
 
 def test_a_system_that_cannot_confine_is_no_place_for_strangers(judge, dataset, monkeypatch):
-    monkeypatch.setattr(eval_bpb, "confine", confine)
+    monkeypatch.setattr("data.confine.confine", confine)
     with pytest.raises(BadInput, match="no Landlock to confine"):
         judge("", "--predictor=flat")
     code, result, out = judge("", "--predictor=flat", "--trust", "--limit_docs=3")
     assert code == 0 and result["unconfined"] == "Landlock" and "NOT CONFINED" in out
     assert result["limit_docs"] == 3 and "val_bpb" not in result and "\nval_bpb" not in out and "first 3 of 20" in out
-    monkeypatch.setattr(eval_bpb, "READABLE", [str(dataset.parent)])
+    monkeypatch.setattr("data.confine.READABLE", [str(dataset.parent)])
     with pytest.raises(BadInput, match="where the artifact's code may read: move it"):
         judge("", "--predictor=flat")
 

@@ -22,7 +22,6 @@ import sys
 import sysconfig
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -222,12 +221,10 @@ def write_val(folder, results, keep, shards):
     """Results of process(), where keep(digest) -> val_docs.jsonl.zst and the validation shards; returns a DocsHash."""
     docs_hash, compressor = DocsHash(), zstandard.ZstdCompressor(12)
     with atomic_write(folder / "val_docs.jsonl.zst") as file, compressor.stream_writer(file, closefd=False) as out:
-        for _, docs in results:
-            for where, digest, data, tokens in docs:
-                if keep(digest):
-                    docs_hash.add(data)
-                    out.write(json.dumps({"text": data.decode()}, ensure_ascii=False).encode() + b"\n")
-                    shards.add(where, len(data), tokens)
+        for where, data, tokens in kept(results, keep):
+            docs_hash.add(data)
+            out.write(json.dumps({"text": data.decode()}, ensure_ascii=False).encode() + b"\n")
+            shards.add(where, len(data), tokens)
     shards.flush()
     return docs_hash
 
@@ -251,22 +248,12 @@ def write_meta(folder, name, text_rule, docs_sha256, val, train):
     read_meta(folder)
 
 
-@contextmanager
-def new_folder(name):
-    """A temporary folder that takes the place of data/<name>/ when the block ends well, and vanishes otherwise."""
-    target = ROOT / "data" / name
-    temporary, old = (target.with_name(f".{name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if target.exists():
-            os.replace(target, old)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise BadInput(f"{error.filename or target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+def kept(results, keep):
+    """Yields (where, UTF-8 text, tokens) of those documents in results of process() for which keep(digest)."""
+    for _, docs in results:
+        for where, digest, data, tokens in docs:
+            if keep(digest):
+                yield where, data, tokens
 
 
 def once(allowed):
@@ -281,23 +268,41 @@ def once(allowed):
     return keep
 
 
+def write_new(name, blob, text_rule, val, train, problems=(), progress=Progress("", 0)):
+    """(results of process(), keep) of validation and of training -> data/<name>/, written beside it and put in its
+    place when all went well."""
+    target = ROOT / "data" / name
+    folder, old = (target.with_name(f".{name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        folder.mkdir(parents=True)
+        (folder / "tokenizer.json").write_bytes(blob)
+        val_shards, train_shards = Shards(folder, "val"), Shards(folder, "train")
+        docs_hash = write_val(folder, *val, val_shards)
+        for where, data, tokens in kept(*train):
+            train_shards.add(where, len(data), tokens)
+            progress.add()
+        train_shards.flush()
+        if problems:
+            (folder / "skipped.txt").write_text("".join(f"{where}: {what}\n" for where, what in problems), "utf-8")
+        write_meta(folder, name, text_rule, docs_hash.hexdigest(), val_shards, train_shards)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(folder, target)
+    except OSError as error:
+        raise BadInput(f"{error.filename or target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The commands
 
 def demo(args):
     """Writes data/demo/ with the committed tokenizer, in place of an older one."""
-    val, train = (texts_source(texts, "demo") for texts in demo_documents())
     blob, keep = DEMO_TOKENIZER.read_bytes(), once(lambda digest: True)
-    with new_folder("demo") as folder:
-        (folder / "tokenizer.json").write_bytes(blob)
-        val_shards, train_shards = Shards(folder, "val"), Shards(folder, "train")
-        docs_hash = write_val(folder, process(val(), blob, "raw", 1), keep, val_shards)
-        for _, docs in process(train(), blob, "raw", 1):
-            for where, digest, data, tokens in docs:
-                if keep(digest):
-                    train_shards.add(where, len(data), tokens)
-        train_shards.flush()
-        write_meta(folder, "demo", "raw", docs_hash.hexdigest(), val_shards, train_shards)
+    val, train = ((process(texts_source(texts, "demo")(), blob, "raw", 1), keep) for texts in demo_documents())
+    write_new("demo", blob, "raw", val, train)
 
 
 def docs(args):
@@ -343,22 +348,11 @@ def docs(args):
     if not val or not train or len(val) < (args.val_docs or 0):
         raise BadInput(f"{' '.join(args.paths)}: only {len(good):,} good documents, {len(val):,} for validation")
     blob = blob or train_tokenizer(
-        lambda: (data.decode() for _, docs in run(source) for _, digest, data, _ in docs if digest in train),
+        lambda: (data.decode() for _, data, _ in kept(run(source), train.__contains__)),
         args.vocab_size, args.phrases, args.name)
-    with new_folder(args.name) as folder, Progress("tokenizing", len(train), "documents") as progress:
-        (folder / "tokenizer.json").write_bytes(blob)
-        val_shards, train_shards = Shards(folder, "val"), Shards(folder, "train")
-        docs_hash = write_val(folder, run(val_source, blob), once(val.__contains__), val_shards)
-        keep = once(train.__contains__)
-        for _, docs in run(source, blob):
-            for where, digest, data, tokens in docs:
-                if keep(digest):
-                    train_shards.add(where, len(data), tokens)
-                    progress.add()
-        train_shards.flush()
-        if problems:
-            (folder / "skipped.txt").write_text("".join(f"{where}: {what}\n" for where, what in problems), "utf-8")
-        write_meta(folder, args.name, args.text_rule, docs_hash.hexdigest(), val_shards, train_shards)
+    with Progress("tokenizing", len(train), "documents") as progress:
+        write_new(args.name, blob, args.text_rule, (run(val_source, blob), once(val.__contains__)),
+                  (run(source, blob), once(train.__contains__)), problems, progress)
     if problems:
         counts = ", ".join(f"{n:,} {what}" for what, n in Counter(what for _, what in problems).most_common())
         print(f"skipped {len(problems):,}: {counts}; each is named in data/{args.name}/skipped.txt")
@@ -400,8 +394,8 @@ def fineweb(args):
         blob = train_tokenizer(lambda: (data.decode() for _, docs in run(lines(end_of_val)) for _, _, data, _ in docs),
                                args.vocab_size, args.phrases, folder.name)
     settings = {"docs_sha256": docs_sha256, "text_rule": args.text_rule, "tokenizer_sha256": Tokenizer(blob).sha256}
+    state = {"settings": settings, "val": [], "train": []}
     try:
-        state = {"settings": settings, "val": [], "train": []}
         state = json.loads(state_path.read_bytes()) if state_path.exists() else state
     except ValueError as error:
         raise BadInput(f"{state_path}: damaged ({error}); remove {folder} and begin again") from error

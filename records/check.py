@@ -324,7 +324,7 @@ def check_ours(r):
     for name in sorted({*hashes} | {n for n in r.files if n.endswith(".py")}):
         if hashlib.sha256(r.read(name)).hexdigest() != hashes.get(name):
             r.emit("source-hash", name, "is not the source that ran, by its sha256 in submission.json")
-    for name in ("eval_bpb.py", "data/dataset.py", "data/tokenizer.py"):
+    for name in ("eval_bpb.py", "data/confine.py", "data/dataset.py", "data/tokenizer.py"):
         if name in r.trees and (ROOT / name).is_file():
             root = judge_half(ast.parse(source := (ROOT / name).read_text()), source)
             mine = judge_half(r.trees[name], r.text(name))

@@ -152,7 +152,7 @@ def scan(review, name, text, depth=0):
     guarded = {id(n) for t in optional for n in ast.walk(t)}
     runs_text = False
     # What stands below the border of eval_bpb.py is compared with the root's.
-    at = text.find("\n# The judge") if name == "eval_bpb.py" else -1
+    at = {"eval_bpb.py": text.find("\n# The judge"), "data/confine.py": 0}.get(name, -1)
     review.judge = text[:at].count("\n") + 1 if at >= 0 else len(text) + 2
     # `from os import system as run` makes run() a call of os.system.
     review.aliases = {a.asname or a.name: f"{n.module}.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom)

@@ -75,13 +75,14 @@ def parts(cfg, device, folder):
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     name, attend = t.pick_attention(device, dtype)
-    padded, sync = name == "sdpa", partial(torch.cuda.synchronize, device) if cuda else lambda: None
+    compiled, sync = name != "sdpa", partial(torch.cuda.synchronize, device) if cuda else lambda: None
     model = t.GPT(cfg, attend, dtype, **t.pick_kernels(cfg, device, dtype, print))
     model.init_matrices()
     model.to(device)
-    losses = model.losses if padded else torch.compile(model.losses, dynamic=False, fullgraph=True)
+    losses = torch.compile(model.losses, dynamic=False, fullgraph=True) if compiled else model.losses
     row = torch.randint(cfg.vocab_size - 1, (cfg.row_tokens + 1,), device=device)
-    seg = t.make_segments(np.arange(0, cfg.row_tokens, 700), cfg.row_tokens, cfg.seq_len, device, padded, cfg.seq_len)
+    longest = cfg.seq_len if compiled else 0
+    seg = t.make_segments(np.arange(0, cfg.row_tokens, 700), cfg.row_tokens, cfg.seq_len, device, longest)
     for looped in (False, True):
         step = lambda: losses(row[:-1], row[1:], seg, looped).sum().backward()
         for _ in range(3):

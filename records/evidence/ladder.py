@@ -25,11 +25,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(1, str(ROOT))  # after the folder of a run, when it measures itself
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 
 from data.dataset import BadInput, Parser, command, find_dataset, read_meta  # noqa: E402
+from data.runs import Dataset, World  # noqa: E402
 from pack import constant_for, gather, pack_model, unpack_model  # noqa: E402
-from train_gpt import SOURCES, Config, Dataset, Validation, load_checkpoint  # noqa: E402
+from train_gpt import SOURCES, Config, Validation, load_checkpoint  # noqa: E402
 
 # The record: 36 M weights, 100 tokens a weight, the embedding 12 % of the weights at vocabulary 8192.
 RUNGS = {
@@ -46,7 +46,7 @@ VOCABULARY, VOCABULARY_TIME = 512, 0.0685  # tokens that are 8192 of the record'
 
 RELU2 = ("return F.leaky_relu(x, 0.5).square()", "return F.relu(x).square()")
 NO_GATE = ('gate = F.linear(n[:, :self.cfg.gate_dims], W["gate"])', 'gate = 30 + 0 * F.linear(n[:, :12], W["gate"])')
-NO_XSA = ("gated_xsa(y, v, own, length, gate).reshape(n.shape)", "(y * gate.sigmoid()[:, :, None]).reshape(n.shape)")
+NO_XSA = ("GatedXSA.apply(y, v, own, length, gate).reshape(n.shape)", "(y * gate.sigmoid()[:, :, None]).reshape(n.shape)")
 NO_SMEAR = ("x = x + (cast(self.smear_scale) * open_gate)[:, None] * before",
             "x = x + 0 * cast(self.smear_scale) * open_gate[:, None]")
 NO_MIX = ("u = x0_mix[2 * i] * x + x0_mix[2 * i + 1] * x0", "u = x0_mix[2 * i] * x + 0 * x0_mix[2 * i + 1]")
@@ -59,8 +59,8 @@ STOCK_NS = ("def orthogonalize(", "POLAR_EXPRESS = [(3.4445, -4.775, 2.0315)] * 
 # XSA in part: tanh of a number per head, which starts at 1 (modded-nanogpt #264).
 GATED_XSA = [
     ("self.smear_scale = nn.", "self.xsa = nn.Parameter(torch.ones(L, H))\n        self.smear_scale = nn."),
-    ("gated_xsa(y, v, own, length, gate).reshape",
-     "torch.lerp(y * gate.sigmoid()[:, :, None], gated_xsa(y, v, own, length, gate), "
+    ("GatedXSA.apply(y, v, own, length, gate).reshape",
+     "torch.lerp(y * gate.sigmoid()[:, :, None], GatedXSA.apply(y, v, own, length, gate), "
      "self.xsa[i].tanh()[:, None]).reshape")]
 # After every second block, counted from the last: x + 0.2 / sqrt(L) sum_j w_j s_j over the L states so far, the first
 # embedding's among them, with w = W2 gelu(W1 norm(x)) + b of each token; no U-Net skips, no first embedding mixed in
@@ -193,7 +193,7 @@ def measure() -> None:
     path = Path("runs/r/checkpoint.pt")
     checkpoint = load_checkpoint(path)
     cfg, weights, banks = checkpoint["config"], checkpoint["weights"], gather(checkpoint, path)
-    val, points = Validation(Dataset(cfg), cfg, 0, 1, torch.device("cpu"), True), []
+    val, points = Validation(Dataset(cfg), cfg, World()), []
     for goal in KL_GOALS:
         packed = pack_model(asdict(cfg), weights, banks, constant_for(banks, goal))
         points.append((len(packed.blob), val(unpack_model(packed.blob)[1].losses, True)[1]))

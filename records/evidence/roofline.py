@@ -138,7 +138,7 @@ def count(trainer, settings: dict, looped: bool, code: dict | None = None) -> di
         wrapped = torch.nn.Module()
         wrapped.m, wrapped.forward = model, model.losses
         return torch.func.functional_call(wrapped, {f"m.{n}": p for n, p in zip(names, parameters)}, (
-            tokens, targets, trainer.Segments(cu, pos, cfg.seq_len, None, None), looped)).sum() / cfg.batch_tokens
+            tokens, targets, trainer.Segments(cu, pos, cfg.seq_len, None), looped)).sum() / cfg.batch_tokens
 
     with mode:  # on the CPU: gradients of fake CUDA tensors would ask the driver for a stream
         parameters = [torch.empty(p.shape, requires_grad=True) for p in model.parameters()]
@@ -247,8 +247,9 @@ def main() -> int:
     print(table(rows))
     x = found["un-looped"]
     n, rows, largest = x["weights"], x["cfg"].row_tokens, max(y["saved"] for y in found.values())
-    print(f"\noptimizer: {24 * n / 8e9:.2f} GB on a rank of eight (24 bytes a weight); reduce-scatter and all-gather "
-          f"in bf16: {4 * n / 1e9:.2f} GB")
+    small = x["cfg"].vocab_size * x["cfg"].n_embd  # the embedding, of which every rank updates all
+    print(f"\noptimizer: {(24 * (n - small) / 8 + 28 * small) / 1e9:.2f} GB on a rank of eight (24 and 28 bytes a "
+          f"weight); between ranks {(4 * (n - small) + 8 * small) / 1e9:.2f} GB")
     for memory in (8, 24, 80):  # GB; a quarter more than what is saved is held while it runs, 22 bytes a weight always
         halvings = next(k for k in range(64) if 1.25 * largest / 2 ** k + 22 * n < 0.9e9 * memory)
         print(f"a GPU of {memory} GB holds rows of {rows >> halvings:,} tokens")
