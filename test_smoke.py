@@ -299,9 +299,9 @@ def test_calibration_sums_are_those_of_a_hand_computation():
     tokens = torch.randint(64, (64,))
     seg = make_segments(np.array([0, 40]), 64, 48)
     batch = SimpleNamespace(next=lambda seq_len: (tokens, tokens, seg))
-    stats = train_gpt.calibrate(model, batch, 150, 64, seed=0)
+    stats = train_gpt.calibrate(model, batch, 150, seed=0)
     assert stats["tokens"].item() == 150 * 64
-    assert train_gpt.calibrate(model, batch, 5, 64, 0, late=lambda: True)["tokens"].item() == 64   # the clock ends it
+    assert train_gpt.calibrate(model, batch, 5, 0, late=lambda: True)["tokens"].item() == 64   # the clock ends it
     seen = {}
 
     def spy(x, W, name, layer, visit):
@@ -814,7 +814,7 @@ def run_to_pack(tmp_path_factory):
     model = tiny_model(vocab_size=tokenizer.vocab_size, seq_len=24, row_tokens=96, batch_tokens=96, data="synthetic")
     tokens = torch.from_numpy(synthetic_tokens(tokenizer.vocab_size, 513, seed=1).astype(np.int64))
     row = tokens[:-1], tokens[1:], make_segments(np.arange(0, 512, 60), 512, 24)
-    stats = train_gpt.calibrate(model, SimpleNamespace(next=lambda seq_len: row), 8, 512, 0)
+    stats = train_gpt.calibrate(model, SimpleNamespace(next=lambda seq_len: row), 8, 0)
     train_gpt.save_checkpoint(folder / "checkpoint.pt", model.cfg, model, SimpleNamespace(tokenizer=tokenizer), stats,
                               {"steps": 1})
     return folder

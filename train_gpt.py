@@ -920,18 +920,15 @@ def looped_at(cfg: Config, progress: float) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # Calibration and checkpoint
 
-
-def calib_chunk(cfg: Config) -> int:
-    """Tokens that calibration takes at a time: float32 copies of their activations must fit."""
-    return min(cfg.row_tokens, 16384)
+CALIB_ROW = 16384  # tokens that calibration takes at a time, at most: float32 copies of their activations must fit
 
 
-def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed: int, late=lambda: False) -> dict:
-    """Sums over n_chunks * chunk_tokens training tokens, with labels sampled from the model (the true Fisher) ->
+def calibrate(model: GPT, loader: Loader, n_rows: int, seed: int, late=lambda: False) -> dict:
+    """Sums over n_rows rows of training tokens, with labels sampled from the model (the true Fisher) ->
 
     bank.H (L, in, in) of x x^T and bank.g (L, out) of (dL/dy)^2 for each y = W x, over all visits of a looped block;
     for the tied embedding embed.H (D, D) and embed.g (V,) as the head, embed.S (D, D) of (dL/dx)(dL/dx)^T as the input;
-    tokens (1,). embed.g is exact: p (1 - p) times the softcap's slope squared. Ends after a chunk once late() is true.
+    tokens (1,). embed.g is exact: p (1 - p) times the softcap's slope squared. Ends after a row once late() is true.
     """
     device, cap = model.embed.weight.device, model.cfg.softcap
     V, D = model.embed.weight.shape
@@ -960,13 +957,10 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
 
     model.requires_grad_(False)  # only activations need gradients here
     hook = model.embed.register_forward_hook(tap_embedding)
-    for i in range(n_chunks):
+    for i in range(n_rows):
         if i and late():
             break
         tokens, _, seg = loader.next(model.cfg.seq_len)
-        if chunk_tokens < len(tokens):
-            tokens, starts = tokens[:chunk_tokens], (seg.pos[:chunk_tokens] == 0).nonzero()[:, 0].cpu().numpy()
-            seg = make_segments(starts, chunk_tokens, model.cfg.seq_len, device)
         hidden = model(tokens, seg, True, tap)
         outer("embed.H", hidden)
         logits = model.logits(hidden)
@@ -1062,21 +1056,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World, compiled: bool):
     """Compile every graph and time calibration, on random tokens and untimed; leaves no trace. A row that does not fit
-    into memory is halved. -> (Config with the row_tokens that fit, seconds of calibration per chunk)."""
+    into memory is halved. -> (Config with the row_tokens that fit, seconds of calibration per row)."""
     params, states = list(model.parameters()), dict.fromkeys((looped_at(cfg, 0.0), True))
     initial = [p.detach().clone() for p in params]
 
-    def batch(seq_len):
-        row = torch.from_numpy(np.random.default_rng(world.rank).integers(0, cfg.vocab_size, cfg.row_tokens + 1))
-        starts = np.arange(0, cfg.row_tokens, 700)  # of documents of 700 tokens
-        seg = make_segments(starts, cfg.row_tokens, seq_len, world.device, cfg.seq_len if compiled else 0)
-        return row[:-1].to(world.device), row[1:].to(world.device), seg
+    def batch(n):
+        row = torch.from_numpy(np.random.default_rng(world.rank).integers(0, cfg.vocab_size, n + 1)).to(world.device)
+        starts = np.arange(0, n, 700)  # of documents of 700 tokens
+        return row[:-1], row[1:], make_segments(starts, n, cfg.seq_len, world.device, cfg.seq_len if compiled else 0)
 
     while True:
         out_of_memory = False
         try:
             for looped in states:
-                loss = losses(*batch(cfg.seq_len), looped).sum() / cfg.batch_tokens
+                loss = losses(*batch(cfg.row_tokens), looped).sum() / cfg.batch_tokens
                 loss.backward()
         except RuntimeError as e:
             if "out of memory" not in str(e):
@@ -1093,13 +1086,13 @@ def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World,
     optimizer.step(loss, 1.0, cfg.momentum)
     with torch.no_grad():
         for looped in states:
-            losses(*batch(cfg.seq_len), looped)  # validation's graphs
+            losses(*batch(cfg.row_tokens), looped)  # validation's graphs
         torch._foreach_copy_(params, initial)
     optimizer.reset()
-    seconds = 0.0
+    rows, seconds = SimpleNamespace(next=lambda seq_len: batch(min(cfg.row_tokens, CALIB_ROW))), 0.0
     for _ in range(2 if cfg.calib_tokens else 0):  # the second is the one that counts
         since = time.perf_counter()
-        calibrate(model, SimpleNamespace(next=batch), 1, calib_chunk(cfg), cfg.seed)["tokens"].item()
+        calibrate(model, rows, 1, cfg.seed)["tokens"].item()
         seconds = time.perf_counter() - since
     return cfg, seconds
 
@@ -1133,13 +1126,14 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
             dist.broadcast(p.data, 0)
     optimizer = Optimizer(model, cfg, world, compiled=compiled)
     losses = torch.compile(model.losses, dynamic=False, fullgraph=True) if compiled else model.losses
-    wanted, (cfg, chunk_seconds) = cfg.row_tokens, warm_up(cfg, model, losses, optimizer, world, compiled)
+    wanted, (cfg, calib_seconds) = cfg.row_tokens, warm_up(cfg, model, losses, optimizer, world, compiled)
     if cfg.row_tokens < wanted:
         log(f"--row_tokens={wanted} does not fit into this GPU: {cfg.row_tokens}, the same batch in more passes")
     n_rows = cfg.batch_tokens // cfg.row_tokens
-    n_chunks = -(-cfg.calib_tokens // (calib_chunk(cfg) * world.size))
+    calib_cfg = replace(cfg, row_tokens=min(cfg.row_tokens, CALIB_ROW), seed=cfg.seed + 1)
+    calib_rows = -(-cfg.calib_tokens // (calib_cfg.row_tokens * world.size))
     # Calibration is part of the budget: what it will take is set aside, by the slowest rank's estimate.
-    (reserve,) = world.largest(1.2 * chunk_seconds * n_chunks)
+    (reserve,) = world.largest(1.2 * calib_seconds * calib_rows)
     limit = cfg.max_seconds - reserve if cfg.max_seconds else math.inf
     if limit <= 0:
         raise Stopped(f"--max_seconds={cfg.max_seconds} leaves no time to train: calibration takes {reserve:.0f} s", 2)
@@ -1155,6 +1149,7 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
             raise Stopped(f"--resume: the state of the optimizer does not fit: {e}", 2) from None
         log(kind="resume", step=step, train_seconds=clock.total, resumed=resumed)
     loader = Loader(data, cfg, world, compiled, first_row=step * n_rows)
+    calib_loader = Loader(data, calib_cfg, world)
     val = Validation(data, cfg, world, compiled)
     log(f"attention:{attention} dtype:{str(dtype).split('.')[1]} compile:{'on' if compiled else 'off'} "
         f"parameters:{sum(p.numel() for p in params)} rows_per_step:{n_rows} rows_per_rank:{n_rows // world.size} "
@@ -1233,7 +1228,7 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
     with torch.no_grad():
         torch._foreach_lerp_(params, ema, cfg.ema_share)
     late = lambda: cfg.max_seconds and clock.seconds() >= cfg.max_seconds  # the estimate was too low: fewer tokens do
-    stats = calibrate(model, loader, n_chunks, calib_chunk(cfg), cfg.seed + world.rank, late) if n_chunks else {}
+    stats = calibrate(model, calib_loader, calib_rows, cfg.seed + world.rank, late) if calib_rows else {}
     for x in stats.values():
         world.sum(x)
     clock.stop()
