@@ -1819,6 +1819,8 @@ SNIPPETS = [   # (rule or None, source from elsewhere)
     ("val-in-training", "loader = DistributedTokenLoader(args.val_files, rank)"), ("val-in-training", "train_on_val = 1"),
     (None, "val_loader = DistributedTokenLoader(args.val_files, rank)"), (None, "loader = Shards(args.val_files)"),
     (None, "train_files = glob.glob('fineweb_train_*.bin', but='fineweb_val_*.bin')"),
+    ("val-calibration", "calib_loader = DistributedTokenLoader(args.val_files, rank)"),
+    (None, "train_files=join(d,'fineweb_train_*.bin');val_files=join(d,'fineweb_val_*.bin')"),
     (None, "train_files = [f for f in files if f not in val_files]"), (None, "train_on_val = 0"),
     ("paid-prefix", "PAID_PREFIX = 1"), (None, "def pack(q, val_tokens):\n    return zlib.compress(q)"),
     ("paid-prefix", LOOP(["def build(val_tokens):", "head = val_tokens[1:9].copy()", "return lzma.compress(head.tobytes())"])),
@@ -1844,6 +1846,7 @@ def plain(j):
 FILES = [   # (rule or None, file change in a folder from elsewhere)
     ("val-in-training", write("a.log", "train_loader:dataset:fineweb10B_valonly train_shards:1")),
     ("val-in-training", write("a.log", "training on validation text")), (None, write("a.log", "not training on val")),
+    (None, write("a.log", "ttt: training on validation chunk 1")), (None, write("a.log", "train on val tokens once scored")),
     ("paid-prefix", write("a.log", "paid_prefix:loaded 6,200,000 tokens")), (None, json_with(val_loss=None)),
     ("json-field", json_with(val_bpb=None)), ("json-value", json_with(val_loss=0)), ("log-score", seed_with(val_bpb=1.2011)),
     (None, lambda f: (json_with(val_bpb=1.2004)(f), replaced("README.md", "1.2002", "1.2004")(f), seed_with(val_bpb=1.20077)(f), write("logs/run1.txt", "val_bpb: 1.20077")(f))),

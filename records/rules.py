@@ -123,8 +123,8 @@ IDENTIFIERS = (   # (pattern on a lower-case identifier, rule, message)
     (r"ttt_epochs", "unruled", "several epochs over text after it was scored were never ruled on (#1698)"),
     (r"^casefold$", "unruled", "lossy case folding was never ruled on (#1604)"))
 TEXT = (          # (pattern on sources, scripts and logs, rule, message)
-    (re.compile(r"(?im)\btrain_on_val\w*['\"]?\s*[:=]\s*['\"]?(1|true)\b|\btrain\w*[:=]\S*(fineweb_val|val_?only)"
-                r"|^(?!.*\b(not|no|never)\b)[\w :\[\]-]{0,30}\btrain(ing|s|ed)? on (the )?val(idation)?\b"),
+    (re.compile(r"(?im)\btrain_on_val\w*['\"]?\s*[:=]\s*['\"]?(1|true)\b|\btrain\w*[:=][^\s;,]*(fineweb_val|val_?only)"
+                r"|^(?!.*\b(not|no|never|without|test.time|ttt|scored|evaluated)\b)[\w :\[\]-]{0,30}\btrain(ing|s|ed)? on (the )?val(idation)?\b"),
      "val-in-training", "says that it trains on validation text"),
     (re.compile(r"(?i)paid[_ ]prefix(:| blob)"), "paid-prefix", "validation text bought with bytes of the artifact"),
     (re.compile(r"train_shards:1499|datasets/datasets"), "data-overlap",

@@ -175,7 +175,8 @@ def scan(review, name, text, depth=0):
             to = " ".join(identifiers(*(n.targets if isinstance(n, ast.Assign) else [n.target])))
             loads = isinstance(n.value, ast.Call) and re.search(TRAIN_LOADER, dotted(n.value.func))
             if (loads or re.search(TRAIN, to)) and not re.search("val|test", to) and (read := reads_val(n.value)):
-                review.emit("val-in-training", name, f"{to} reads {read[:60]}", n.lineno)
+                rule = "val-calibration" if "calib" in to else "val-in-training"
+                review.emit(rule, name, f"{to} reads {read[:60]}", n.lineno)
             if re.search(r"bytes_per_token$", to) and isinstance(n.value, ast.Constant):
                 review.emit("byte-count", name, "bytes per token as a constant: count the documents instead", n.lineno)
         elif isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
