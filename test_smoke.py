@@ -1709,7 +1709,7 @@ def fake_run(folder, seed=1, val_bpb=1.2, data="fineweb", device="8 x NVIDIA H10
 
 
 def submit_runs(tmp_path, runs, name="x", track=None):
-    args = dict(author="Ann", github_id="ann", blurb="", date="2026-01-02", parent=None, idea=None)
+    args = dict(author="Ann", github_id="ann", date="2026-01-02", parent=None, idea=None)
     return submit.build(argparse.Namespace(runs=runs, name=name, track=track, **args), tmp_path / "records")
 
 
@@ -1771,7 +1771,7 @@ BROKEN = {   # rule: how to break it
     "file-size": write("big.txt", "x" * (5 << 20) + "x"), "python-syntax": code("def broken(:"),
     "import": code("import leftpad"), "machine-path": code('PATH = "/home/ann/data"'),
     "track": json_with(hardware="1xA100"), "readme-words": replaced("README.md", "Words.", "(write this)"),
-    "artifact-cap": seed_with(artifact_bytes=16_000_001), "artifact-headroom": seed_with(artifact_bytes=15_999_999),
+    "artifact-cap": seed_with(artifact_bytes=16_000_001),
     "artifact-bytes": json_with(bytes_code=1, bytes_model=2), "train-clock": seed_with(train_seconds=733.0),
     "eval-clock": seed_with(eval_seconds=602.0),
     "clock-override": code('MAX = os.environ.get("MAX_WALLCLOCK_SECONDS", 0)'), "network": code("import requests"),
@@ -1990,8 +1990,8 @@ def test_a_reader_that_dies_is_a_finding_not_a_pass(tmp_path, monkeypatch):
 
 def test_the_exit_code_is_that_of_the_worst_finding(tmp_path):
     folder = make_record(tmp_path)
-    seed_with(artifact_bytes=15_999_999)(folder)
-    assert [f["level"] for f in json.loads(command(folder, "--json", code=0))] == ["INFO"]
+    json_with(date="2026-01-03")(folder)
+    assert "1 INFO" in command(folder, "--mode=lenient", code=0)
     replaced("README.md", "Words.", "(write this)")(folder)
     command(folder, code=4)
     write("submission.json", "{")(folder)
@@ -2063,8 +2063,8 @@ def test_the_p_value_is_students():
         assert stats.t_upper(-t, df) == pytest.approx(1 - p, abs=1e-7)
         assert stats.t_critical(p, df) == pytest.approx(t, abs=1e-5)
     # closed forms at one and two degrees of freedom
-    assert stats.t_upper(3.7, 1) == pytest.approx(0.5 - math.atan(3.7) / math.pi, rel=1e-11)
-    assert stats.t_upper(60, 2) == pytest.approx(0.5 - 60 / (2 * math.sqrt(2 + 3600)), rel=1e-9)
+    assert stats.t_upper(3.7, 1) == pytest.approx(0.5 - math.atan(3.7) / math.pi, rel=1e-8)
+    assert stats.t_upper(60, 2) == pytest.approx(0.5 - 60 / (2 * math.sqrt(2 + 3600)), rel=1e-8)
     t, df, p = stats.welch(2.0, 4.0, 4, 9.0, 9)   # by hand: sqrt(1 + 1) and (1 + 1)^2 / (1/3 + 1/8)
     assert (t, df) == (pytest.approx(math.sqrt(2)), pytest.approx(96 / 11)) and stats.welch(0.0, 0, 3, 0, 3)[2] == 0.5
     # The same seeds are paired: gains of 0.001, 0.002 and 0.003 whatever the seeds' own spread. t = sqrt(12), df = 2.
@@ -2088,12 +2088,12 @@ def test_compare_takes_nats_from_the_dataset_and_refuses_what_does_not_compare(t
     worse = json.loads(command("compare", *b, "--", *a, "--json", code=0))
     assert not worse["practised_rule"] and worse["runs_for_any_gain"] is None and worse["p"] > 0.99
     assert "each side needs two" in command("compare", *a, "--", b[0], code=2)
-    assert "stands there twice" in command("compare", a[0], a[0], "--", *b, code=2)
+    assert "stands twice on one side" in command("compare", a[0], a[0], "--", *b, code=2)
     longer = [fake_run(tmp_path / f"e{s}", s, 1.18, predictor="adaptive") for s in (1, 2, 3)]
     plain = [fake_run(tmp_path / f"f{s}", s, 1.18, predictor="plain") for s in (1, 2, 3)]
     assert "not alike in predictor: adaptive, plain" in command("compare", *longer, "--", *plain, code=2)
     other = fake_run(tmp_path / "d", dataset={"val_docs_sha256": "f" * 64})
-    assert "different documents" in command("compare", *a, "--", other, code=2)
+    assert "not alike in documents" in command("compare", *a, "--", other, code=2)
     assert "no whole score" in command("compare", fake_run(tmp_path / "c", limit_docs=10), "--", *b, code=2)
 
 

@@ -19,8 +19,7 @@ import zstandard
 
 from records.rules import (BAD_BYTE_COUNTS, BASE_PACKAGES, CLOCK_SECONDS, FINEWEB_VAL_BYTES, IDENTIFIERS, LAYER_LIMIT,
                            LOADS_CODE, MACHINE_PATH, NETWORK, NETWORK_COMMAND, PAYLOAD_LIMIT, PUBLIC_PACKAGES, SECRET,
-                           SOURCE_LIMIT,
-                           TARGET, TEXT, TRAIN, TRAIN_LOADER, VAL, VAL_DATA, WALLCLOCK)
+                           SOURCE_LIMIT, TARGET, TEXT, TRAIN, TRAIN_LOADER, VAL, VAL_DATA, WALLCLOCK)
 
 RAW_LZMA = [{"id": lzma.FILTER_LZMA2, "dict_size": 64 << 20}]
 DECOMPRESSORS = (  # (bytes, most bytes out) -> bytes; each stops at the limit, whatever the stream promises
@@ -117,7 +116,7 @@ def identifiers(*nodes):
 def constants(kind, *nodes):
     """The constants of a type at or below the nodes."""
     found = (n.value for node in nodes for n in ast.walk(node) if isinstance(n, ast.Constant))
-    return [v for v in found if isinstance(v, kind) and not isinstance(v, bool)]
+    return [v for v in found if isinstance(v, kind)]
 
 
 def matching(names, pattern):
@@ -152,8 +151,8 @@ def scan(review, name, text, depth=0):
     guarded = {id(n) for t in optional for n in ast.walk(t)}
     runs_text = False
     # What stands below the border of eval_bpb.py is compared with the root's.
-    at = text.find("\n# The judge") if name == "eval_bpb.py" else -1
-    review.judge = text[:at].count("\n") + 1 if at >= 0 else len(text) + 2
+    above = text.partition("\n# The judge")[0] if name == "eval_bpb.py" else text
+    review.judge = above.count("\n") + 2
     # `from os import system as run` makes run() a call of os.system.
     review.aliases = {a.asname or a.name: f"{n.module}.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom)
                       for a in n.names if n.module in ("os", "subprocess", "pickle", "marshal", "ctypes", "importlib")}
@@ -165,7 +164,7 @@ def scan(review, name, text, depth=0):
         elif isinstance(n, ast.Name) and n.id in ("exec", "eval") and isinstance(n.ctx, ast.Load) and not runs_text:
             review.emit("dynamic-code", name, f"{n.id} under another name", n.lineno)
             runs_text = True
-        elif isinstance(n, ast.Constant) and isinstance(n.value, int) and not isinstance(n.value, bool):
+        elif isinstance(n, ast.Constant) and isinstance(n.value, int):
             if n.value in BAD_BYTE_COUNTS or abs(n.value - FINEWEB_VAL_BYTES) < 10_000 and offline(name):
                 why = BAD_BYTE_COUNTS.get(n.value, "count the documents instead")
                 review.emit("byte-count", name, f"{n.value:,} bytes are written into the code: {why}", n.lineno)
@@ -256,6 +255,7 @@ def scan_literals(review, name, nodes, runs_text, depth):
         inner = unwrap(n.value, room) if room > 0 and depth < LAYER_LIMIT else None
         size, inside = f"{len(n.value):,} characters", f"{name}!{i}"
         if inner is not None:
+            review.inner[inside] = inner
             review.emit("encoded-source", name, f"{size} hold {len(inner):,} of source: {inside}", n.lineno)
             if len(inner) >= room:
                 review.emit("review-limit", inside, f"decodes to over {room:,} characters; the rest was not read")
@@ -360,11 +360,6 @@ def fingerprint(text, k=12):
     except (tokenize.TokenError, SyntaxError):
         pass  # the tokens before the damage still identify the file
     return {zlib.crc32(" ".join(kinds[i:i + k]).encode()) for i in range(len(kinds) - k + 1)}
-
-
-def similarity(a, b):
-    """Shared part of two fingerprints, 0 to 1."""
-    return len(a & b) / max(len(a | b), 1)
 
 
 def definitions(tree):
