@@ -22,6 +22,7 @@ import tracemalloc
 import zipfile
 import zlib
 from dataclasses import asdict, replace
+from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from xml.dom import minidom
@@ -1690,15 +1691,15 @@ def wrap(source):
             + '"),format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}]))\n')
 
 
-def fake_run(folder, seed=1, val_bpb=1.2, data="fineweb", device="8 x NVIDIA H100", source=TRAINER, lr=0.02,
-             parent="", idea="", **score):
+def fake_run(folder, seed=1, val_bpb=1.2, data="fineweb", device="8 x NVIDIA H100", source=TRAINER, seconds=599.5,
+             score={}, **config):
     """A run folder as train_gpt.py, pack.py and eval_bpb.py leave it, without the weights."""
     (folder / "source").mkdir(parents=True)
     (folder / "source/train_gpt.py").write_text(source)
-    start = {"config": {"seed": seed, "run": folder.name, "lr": lr, "max_seconds": 600.0, "parent": parent, "idea": idea},
+    start = {"config": {"seed": seed, "run": folder.name, "lr": 0.02, "max_seconds": 600.0, "parent": "", **config},
              "environment": {"device": device}, "dataset": {"name": data, **DATASET},
              "source_sha256": {"train_gpt.py": hashlib.sha256(source.encode()).hexdigest()}}
-    lines = {"kind": "start", **start}, {"kind": "summary", "steps": 5000, "tokens": 10 ** 9, "train_seconds": 599.5}
+    lines = {"kind": "start", **start}, {"kind": "summary", "steps": 5000, "tokens": 10 ** 9, "train_seconds": seconds}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "log.txt").write_text("step:1 train_loss:9.0\n---\nval_bpb: 1.0\n")
     (folder / "score.json").write_text(json.dumps({
@@ -1708,13 +1709,13 @@ def fake_run(folder, seed=1, val_bpb=1.2, data="fineweb", device="8 x NVIDIA H10
     return folder
 
 
-def submit_runs(tmp_path, runs, name="x", track=None):
-    args = dict(author="Ann", github_id="ann", date="2026-01-02", parent=None, idea=None)
+def submit_runs(tmp_path, runs, name="x", track=None, **more):
+    args = dict(author="Ann", github_id="ann", date="2026-01-02", parent=None, idea=None) | more
     return submit.build(argparse.Namespace(runs=runs, name=name, track=track, **args), tmp_path / "records")
 
 
-def make_record(tmp_path, name="good", **kwargs):
-    runs = [fake_run(tmp_path / f"runs/{name}{s}", s, 1.2 + s / 1e4, **kwargs) for s in (1, 2, 3)]
+def make_record(tmp_path, name="good", gain=0.0, **kwargs):
+    runs = [fake_run(tmp_path / f"runs/{name}{s}", s, 1.2 + s / 1e4 - gain * s, **kwargs) for s in (1, 2, 3)]
     folder = submit_runs(tmp_path, runs, name)
     replaced("README.md", "(write this)", "Words.")(folder)
     return folder
@@ -1735,16 +1736,16 @@ def load(folder):
     return json.loads((folder / "submission.json").read_text())
 
 
-# Ways to break a record.
+# Ways to change a record.
 def json_with(**changes):
-    return lambda f: (f / "submission.json").write_text(json.dumps(load(f) | changes))
+    return lambda f: write("submission.json", json.dumps(
+        {k: v for k, v in (load(f) | changes).items() if v is not DELETE}))(f)
 
 
 def seed_with(**changes):
     def edit(f):
-        j = load(f)
-        j["seed_results"]["2"] |= changes
-        (f / "submission.json").write_text(json.dumps(j))
+        results = load(f)["seed_results"]
+        json_with(seed_results=results | {"2": results["2"] | changes})(f)
     return edit
 
 
@@ -1760,139 +1761,63 @@ def replaced(name, old, new):
     return lambda f: (f / name).write_text((f / name).read_text().replace(old, new))
 
 
-BROKEN = {   # rule: how to break it
-    "folder-name": lambda f: f.rename(f.parent / "my record"), "folder-date": json_with(date="2020-01-01"),
-    "missing-file": lambda f: (f / "README.md").unlink(), "log-count": lambda f: (f / "train_seed2.log").unlink(),
-    "json": write("submission.json", "{"),
-    "json-strict": replaced("submission.json", '"author"', '"blurb": NaN, "author"'),
-    "json-field": json_with(github_id=None), "json-value": json_with(val_bpb=-1.0),
-    "forbidden-file": write("sub/CLAUDE.md", "x"), "secret": write("run.sh", "export HF_TOKEN=hf_" + "a" * 34),
-    "link": lambda f: (f / "notes.md").symlink_to("/etc/passwd"), "file-name": write("two words.md", "x"),
-    "file-size": write("big.txt", "x" * (5 << 20) + "x"), "python-syntax": code("def broken(:"),
-    "import": code("import leftpad"), "machine-path": code('PATH = "/home/ann/data"'),
-    "track": json_with(hardware="1xA100"), "readme-words": replaced("README.md", "Words.", "(write this)"),
-    "artifact-cap": seed_with(artifact_bytes=16_000_001),
-    "artifact-bytes": json_with(bytes_code=1, bytes_model=2), "train-clock": seed_with(train_seconds=733.0),
-    "eval-clock": seed_with(eval_seconds=602.0),
-    "clock-override": code('MAX = os.environ.get("MAX_WALLCLOCK_SECONDS", 0)'), "network": code("import requests"),
-    "train-data-late": write("pack.py", "def quantise(model, train_loader):\n    return train_loader.next()\n"),
-    "val-in-training": code('train_files = "data/fineweb_val_*.bin"'),
-    "score-first": code("def ttt(m, val_data):", "    m(val_data).backward()", "    with no_grad():", "        m(1)"),
-    "pre-quant-ttt": code("def prequant_ttt(m): pass"), "val-calibration": code("collect_hessians(model, val_tokens)"),
-    "target-in-key": code("def ngram_key(ctx, tgt):", "    return (ctx * 36313 ^ tgt) % 4096"),
-    "target-gate": code("within_gate = 1"), "mixture": code("ngram_cache = {}"),
-    "best-of": code("final = min(val_loss, ttt_loss)"),
-    "byte-lut": code("def luts(sp):", "    base_bytes = len(sp.piece(0).lstrip('\u2581').encode())"),
-    "byte-count": code("TOTAL = 164_594_398"), "bpb-arithmetic": seed_with(val_loss=3.0),
-    "val-count": json_with(dataset={"name": "fineweb", "val_docs": 10_000, **DATASET}),
-    "data-overlap": replaced("train_seed1.log", "step:1", "train_shards:1499"),
-    "limited-score": seed_with(limit_docs=100),
-    "audit": seed_with(audit={**dict.fromkeys(check.PROOFS, "pass"), "replay": "FAIL: moved"}),
-    "dynamic-code": code("exec(open('other.txt').read())"),
-    "loaded-code": code("from os import execvp as go", "go('ls', ['ls'])"), "encoded-source": code(wrap(TRAINER)),
-    "payload": code('exec(decode("' + "Zz9!" * 80 + '"))'),
-    "judge-changed": write("data/dataset.py", "def read_val_docs(folder, meta, limit=None):\n    return []\n"),
-    "unruled": code("slot_delta = 0"), "score-range": json_with(val_bpb=0.9), "seeds": json_with(seeds=[1, 1, 2]),
-    "seed-mean": json_with(val_bpb=1.19),
-    "seed-spread": lambda f: [replaced("submission.json", f"1.200{s}", "1.2")(f) for s in (1, 2, 3)],
-    "log-score": replaced("train_seed3.log", "1.2003", "1.1502"),
-    "readme-score": replaced("README.md", "1.2002", "1.1502"), "source-hash": replaced("train_gpt.py", "0.02", "0.03"),
-    "environment": replaced("train_seed3.log", "step:1", "torch 2.9.1 torch 2.8.0"),
-    "parent": json_with(parent="2026-01-01_nobody"), "tainted-parent": json_with(parent_pr="#1376"),
-    "code-bytes": json_with(bytes_code=10),
-}
+def all_of(*edits):
+    return lambda f: [edit(f) for edit in edits]
 
 
-LOOP = "\n    ".join
-SNIPPETS = [   # (rule or None, source from elsewhere)
-    ("dynamic-code", '__builtins__["exec"]("x = 1")'), ("dynamic-code", "run = eval"), (None, "class C:\n    eval: int = 1"),
-    *(("loaded-code", line) for line in (
-        'importlib.import_module("x")', "pickle.loads(b'')", 'torch.load("x", weights_only=False)', "marshal.loads(b'')",
-        'ctypes.CDLL("x")', "os.execvp('x', [])")),
-    ("network", "from os import system as run; run('curl x')"), ("network", "from subprocess import run; run('pip install x')"),
-    ("mixture", "OnlineNgramCache = 1"), ("mixture", "def eval_val_ngram(): pass"),
-    ("train-data-late", "collect_hessians(model, train_loader)"), ("train-data-late", "gptq_calibrate(train_pattern)"),
-    (None, 'torch.load("x", weights_only=True); re.compile("x"); model.eval()'),
-    # validation text in training
-    ("val-in-training", "train_files = os.path.join(d, 'fineweb_val_*.bin' if flag else 'fineweb_train_*.bin')"),
-    ("val-in-training", "train_pattern: str = val_files or x"), ("val-in-training", "train_loader = Any(args.val_files)"),
-    ("val-in-training", "loader = DistributedTokenLoader(args.val_files, rank)"), ("val-in-training", "train_on_val = 1"),
-    (None, "val_loader = DistributedTokenLoader(args.val_files, rank)"), (None, "loader = Shards(args.val_files)"),
-    (None, "train_files = glob.glob('fineweb_train_*.bin', but='fineweb_val_*.bin')"),
-    ("val-calibration", "calib_loader = DistributedTokenLoader(args.val_files, rank)"),
-    (None, "train_files=join(d,'fineweb_train_*.bin');val_files=join(d,'fineweb_val_*.bin')"),
-    (None, "train_files = [f for f in files if f not in val_files]"), (None, "train_on_val = 0"),
-    ("paid-prefix", "PAID_PREFIX = 1"), (None, "def pack(q, val_tokens):\n    return zlib.compress(q)"),
-    ("paid-prefix", LOOP(["def build(val_tokens):", "head = val_tokens[1:9].copy()", "return lzma.compress(head.tobytes())"])),
-    # score before learn
-    ("score-first", LOOP(["def ttt(val_data):", "step += 1", "loss.backward()"])),
-    ("score-first", LOOP(["def ttt(val_data):", "for epoch in range(125):", "    loss_sum += 1", "    loss.backward()"])),
-    (None, LOOP(["def ttt(val_data):", "loss_sum += 1", "for epoch in range(2):", "    loss.backward()"])),
-    (None, LOOP(["def ttt(val_data):", "if scored:", "    loss.backward()", "loss_sum += 1"])),
-    ("score-first", "def adapt(val_data):\n    loss.backward()\ndef main():\n    adapt(1)\n    eval_val()"),
-    (None, "def adapt(val_data):\n    loss.backward()\ndef main():\n    eval_val()\n    adapt(1)"),
-    ("score-first", "def adapt(val_data):\n    loss.backward()\ndef eval_all(val_data):\n    adapt(1)\n    loss_sum += 1"),
-    # what this Python cannot parse, empty, wrapped in broken lines
-    ("python-syntax", 'def broken(:'), ("val-in-training", "train_files = g(f'{a['b']}', val_files)"),
-    ("mixture", "\n".join(["def broken(:"] * 50) + "\nngram_cache"), ("missing-file", ""),
-    ("val-in-training", "exec(unpack('''" + "\n    ".join(re.findall(".{1,70}", base64.b85encode(zlib.compress(
-        b"train_files = val_files\n" + os.urandom(300).hex().encode())).decode())) + "'''))")]
-
-
-def plain(j):
-    return {k: v for k, v in j.items() if k not in ("source_sha256", "config", "dataset")}
-
-
-FILES = [   # (rule or None, file change in a folder from elsewhere)
-    ("val-in-training", write("a.log", "train_loader:dataset:fineweb10B_valonly train_shards:1")),
-    ("val-in-training", write("a.log", "training on validation text")), (None, write("a.log", "not training on val")),
-    (None, write("a.log", "ttt: training on validation chunk 1")), (None, write("a.log", "train on val tokens once scored")),
-    ("paid-prefix", write("a.log", "paid_prefix:loaded 6,200,000 tokens")), (None, json_with(val_loss=None)),
-    ("json-field", json_with(val_bpb=None)), ("json-value", json_with(val_loss=0)), ("log-score", seed_with(val_bpb=1.2011)),
-    (None, lambda f: (json_with(val_bpb=1.2004)(f), replaced("README.md", "1.2002", "1.2004")(f), seed_with(val_bpb=1.20077)(f), write("logs/run1.txt", "val_bpb: 1.20077")(f))),
-    (None, lambda f: [write(f"a/{i}.md", "x")(f) for i in range(390)]),
-    ("review-limit", lambda f: [write(f"a{i}.md", "x")(f) for i in range(401)]),
-    (None, json_with(parent={"a": 1}))]
-
-
-def test_every_rule_finds_what_breaks_it_and_nothing_else(tmp_path, monkeypatch):
-    good, wrong = make_record(tmp_path), []
-    monkeypatch.setattr(check, "known_records", lambda: [])
-    rows = [("seeds", seed_with(artifact_sha256=f"{1:064d}"), True),   # a copy of the first
-            ("parent", json_with(parent={"a": 1}), True),
-            ("review-limit", json_with(dataset={"name": "fineweb", "val_docs": 50_000, "val_bytes": "?"}), True)]
-    rows += [(rule, edit, rule != "code-bytes") for rule, edit in BROKEN.items()]   # that is for the public way of counting
-    rows += [(rule, write("train_gpt.py", text), False) for rule, text in SNIPPETS] + [(*row, False) for row in FILES]
-    for n, (rule, edit, strict) in enumerate(rows):
-        folder = tmp_path / str(n) / good.parent.name / good.name
-        shutil.copytree(good, folder)
-        if not strict and rule != "code-bytes":
-            (folder / "submission.json").write_text(json.dumps(plain(load(folder))))
-        edit(folder)
-        found = levels(next(folder.parent.iterdir()), strict)
-        if found.get(rule) != (rules.RULES[rule][not strict] if rule else None) or not rule and found:
-            wrong.append((n, rule, found))
-        if rule == "review-limit" and "missing-file" in found:
-            wrong.append((n, "false missing-file"))
-    assert not wrong
-
-
-def test_every_rule_has_a_test_and_what_was_never_ruled_on_never_fails():
-    others = {"change-set", "rescore", "review-limit", "near-copy", "nearest", "significance"}   # by the tests below
-    assert rules.RULES.keys() == BROKEN.keys() | others | {"paid-prefix"}
-    assert not [r for r, levels in rules.RULES.items() if "unruled" in levels[2] and "FAIL" in levels[:2]]
-
-
-def test_a_submitted_record_is_clean_and_says_what_the_runs_said(tmp_path):
-    folder = make_record(tmp_path)
-    j = load(folder)
-    assert folder == tmp_path / "records/track_10min_16mb/2026-01-02_good"
-    assert (folder / "train_gpt.py").read_text() == TRAINER
-    assert (j["val_bpb"], j["seeds"], j["bytes_total"]) == (pytest.approx(1.2002), [1, 2, 3], 15_900_000)
-    assert "0 FAIL, 0 FLAG, 0 INFO" in command(folder, "--mode=strict", code=0)
-    with pytest.raises(BadInput, match="exists; nothing is overwritten"):
-        submit_runs(tmp_path, sorted((tmp_path / "runs").iterdir()), "good")
-
+DELETE, AUDIT, TOMORROW = object(), dict.fromkeys(check.PROOFS, "pass"), f"{date.today() + timedelta(3)}_x"
+OURS = [   # (rule: words of the message, how to break a record of ours)
+    ("folder-name", lambda f: f.rename(f.parent / "my record")),
+    ("folder-name", lambda f: f.rename(f.parent / "2026-13-01_x")),
+    ("folder-date: not the folder's", json_with(date="2020-01-01")),
+    ("folder-date: in the future", lambda f: f.rename(f.parent / TOMORROW)),
+    ("missing-file: is missing", lambda f: (f / "README.md").unlink()),
+    ("log-count: 2 training logs", lambda f: (f / "train_seed2.log").unlink()),
+    ("json", write("submission.json", "{")), ("json: object", write("submission.json", "[]")),
+    ("json-strict: NaN", replaced("submission.json", '"author"', '"x": NaN, "author"')),
+    ("json-strict: duplicate", replaced("submission.json", '"author"', '"name": "x", "author"')),
+    ("json-field: github_id: wrong", json_with(github_id=None)), ("json-field: name: wrong", json_with(name="")),
+    ("json-field: val_bpb: wrong", json_with(val_bpb=True)), ("json-field: blurb: missing", json_with(blurb=DELETE)),
+    ("json-field: seed 2: val_loss, val_bpb and", seed_with(val_loss=None)),
+    ("json-field: val_loss, val_bpb and", json_with(dataset={"name": "fineweb", **DATASET, "val_bytes": 0})),
+    ("json-value: val_bpb is -1", json_with(val_bpb=-1.0)), ("json-value: seed 2: val_loss", seed_with(val_loss=0)),
+    ("forbidden-file", write("sub/CLAUDE.md", "x")), ("secret", write("run.sh", "export HF_TOKEN=hf_" + "a" * 34)),
+    ("link", lambda f: (f / "notes.md").symlink_to("/etc/passwd")), ("file-name", write("two words.md", "x")),
+    ("file-size", write("big.txt", "x" * (5 << 20) + "x")), ("python-syntax: NOT READ", code(*["def broken(:"] * 41)),
+    ("import", code("import leftpad")), ("machine-path", code('PATH = "/home/ann/data"')),
+    ("track: hardware", json_with(hardware="1xA100")), ("track: track 'x' in", json_with(track="x")),
+    ("track: stands in", lambda f: f.parent.rename(f.parent.parent / "elsewhere")),
+    ("readme-words", replaced("README.md", "Words.", "(write this)")),
+    ("artifact-cap: seed 2: artifact_bytes 16,000,001 is 1 over", seed_with(artifact_bytes=16_000_001)),
+    ("artifact-bytes", json_with(bytes_code=1, bytes_model=2)), ("train-clock", seed_with(train_seconds=601.5)),
+    ("eval-clock", seed_with(eval_seconds=602.0)), ("clock-override", code('M = os.environ["MAX_WALLCLOCK_SECONDS", 0]')),
+    ("clock-override: max_seconds 601", json_with(config={"max_seconds": 601})), ("network", code("import requests")),
+    ("train-data-late: quantise uses", write("pack.py", "def quantise(model, train_loader):\n    return train_loader\n")),
+    ("val-in-training", code('train_files = "data/fineweb_val_*.bin"')),
+    ("bpb-arithmetic", seed_with(val_loss=3.0)),
+    ("val-count: 10000 documents", json_with(dataset={"name": "fineweb", **DATASET, "val_docs": 10_000})),
+    ("val-count: 50000 documents", json_with(dataset={"name": "fineweb", **DATASET, "val_docs": 50_000, "val_bytes": 1})),
+    ("val-count: dataset 'x'", json_with(dataset={"name": "x", **DATASET})),
+    ("val-count: 9,662,464", write("a.log", "tokens: 9662464")),
+    ("val-count: 36,562,944", write("a.log", "tokens=36562944")),
+    ("data-overlap", replaced("train_seed1.log", "step:1", "train_shards:1499")),
+    ("limited-score", seed_with(limit_docs=100)), ("audit: replay: FAIL", seed_with(audit={**AUDIT, "replay": "FAIL"})),
+    ("audit: not proved by lengths", seed_with(audit={"replay": "pass"})),
+    ("dynamic-code", code("exec(open('other.txt').read())")), ("encoded-source", code(wrap(TRAINER))),
+    ("loaded-code: os.execvp", code("from os import execvp as go", "go('ls', ['ls'])")),
+    ("judge-changed", write("data/dataset.py", "def read_val_docs(folder, meta, limit=None):\n    return []\n")),
+    ("score-range", json_with(val_bpb=1.03)), ("seeds: named twice", json_with(seeds=[1, 2, 3, 3])),
+    ("seeds: not those of", json_with(seeds=[1, 2, 4])), ("seeds: 2 seeds are named", json_with(seeds=[1, 2])),
+    ("seeds: seeds 1, 2 have the same artifact", seed_with(artifact_sha256=f"{1:064d}")),
+    ("seeds: differ in config_sha256", seed_with(config_sha256="x")), ("seed-mean", json_with(val_bpb=1.20021)),
+    ("seed-spread", lambda f: [replaced("submission.json", f"1.200{s}", "1.2")(f) for s in (1, 2, 3)]),
+    ("log-score: val_bpb 1.2003", replaced("train_seed3.log", "1.2003", "1.1502")),
+    ("log-score: steps 5000", replaced("train_seed3.log", "steps: 5000", "")),
+    ("readme-score", replaced("README.md", "1.2002", "1.1502")), ("source-hash", replaced("train_gpt.py", "02", "03")),
+    ("source-hash", write("more.py", "")), ("environment", replaced("train_seed3.log", "step:1", "torch 2.9.1 torch 2.8.0")),
+    ("parent", json_with(parent="2026-01-01_nobody")), ("parent", json_with(parent={"a": 1})),
+    ("tainted-parent: #1376 was ruled invalid", json_with(parent_pr="#1376")),
+    ("review-limit: check_ours", json_with(dataset={"name": "fineweb", "val_docs": 50_000, "val_bytes": "?"}))]
 
 HONEST = '''
 import os, glob, math, torch, sentencepiece as spm
@@ -1928,29 +1853,110 @@ def eval_val_ttt(args, model, val_tokens, optimizer):
 def main():
     max_wallclock = float(os.environ.get("MAX_WALLCLOCK_SECONDS", 600.0))
     model = torch.compile(torch.nn.Linear(4, 4)).eval()
-    train_files, val_files = glob.glob("data/fineweb_train_*.bin"), glob.glob("data/fineweb_val_*.bin")
+    train_files=glob.glob("data/fineweb_train_*.bin");val_files=glob.glob("data/fineweb_val_*.bin")
 '''
+LUT = "def luts(sp):\n    if sp.piece == '\u2581': {}\n    base_bytes = len(sp.piece(0).encode()){}"
+PUBLIC = [   # (None or the rules, source from elsewhere): these and no other
+    (None, HONEST), ("dynamic-code encoded-source", wrap(HONEST)), ("missing-file", ""),
+    ("dynamic-code", '__builtins__["exec"]("x = 1")'), ("dynamic-code", "run = eval"), (None, "class C:\n    eval: int = 1"),
+    ("dynamic-code", "compile(x, y, z)"), (None, "compile(x)"),
+    ("dynamic-code payload", 'exec(decode("' + "Zz9!" * 80 + '"))'), ("dynamic-code payload", f'x = exec\nx("{"Zz9!" * 80}")'),
+    *(("loaded-code", line) for line in (
+        'importlib.import_module("x")', "pickle.loads(b'')", 'torch.load("x", weights_only=False)', "marshal.loads(b'')",
+        'ctypes.CDLL("x")', "os.execvp('x', [])")),
+    (None, 'torch.load("x", weights_only=True); re.compile("x"); model.eval()'),
+    ("network", "from os import system as run; run('curl x')"), ("network", "from subprocess import run; run('pip install x')"),
+    ("network", "from urllib import request"), (None, "import einops"), ("import", "import leftpad"),
+    ("mixture", "OnlineNgramCache = 1"), ("mixture", "def eval_val_ngram(): pass"), ("unruled", "slot_delta = 0"),
+    ("pre-quant-ttt", "def prequant_ttt(m): pass"), ("target-gate", "within_gate = 1"),
+    ("best-of", "final = min(val_loss, ttt_loss)"), ("byte-count", "TOTAL = 164_594_398"), ("byte-count", "N = 176_332_748"),
+    ("byte-count", "N = 151_070_000"), (None, "N = 151_060_000"), ("byte-count", "bytes_per_token = 3.7"),
+    ("byte-lut", LUT.format("pass", "")), (None, LUT.format("pass", " if sp.is_byte(0) else 1")),
+    ("byte-lut", LUT.format("has_leading_space = 1", " + 1 if sp.is_byte(0) else 1")),
+    ("target-in-key", "def ngram_key(ctx, tgt):\n    return (ctx * 36313 ^ tgt) % 4096"),
+    ("val-calibration", "collect_hessians(model, val_tokens)"), ("train-data-late", "collect_hessians(model, train_loader)"),
+    ("train-data-late", "gptq_calibrate(train_pattern)"),
+    # validation text in training
+    ("val-in-training", "train_files = os.path.join(d, 'fineweb_val_*.bin' if flag else 'fineweb_train_*.bin')"),
+    ("val-in-training", "train_pattern: str = val_files or x"), ("val-in-training", "train_loader = Any(args.val_files)"),
+    ("val-in-training", "loader = DistributedTokenLoader(args.val_files, rank)"), ("val-in-training", "train_on_val = 1"),
+    ("val-calibration", "calib_loader = DistributedTokenLoader(args.val_files, rank)"),
+    (None, "val_loader = DistributedTokenLoader(args.val_files, rank)"), (None, "loader = Shards(args.val_files)"),
+    (None, "train_files = glob.glob('fineweb_train_*.bin', but='fineweb_val_*.bin')"),
+    (None, "train_files = [f for f in files if f not in val_files]"), (None, "train_on_val = 0"),
+    ("paid-prefix", "PAID_PREFIX = 1"), (None, "def pack(q, val_tokens):\n    return zlib.compress(q)"),
+    ("paid-prefix", "def build(val_tokens):\n    head = val_tokens[1:9].copy()\n    return lzma.compress(head.tobytes())"),
+    # score before learn
+    ("score-first", "def ttt(val_data):\n  step += 1\n  loss.backward()"),
+    ("score-first", "def ttt(m, val_data):\n  m(val_data).backward()\n  with no_grad():\n    m(1)"),
+    ("score-first", "def ttt(val_data):\n  for epoch in range(125):\n    loss_sum += 1\n    loss.backward()"),
+    (None, "def ttt(val_data):\n  loss_sum += 1\n  for epoch in range(2):\n    loss.backward()"),
+    (None, "def ttt(val_data):\n  if scored:\n    loss.backward()\n  loss_sum += 1"),
+    ("score-first", "def adapt(val_data):\n  loss.backward()\ndef main():\n  adapt(1)\n  eval_val()"),
+    (None, "def adapt(val_data):\n  loss.backward()\ndef main():\n  eval_val()\n  adapt(1)"),
+    ("score-first", "def adapt(val_data):\n  loss.backward()\ndef eval_all(val_data):\n  adapt(1)\n  loss_sum += 1"),
+    # what this Python cannot parse, wrapped twice, wrapped in broken lines
+    ("python-syntax", 'def broken(:'), ("python-syntax val-in-training", "train_files = g(f'{a['b']}', val_files)"),
+    ("python-syntax mixture", "\n".join(["def broken(:"] * 50) + "\nngram_cache"),
+    ("dynamic-code encoded-source val-in-training", 'exec(zlib.decompress(b64decode("' + base64.b64encode(zlib.compress(
+        wrap('train_files = "data/fineweb_val_*.bin"\n').encode())).decode() + '")))'),
+    ("dynamic-code encoded-source val-in-training", "exec(unpack('''" + "\n    ".join(re.findall(".{1,70}", base64.b85encode(
+        zlib.compress(b"train_files = val_files  # " + os.urandom(300).hex().encode())).decode())) + "'''))")]
+FILES = [   # (None or the rules, change of a folder from elsewhere): these and no other
+    ("val-in-training", write("a.log", "train_loader:dataset:fineweb10B_valonly train_shards:1")),
+    ("val-in-training", write("a.log", "training on validation text")), (None, write("a.log", "not training on val")),
+    (None, write("a.log", "ttt: training on validation chunk 1")), (None, write("a.log", "train on val tokens once scored")),
+    ("paid-prefix", write("a.log", "paid_prefix:loaded 6,200,000 tokens")), (None, json_with(val_loss=DELETE)),
+    ("train-clock", write("a.log", "train_time:601001ms")), (None, write("a.log", "train_time:601000ms")),
+    ("json-field", json_with(val_bpb=None)), ("json-value", json_with(val_loss=0)), ("log-score", seed_with(val_bpb=1.2005)),
+    (None, all_of(json_with(val_bpb=1.2004), replaced("README.md", "1.2002", "1.2004"), seed_with(val_bpb=1.20077),
+                  write("logs/run1.txt", "val_bpb: 1.20077"))),
+    ("bpb-arithmetic", json_with(val_loss=3.0)),
+    *((None, json_with(val_loss=1.2002 * math.log(2) * ratio)) for ratio in (2.436, 3.319, 3.7266, 3.1572)),
+    ("artifact-cap", json_with(bytes_total=16_000_001)), (None, seed_with(artifact_bytes=16_000_000, train_seconds=601.0)),
+    ("artifact-bytes", json_with(bytes_code=200, bytes_model=15_899_783)),
+    (None, json_with(bytes_code=200, bytes_model=15_899_784)), ("code-bytes", json_with(bytes_code=10)),
+    ("json-field", json_with(bytes_total=DELETE, seed_results={s: {"val_bpb": 1.2 + s / 1e4} for s in (1, 2, 3)})),
+    ("log-count", all_of(json_with(track="unlimited"), *(lambda f, s=s: (f / f"train_seed{s}.log").unlink() for s in "123"),
+                         write("logs.md", "1.2001 1.2002 1.2003"))),
+    (None, lambda f: [write(f"a/{i}.md", "x")(f) for i in range(390)]), (None, json_with(parent={"a": 1})),
+    ("review-limit", lambda f: [write(f"a{i}.md", "x")(f) for i in range(401)])]
 
 
-@pytest.mark.parametrize("text", [HONEST, wrap(HONEST)], ids=["plain", "wrapped"])
-def test_honest_look_alikes_from_elsewhere_never_fail(text, tmp_path):
+def test_every_rule_finds_what_breaks_it_and_nothing_else(tmp_path, monkeypatch):
+    good, wrong = make_record(tmp_path), []
+    monkeypatch.setattr(check, "known_records", lambda: [])
+    rows = [(*row, True) for row in OURS] + [(*row, False) for row in FILES]
+    rows += [(row[0], write("train_gpt.py", row[1]), False) for row in PUBLIC]
+    for n, (what, edit, strict) in enumerate(rows):
+        folder = tmp_path / str(n) / good.parent.name / good.name
+        shutil.copytree(good, folder)
+        if not strict:
+            json_with(source_sha256=DELETE, config=DELETE, dataset=DELETE)(folder)
+        edit(folder)
+        found = check.review_folder(next((tmp_path / str(n)).glob("*/*")), strict)
+        rule, _, words = (what or "").partition(": ")
+        hits = {f["rule"]: f["level"] for f in found if not strict or f["rule"] == rule and words in f["message"]}
+        if hits != {r: rules.RULES[r][not strict] for r in rule.split()}:
+            wrong.append((n, what, [(f["rule"], f["message"]) for f in found]))
+    assert not wrong
+
+
+def test_every_rule_has_a_test_and_what_was_never_ruled_on_never_fails():
+    others = {"change-set", "rescore", "near-copy", "nearest", "significance"}   # by the tests below
+    assert rules.RULES.keys() == {r for what, _ in OURS + PUBLIC + FILES if what for r in what.split(":")[0].split()} | others
+    assert not [r for r, levels in rules.RULES.items() if "unruled" in levels[2] and "FAIL" in levels[:2]]
+
+
+def test_a_submitted_record_is_clean_and_says_what_the_runs_said(tmp_path):
     folder = make_record(tmp_path)
-    (folder / "train_gpt.py").write_text(text)
-    kept = {k: v for k, v in load(folder).items() if k not in ("source_sha256", "config", "dataset")}
-    (folder / "submission.json").write_text(json.dumps(kept))
-    found = levels(folder, strict=False)
-    assert {r for r, level in found.items() if level != "INFO"} == ({"dynamic-code"} if text != HONEST else set())
-
-
-def test_a_wrapped_source_is_read_as_if_it_were_plain(tmp_path):
-    folder = make_record(tmp_path)
-    packed = base64.b64encode(zlib.compress(wrap('train_files = "data/fineweb_val_*.bin"\n').encode())).decode()
-    (folder / "train_gpt.py").write_text(f'import zlib, base64\nexec(zlib.decompress(base64.b64decode("{packed}")))\n')
-    found = [f for f in check.review_folder(folder, strict=False) if f["level"] == "FAIL"]
-    bomb = b"import os\n" * 100_000
-    for packed in (zlib.compress(bomb), lzma.compress(bomb), bz2.compress(bomb), zstandard.compress(bomb)):
-        assert len(sources.unwrap(packed, 5000)) == 5000   # never more than asked for
-    assert [(f["rule"], f["file"], f["line"]) for f in found] == [("val-in-training", "train_gpt.py!1!1", 1)]
+    j = load(folder)
+    assert folder == tmp_path / "records/track_10min_16mb/2026-01-02_good"
+    assert (folder / "train_gpt.py").read_text() == TRAINER
+    assert (j["val_bpb"], j["seeds"], j["bytes_total"]) == (pytest.approx(1.2002), [1, 2, 3], 15_900_000)
+    assert "0 FAIL, 0 FLAG, 0 INFO" in command(folder, "--mode=strict", code=0)
+    with pytest.raises(BadInput, match="exists; nothing is overwritten"):
+        submit_runs(tmp_path, sorted((tmp_path / "runs").iterdir()), "good")
 
 
 def test_hostile_folders_end_in_a_verdict_in_bounded_time_and_nothing_of_them_runs(tmp_path):
