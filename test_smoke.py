@@ -1948,37 +1948,81 @@ def test_every_rule_has_a_test_and_what_was_never_ruled_on_never_fails():
     assert not [r for r, levels in rules.RULES.items() if "unruled" in levels[2] and "FAIL" in levels[:2]]
 
 
-def test_a_submitted_record_is_clean_and_says_what_the_runs_said(tmp_path):
-    folder = make_record(tmp_path)
-    j = load(folder)
-    assert folder == tmp_path / "records/track_10min_16mb/2026-01-02_good"
-    assert (folder / "train_gpt.py").read_text() == TRAINER
-    assert (j["val_bpb"], j["seeds"], j["bytes_total"]) == (pytest.approx(1.2002), [1, 2, 3], 15_900_000)
-    assert "0 FAIL, 0 FLAG, 0 INFO" in command(folder, "--mode=strict", code=0)
+def test_a_submitted_record_is_clean_and_says_what_the_runs_said_and_how_it_compares(tmp_path):
+    parent = make_record(tmp_path, "parent")
+    assert "0 FAIL, 0 FLAG, 0 INFO" in command(parent, "--mode=strict", code=0)
     with pytest.raises(BadInput, match="exists; nothing is overwritten"):
-        submit_runs(tmp_path, sorted((tmp_path / "runs").iterdir()), "good")
+        submit_runs(tmp_path, sorted((tmp_path / "runs").iterdir()), "parent")
+    source = TRAINER.replace("0.02", "0.03") + "#\n" * 500
+    runs = [fake_run(tmp_path / f"runs/child{s}", s, 1.19 + s / 5e3, source=source, lr=0.03, parent=str(parent), idea="faster")
+            for s in (1, 2, 3)]
+    (runs[1] / "pack.txt").write_text("q 8 bits")
+    folder = submit_runs(tmp_path, runs, "child")
+    mine, text = load(folder), (folder / "README.md").read_text()
+    assert folder == tmp_path / "records/track_10min_16mb/2026-01-02_child"
+    assert (folder / "train_gpt.py").read_text() == source and list(mine["config"]) == ["lr", "max_seconds"]
+    kept = [mine[k] for k in ("val_bpb", "val_bpb_std", "seeds", "bytes_total", "parent", "parent_run", "idea", "blurb")]
+    assert kept == [pytest.approx(1.1904), pytest.approx(2e-4), [1, 2, 3], 15_900_000, parent.name, None, "faster", "faster"]
+    for words in ("**val_bpb 1.190400** (std 0.000200, n 3) on fineweb, at most 15,900,000 bytes, 8 x NVIDIA H100.",
+                  "| 2 | 1.190400 | 3.074927 | 15,900,000 | 599.5 | 5,000 | 400.0 |", "faster\n\n(write this)",
+                  f"Against the parent, {parent.name}: a gain of +0.00980 bits per byte, +0.02531 nats per token. One-sided p "
+                  "(paired by seed) is 1.74e-05 for any gain and 2.69e-05 for the 0.005 nats", "- `lr` 0.02 -> 0.03",
+                  "512 lines of diff", "\n+LR = 0.03", "\n... 112 more lines\n"):
+        assert words in text, text
+    assert text.count("Against") == 1   # the parent is the best before it
+    log = (folder / "train_seed2.log").read_text()
+    assert log.startswith("step:1 train_loss:9.0") and "\n\npack.py:\nq 8 bits\n\neval_bpb.py: {" in log
+    other = ledger.read_entry(parent)
+    for change, words in (({"dataset": {}}, "on other documents"), ({"scores": {"1": None}}, "no score"),
+                          ({"config": {"max_steps": 9}}, "+0.00980 bits per byte with another budget, so no test"),
+                          ({"scores": {"1": 1.2}}, "+0.00960 bits per byte; a side has one seed, so no test"),
+                          ({"scores": {"1": 1.2, "7": 1.3}}, "(Welch's) is")):
+        assert words in submit.verdict(mine, other | change)
+    # a run as parent: the record builds on what that run builds on; another record is the best
+    one = submit_runs(tmp_path, [fake_run(tmp_path / "runs/last", 1, parent="child1", device="cpu")], "one")
+    text = (one / "README.md").read_text()
+    assert (load(one)["parent"], load(one)["parent_run"], one.parent.name) == (parent.name, "child1", rules.TRACKS[1])
+    assert "1.200000** (one seed)" in text and "Against the parent, child1: a gain of -0.00980" in text
+    assert "Against the best before it, 2026-01-02_child: a gain of -0.00960 bits per byte; a side has one seed" in text
+
+
+@pytest.mark.parametrize("why, change", [
+    ("another source", {"source": TRAINER + "#\n"}), ("over the cap of 16,000,000", {"score": {"artifact_bytes": 16_000_001}}),
+    ("5 documents only", {"score": {"limit_docs": 5}}), ("seed of its own", {"seed": 1}), ("lr is 0.3, not 0.02", {"lr": 0.3}),
+    ("another dataset", {"data": "demo"}), ("not 8 x H100", {"device": "cpu"}), ("no score; run", {"score": {"val_bpb": None}}),
+    ("no artifact_bytes in", {"score": {"artifact_bytes": None}}), ("train_seconds 601.5 is over", {"seconds": 601.5}),
+    ("eval_seconds 602.0 is over 600", {"score": {"phases": {"total": 602.0}}}), ("not the source that ran", None)])
+def test_submit_refuses_runs_that_are_not_one_record(why, change, tmp_path):
+    runs = [fake_run(tmp_path / "a", 1), fake_run(tmp_path / "b", 2), fake_run(tmp_path / "c", **{"seed": 3, **(change or {})})]
+    if not change:
+        write("source/train_gpt.py", "x")(runs[2])
+    with pytest.raises(BadInput, match=why):
+        submit_runs(tmp_path, runs, track="track_10min_16mb")
+    with pytest.raises(BadInput, match="2 seeds, not 3"):
+        submit_runs(tmp_path, runs[:2], track="track_10min_16mb")
+    assert not list(tmp_path.glob("records/*/*"))
 
 
 def test_hostile_folders_end_in_a_verdict_in_bounded_time_and_nothing_of_them_runs(tmp_path):
     folder, marker = make_record(tmp_path), tmp_path / "executed"
-    evil = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n"
-    bomb = zlib.compress(b"import os\n" + b"#" * 200_000_000, 9)
-    texts = {"a.py": "exec(decompress(" + repr(bomb) + "))", "b.py": "x = " + "(" * 5000 + ")" * 5000,
-             "c.py": "x = " + "-" * 200_000 + "1", "d.py": "x = a" + ".b" * 100_000, "e.py": "x = 1" + " + 1" * 100_000,
-             "f.py": "\0\ufffd" * 1000, "json.py": evil, "sitecustomize.py": evil, "numpy/__init__.py": evil,
-             "name\nFAIL forged rule.py": evil, os.fsdecode(b"\xff\x1b[31m.txt"): "x",
+    evil, bomb = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n", b"import os\n" * 100_000
+    texts = {"a.py": "exec(decompress(" + repr(zlib.compress(b"import os\n" + b"#" * 200_000_000, 9)) + "))",
+             "b.py": "x = " + "(" * 5000 + ")" * 5000, "c.py": "x = " + "-" * 200_000 + "1", "d.py": "x = a" + ".b" * 100_000,
+             "e.py": "x = 1" + " + 1" * 100_000, "f.py": "\0\ufffd" * 1000, "json.py": evil, "sitecustomize.py": evil,
+             "numpy/__init__.py": evil, "name\nFAIL forged rule.py": evil, os.fsdecode(b"\xff\x1b[31m.txt"): "x",
              "submission.json": '{"seeds":' + "[" * 100_000 + "]" * 100_000 + "}"}
     for name, text in texts.items():
         write(name, text)(folder)
-    (folder / "up").symlink_to("..")
-    (folder / "dev.txt").symlink_to("/dev/zero")
+    for name, to in (("up", ".."), ("dev.txt", "/dev/zero"), ("link.txt", "README.md")):
+        (folder / name).symlink_to(to)
     os.mkfifo(folder / "pipe.log")
     with open(folder / "sparse.log", "wb") as f:
         f.truncate(2 << 30)
-    (folder / "link.txt").symlink_to("README.md")
     for name in ("link.txt", "dev.txt", "pipe.log", "sparse.log"):
         with pytest.raises(OSError):
             ledger.read_regular(folder / name, 1 << 20)
+    for packed in (zlib.compress(bomb), lzma.compress(bomb), bz2.compress(bomb), zstandard.compress(bomb)):
+        assert len(sources.unwrap(packed, 5000)) == 5000   # never more than asked for
     begin = time.monotonic()
     lines = command(folder, "--mode=lenient", code=1).splitlines()
     assert time.monotonic() - begin < 60 and not marker.exists()
@@ -1994,28 +2038,44 @@ def test_a_reader_that_dies_is_a_finding_not_a_pass(tmp_path, monkeypatch):
     assert [f["rule"] for f in check.review_in_child(tmp_path, True)] == ["review-limit"]
 
 
-def test_the_exit_code_is_that_of_the_worst_finding(tmp_path):
+def test_the_exit_code_is_that_of_the_worst_finding_and_a_finding_has_one_line(tmp_path):
     folder = make_record(tmp_path)
     json_with(date="2026-01-03")(folder)
     assert "1 INFO" in command(folder, "--mode=lenient", code=0)
-    replaced("README.md", "Words.", "(write this)")(folder)
-    command(folder, code=4)
+    for seed in (1, 2, 3):
+        replaced(f"train_seed{seed}.log", "step:1", f"{seed}\ntrain_shards:1499")(folder)
+    [line] = [line for line in command(folder, "--mode=lenient", code=4).splitlines() if "data-overlap" in line]
+    assert line.startswith("FLAG data-overlap train_seed1.log:2 a sign of validation documents in the training split: "
+                           "train_shards:1499 train_loss:9.0 (and 2 more like it, train_seed3.log) [")
     write("submission.json", "{")(folder)
     command(folder, code=1)
     assert "not a folder" in command(tmp_path / "nowhere", code=2)
+    assert "--rescore goes with one" in command(folder, folder, "--rescore=x", code=2)
+    reader = subprocess.Popen([sys.executable, "records/check.py", folder], cwd=ROOT, stdout=-1, stderr=-1)
+    reader.stdout.close()   # as `| head` does
+    assert reader.stderr.read() == b""
 
 
-def test_copies_and_parents_are_found_with_what_changed(tmp_path, monkeypatch):
+def test_copies_and_parents_are_found_with_what_changed_below_any_wrapping(tmp_path, monkeypatch):
     text = TRAINER + "".join(f"def f{i}(a, b):\n    return a * {i} + b ** 2 - [a, b]\n" for i in range(20))
     parent = make_record(tmp_path, "parent", source=text)
     monkeypatch.setattr(check, "known_records", lambda records=None: [parent])
-    copy = make_record(tmp_path, "copy", source=text.replace("LR = 0.02", "LR = 0.03").replace("loader", "stream"))
+    changed = text.replace("LR = 0.02", "LR = 0.03").replace("loader", "stream").replace("f19", "g") + "def h(): pass\n"
+    copy = make_record(tmp_path, "copy", source=changed)
     json_with(parent=parent.name)(copy)
     found = {f["rule"]: f["message"] for f in check.review_folder(copy, True)}
     assert found.keys() == {"nearest", "significance"}   # the parent's scores again: no gain to show
-    assert "LR 0.02 -> 0.03" in found["nearest"] and "changed train;" in found["nearest"]
+    assert found["nearest"].endswith("; changed train; added g, h; removed f19; LR 0.02 -> 0.03")
+    assert found["significance"].startswith("+0.0000 nats over the parent; p 1 for 0.005 or more, the rule asks 0.01 (practi")
     json_with(parent=None)(copy)
-    assert levels(copy).keys() == {"nearest", "near-copy"}
+    assert levels(copy).keys() == {"nearest"}
+    write("train_gpt.py", wrap(text))(copy)
+    (public := tmp_path / "public/track").mkdir(parents=True)
+    parent.rename(public / "2026-01-01_theirs")
+    out = command(copy, "--mode=lenient", f"--known={tmp_path / 'public'}", code=4)
+    assert "near-copy train_gpt.py:1 2026-01-01_theirs up to names and constants" in out and "100.0%; nothing but" in out
+    write("train_gpt.py", wrap(HONEST))(copy)   # the same wrapper around another content
+    assert "nearest" not in command(copy, "--mode=lenient", f"--known={public}", code=4)
 
 
 def test_every_variant_of_the_ladder_applies_to_the_trainer_as_it_is():
@@ -2038,14 +2098,16 @@ def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):
         assert levels(folder).get("judge-changed") == level
 
 
-def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, judge, dataset):
+def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, judge, dataset, capfd):
     folder, (_, score, _) = make_record(tmp_path), judge("Mine = Sliding", "--trust")  # rounding moves it by nothing
     artifact = tmp_path / "artifact.pyz"
     assert "no seed has an artifact" in check.rescore(folder, artifact, dataset, True)[0]["message"]
     claim = score["val_bpb"] + 0.001
     seed_with(artifact_sha256=hashlib.sha256(artifact.read_bytes()).hexdigest(), val_bpb=claim)(folder)
     [found] = check.rescore(folder, artifact, dataset, True)
-    assert f"claimed {claim}, the judge finds {score['val_bpb']:.4f}" in found["message"], found
+    assert f"seed 2: claimed {claim}, the judge finds {score['val_bpb']:.4f}" in found["message"], found
+    [found] = check.rescore(folder, artifact, tmp_path / "no-data", True)
+    assert "seed 2: the judge exits 2: " in found["message"], found
 
 
 def test_a_turn_tells_its_verdict_from_the_ledger(tmp_path, monkeypatch):
@@ -2065,53 +2127,48 @@ def test_a_turn_tells_its_verdict_from_the_ledger(tmp_path, monkeypatch):
 def test_the_p_value_is_students():
     table = (6.313752, 1, 0.05), (2.919986, 2, 0.05), (2.131847, 4, 0.05), (3.746947, 4, 0.01), (1.660234, 100, 0.05)
     for t, df, p in table:
-        assert stats.t_upper(t, df) == pytest.approx(p, abs=1e-7)
-        assert stats.t_upper(-t, df) == pytest.approx(1 - p, abs=1e-7)
+        assert stats.t_upper(t, df) == pytest.approx(p, abs=1e-7) == 1 - stats.t_upper(-t, df)
         assert stats.t_critical(p, df) == pytest.approx(t, abs=1e-5)
     # closed forms at one and two degrees of freedom
     assert stats.t_upper(3.7, 1) == pytest.approx(0.5 - math.atan(3.7) / math.pi, rel=1e-8)
     assert stats.t_upper(60, 2) == pytest.approx(0.5 - 60 / (2 * math.sqrt(2 + 3600)), rel=1e-8)
     t, df, p = stats.welch(2.0, 4.0, 4, 9.0, 9)   # by hand: sqrt(1 + 1) and (1 + 1)^2 / (1/3 + 1/8)
-    assert (t, df) == (pytest.approx(math.sqrt(2)), pytest.approx(96 / 11)) and stats.welch(0.0, 0, 3, 0, 3)[2] == 0.5
+    assert (t, df) == (pytest.approx(math.sqrt(2)), pytest.approx(96 / 11)) and stats.welch(1.0, 2, 2, 0, 1)[1] == 1
+    assert [stats.welch(gain, 0, 3, 0, 3)[2] for gain in (-1.0, 0.0, 1.0)] == [1, 0.5, 0]
     # The same seeds are paired: gains of 0.001, 0.002 and 0.003 whatever the seeds' own spread. t = sqrt(12), df = 2.
     ours, theirs = {1: 1.0, 2: 1.2, 3: 1.4}, {1: 1.001, 2: 1.202, 3: 1.403}
     c = stats.comparison(ours, theirs, 1.0)
     assert c["paired"] and (c["t"], c["df"]) == (pytest.approx(12 ** 0.5), 2)
     assert c["p"] == pytest.approx(0.5 - 12 ** 0.5 / (2 * math.sqrt(2 + 12)), rel=1e-6)
-    assert c["verdict"] == f"run {c['runs_for_any_gain'] - 3} more a side" and c["runs_for_any_gain"] in (4, 5, 6)
+    assert (c["verdict"], c["runs_for_any_gain"], c["runs_for_written_rule"]) == ("run 2 more a side", 5, None)
+    assert c["noise_floor_bpb"] == pytest.approx(stats.t_critical(0.01, 2) * 0.001 / 3 ** 0.5)
     assert stats.comparison(theirs, ours, 1.0)["verdict"] == "drop"
     apart = stats.comparison(ours, {s + 3: v for s, v in theirs.items()}, 1.0)
-    assert not apart["paired"] and apart["p"] > 0.4
+    assert not apart["paired"] and apart["p"] > 0.4 and apart["verdict"] == "drop"
+    with pytest.raises(BadInput, match="each side needs two"):
+        stats.comparison(ours, {1: 1.0}, 1.0)
 
 
 def test_compare_takes_nats_from_the_dataset_and_refuses_what_does_not_compare(tmp_path):
     a, b = ([fake_run(tmp_path / f"{side}{s}", s, base + spread * s / 1e4) for s in (1, 2, 3)]
             for side, base, spread in (("a", 1.19, 1), ("b", 1.2, 2)))
-    c = json.loads(command("compare", *a, "--", *b, "--json", code=0))
-    assert c["gain_bpb"] == pytest.approx(0.0102) and c["gain_nats"] == pytest.approx(0.0102 * NATS_PER_BIT)
-    assert c["written_rule"] and c["practised_rule"] and c["p"] < c["p_written"] < 1e-3
-    assert 0 < c["noise_floor_bpb"] < 0.01
+    out = command("compare", *a, "--", *b, code=0)
+    for words in ("candidate  val_bpb 1.19020  std 0.00010  n 3", "baseline   val_bpb 1.20040  std 0.00020  n 3",
+                  "gain       +0.02635 nats per token = +0.01020 bits per byte", "1 bit per byte is 2.5831 nats per token)\n",
+                  "test       paired by seed: t 176.669, df 2.00, one-sided p 1.6e-05", ": met, p 2.44e-05\n",
+                  "practised  any gain at p < 0.25: met", "under 0.00040 bits", "3 for any gain, 3 for", "verdict    keep"):
+        assert words in out, out
     worse = json.loads(command("compare", *b, "--", *a, "--json", code=0))
     assert not worse["practised_rule"] and worse["runs_for_any_gain"] is None and worse["p"] > 0.99
-    assert "each side needs two" in command("compare", *a, "--", b[0], code=2)
-    assert "stands twice on one side" in command("compare", a[0], a[0], "--", *b, code=2)
-    longer = [fake_run(tmp_path / f"e{s}", s, 1.18, predictor="adaptive") for s in (1, 2, 3)]
-    plain = [fake_run(tmp_path / f"f{s}", s, 1.18, predictor="plain") for s in (1, 2, 3)]
-    assert "not alike in predictor: adaptive, plain" in command("compare", *longer, "--", *plain, code=2)
-    other = fake_run(tmp_path / "d", dataset={"val_docs_sha256": "f" * 64})
-    assert "not alike in documents" in command("compare", *a, "--", other, code=2)
-    assert "no whole score" in command("compare", fake_run(tmp_path / "c", limit_docs=10), "--", *b, code=2)
-
-
-@pytest.mark.parametrize("change, why", [
-    ({"source": TRAINER + "#\n"}, "another source"), ({"artifact_bytes": 16_000_001}, "over the cap"),
-    ({"limit_docs": 5}, "documents only"), ({"seed": 1}, "a seed of its own"), ({"lr": 0.3}, "another config"),
-    ({"data": "demo"}, "another dataset"), ({"device": "cpu"}, "not 8 x H100")])
-def test_submit_refuses_runs_that_are_not_one_record(change, why, tmp_path):
-    runs = [fake_run(tmp_path / "a", 1), fake_run(tmp_path / "b", 2), fake_run(tmp_path / "c", **{"seed": 3, **change})]
-    with pytest.raises(BadInput, match=why):
-        submit_runs(tmp_path, runs, track="track_10min_16mb")
-    assert not list(tmp_path.glob("records/*/*"))
+    steps = [fake_run(tmp_path / f"s{n}", n, max_seconds=0, max_steps=9) for n in (1, 2)]
+    for runs, words in (((*a, "--", b[0]), "each side needs two"), ((a[0], a[0], "--", *b), "stands twice on one side"),
+                        ((*a, "--", fake_run(tmp_path / "d", score={"dataset": {"val_docs_sha256": "f"}})), "in documents: d"),
+                        ((fake_run(tmp_path / "c", score={"limit_docs": 10}), "--", *b), f"(score it with: python pack.py {tmp_path}/c &&"),
+                        ((*a, "--", fake_run(tmp_path / "e", score={"predictor": "x"}), fake_run(
+                            tmp_path / "f", 2, score={"predictor": "y"})), "not alike in predictor: x, y; such"),
+                        ((*a, "--", *steps), "not alike in max_seconds: 0, 600.0"), (a, "candidates on the left"), ((*a, "--"), "candidates on the"),
+                        ((fake_run(tmp_path / "g", score={"val_bytes": 0}), "--", *b), "nats cannot be told from bits")):
+        assert words in command("compare", *runs, code=2)
 
 
 def test_the_leaderboard_is_up_to_date():
@@ -2124,10 +2181,15 @@ def test_the_leaderboard_ranks_records_and_draws_them(tmp_path):
     make_record(tmp_path, "worse")
     json_with(val_bpb=1.1, author="A|<b>")(make_record(tmp_path, "best"))
     board = submit.leaderboard(tmp_path / "records")
-    text = board["README.md"]
-    assert text.index("[best]") < text.index("[worse]") and "A&#124;&lt;b&gt;" in text
-    assert board["leaderboard.svg"].count("<circle") == 2 and "prefers-color-scheme:dark" in board["leaderboard.svg"]
-    minidom.parseString(board["leaderboard.svg"])
+    text, picture = board["README.md"], board["leaderboard.svg"]
+    assert text.index("[best]") < text.index("[worse]")
+    assert ("\n| **1.10000** | 0.00010 | 3 | [best](track_10min_16mb/2026-01-02_best/README.md) | A&#124;&lt;b&gt; | 2026-01-02 "
+            "| 15,900,000 | fineweb | 8 x NVIDIA H100 | - |\n") in text
+    assert picture.count("<circle") == 2 and "prefers-color-scheme:dark" in picture and "fineweb 1.1000" in picture
+    minidom.parseString(picture)
+    json_with(val_bpb="x")(tmp_path / "records/track_10min_16mb/2026-01-02_best")
+    with pytest.raises(BadInput, match="no val_bpb or no"):
+        submit.leaderboard(tmp_path / "records")
 
 
 def test_curves_hold_every_point_of_every_run_once(tmp_path):
@@ -2150,36 +2212,54 @@ def test_curves_hold_every_point_of_every_run_once(tmp_path):
 
 
 def test_the_ledger_gets_one_line_a_run_with_its_parent_and_status(tmp_path):
-    ledger.append(fake_run(tmp_path / "runs/first", 1, 1.3))
-    line = ledger.append(fake_run(tmp_path / "runs/second", 1, 1.2, lr=0.05, parent="first", idea="faster"))
-    assert [line[k] for k in ("parent", "idea", "config_differences", "status")] == ["first", "faster", "lr=0.05", "ok"]
+    first = fake_run(tmp_path / "runs/first", 1, 1.3)
+    with open(first / "metrics.jsonl", "a") as f:
+        f.write('{"kind": "st')   # cut by a kill
+    ledger.append(first)
+    line = ledger.append(fake_run(tmp_path / "runs/second", 1, 1.2, lr=0.05, parent="first", idea="faster  now", max_steps=9))
+    assert [line[k] for k in ("parent", "idea", "config_differences", "status", "budget", "dataset", "steps")] == [
+        "first", "faster  now", "lr=0.05 max_steps=9", "ok", "9 steps", "fineweb:dddddddd", 5000]
     assert "lr: 0.02 -> 0.05" in (tmp_path / "runs/second/parent.diff").read_text()
-    broken = fake_run(tmp_path / "runs/nan", 2)
-    (broken / "score.json").unlink()
-    (broken / "crash.json").write_text('{"reason": "the loss is nan", "type": "Stopped", "exit_code": 3}')
-    assert ledger.append(broken)["status"] == "nan"
-    assert ledger.append(fake_run(tmp_path / "runs/other", 1, dataset={"val_docs_sha256": "f" * 64}))["parent"] is None
-    rows = [(r["run"], r["parent"], r["val_bpb"]) for r in ledger.read_ledger(tmp_path / "runs/ledger.tsv")]
-    assert rows == [("first", "-", "1.3"), ("second", "first", "1.2"), ("nan", "-", "-"), ("other", "-", "1.2")]
+    for code, status in ((3, "nan"), (1, "crash")):
+        broken = fake_run(tmp_path / f"runs/{status}", 2, source="")
+        (broken / "score.json").unlink()
+        assert ledger.append(broken)["status"] == "unscored"
+        (broken / "crash.json").write_text(json.dumps({"reason": "the loss is nan", "exit_code": code}))
+        assert ledger.append(broken)["status"] == status
+    fat = ledger.append(fake_run(tmp_path / "runs/fat", score={"artifact_bytes": 16_000_001}))
+    assert fat["parent"] is None and fat["status"] == "over-budget"
+    rows = [[r[k] for k in ("run", "parent", "idea", "val_bpb", "budget")] for r in ledger.read_ledger(tmp_path / "runs/ledger.tsv")]
+    assert rows[:3] == [["first", "-", "-", "1.3", "600.0 s"], ["second", "first", "faster now", "1.2", "9 steps"],
+                        ["nan", "-", "-", "-", "600.0 s"]] and len(rows) == 7
+    with open(first / "metrics.jsonl", "a") as f:
+        f.write("\n")
+    with pytest.raises(BadInput, match="metrics.jsonl:3: not a JSON object with a kind"):
+        ledger.append(first)
 
 
 def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
     def git(*args):
         call = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args]
-        subprocess.run(call, cwd=tmp_path, check=True, capture_output=True)
+        return subprocess.run(call, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
     write("train_gpt.py", TRAINER)(tmp_path)
     write(".gitignore", "runs\n")(tmp_path)
     git("init", "-q"), git("add", "-A"), git("commit", "-qm", "x")
     monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    head = git("rev-parse", "--short=10", "HEAD")
+    assert [ledger.commit_of({"train_gpt.py": text}) for text in (TRAINER.encode(), b"x")] == [head, head + "+"]
     with pytest.raises(BadInput, match="nothing has changed"):
         check.change_set("HEAD")
     folder = make_record(tmp_path)
     assert check.change_set("HEAD") == ([], [str(folder)])
     write("train_gpt.py", "changed")(tmp_path)   # the next idea, not committed
+    write("records/README.md", "the leaderboard")(tmp_path)
     assert check.change_set("HEAD") == ([], [str(folder)])
     git("add", "-A"), git("commit", "-qm", "y")
     assert [(f["rule"], f["file"]) for f in check.change_set("HEAD~1")[0]] == [("change-set", "train_gpt.py")]
     replaced("submission.json", "Ann", "Bob")(folder)
     assert [f["message"] for f in check.change_set("HEAD")[0]] == ["a record is only added, never changed or removed"]
+    make_record(tmp_path, "second")
+    assert "one record a change set, not 2: records/" in check.change_set("HEAD")[0][-1]["message"]
     with pytest.raises(BadInput, match="git merge-base"):
         check.change_set("--output=x")

@@ -185,7 +185,7 @@ def commit_of(sources):
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True).stdout
     try:
         head = git("rev-parse", "--short=10", "HEAD").decode().strip()
-        return head and head + "+" * any(git("show", f"HEAD:{n}") != blob for n, blob in sources.items())
+        return head + "+" * any(git("show", f"HEAD:{n}") != b for n, b in sources.items()) if head else None
     except OSError:
         return None
 
