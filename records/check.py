@@ -51,29 +51,21 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[:400])
 
 
-def track_of(folder):
-    return Path(folder).resolve().parent.name
-
-
 def known_records(records=ROOT / "records"):
     """The record folders of this repository, oldest first."""
     found = (p for track in TRACKS for p in (records / track).glob("*") if (p / "submission.json").is_file())
     return sorted((p for p in found if FOLDER_NAME.fullmatch(p.name) and not p.is_symlink()), key=lambda p: p.name)
 
 
-def public_records(known):
-    """The folders with a submission.json in a folder of records or of tracks, which are read as hostile too."""
-    return [p.parent for depth in ("*", "*/*") for p in Path(known).glob(f"{depth}/submission.json")] if known else []
-
-
 class Review:
     """One folder under review: its regular files, its findings, and what the rules share."""
 
     def __init__(self, folder, strict):
-        self.folder, self.name, self.strict, self.findings = Path(folder), Path(folder).resolve().name, strict, []
+        self.folder, self.strict, self.findings = Path(folder), strict, []
+        self.name, self.track = self.folder.resolve().name, self.folder.resolve().parent.name
         self.files, self.names, self.trees, self.scanned = {}, set(), {}, 0   # files {name: bytes}; names of everything
         self.inner = {}   # {name: text} of sources that were wrapped
-        self.json, self.requirements, self.record = {}, set(), track_of(folder) != TRACKS[1]
+        self.json, self.requirements, self.record = {}, set(), self.track != TRACKS[1]
 
     def emit(self, rule, file, message, line=0):
         strict, lenient, source = RULES[rule]
@@ -133,7 +125,8 @@ class Review:
 def review_folder(folder, strict, known=""):
     """Everything that the files of one folder can tell -> list of findings. Runs in the child process."""
     r = Review(folder, strict)
-    r.known = {p.name: p for p in known_records() + public_records(known) if p.resolve() != r.folder.resolve()}
+    public = [p.parent for p in Path(known).glob("**/submission.json")] if known else []   # read as hostile too
+    r.known = {p.name: p for p in known_records() + public if p.resolve() != r.folder.resolve()}
     r.walk()
     read_submission(r)
     check_package(r)
@@ -200,7 +193,7 @@ def check_package(r):
             r.emit("missing-file", needed, "is empty" if needed in r.files else "is missing")
     if (n := len(r.logs())) < (3 if r.record else 1):
         r.emit("log-count", ".", f"{n} training logs; a record needs 3" if r.record else "no training log")
-    if r.strict and track_of(r.folder) not in TRACKS:
+    if r.strict and r.track not in TRACKS:
         r.emit("track", ".", f"a record stands in one of {', '.join(TRACKS)}")
     if "(write this)" in r.text("README.md"):
         r.emit("readme-words", "README.md", "the author's part is still empty")
@@ -209,18 +202,16 @@ def check_package(r):
 def check_numbers(r):
     """Fields, budgets and hardware that submission.json states."""
     j = r.json
-
-    number = (int, float)
-    fields = {"author": str, "github_id": (str, int), "name": str, "date": str, "val_bpb": number}
+    fields = {"author": str, "github_id": (str, int), "name": str, "date": str, "val_bpb": (int, float)}
     if r.strict:
-        fields |= {"val_loss": number, "bytes_total": int, "seeds": list, "seed_results": dict, "track": str,
+        fields |= {"val_loss": (int, float), "bytes_total": int, "seeds": list, "seed_results": dict, "track": str,
                    "hardware": str, "blurb": str, "dataset": dict, "source_sha256": dict,
                    "config": dict, "environment": dict}
     for key, kind in fields.items():
         if not isinstance(j.get(key), kind) or isinstance(j.get(key), bool) or j.get(key) == "":
             r.claim("json-field", f"{key}: {'wrong type or empty' if key in j else 'missing'}")
-    if r.strict and j.get("track") != track_of(r.folder):
-        r.claim("track", f"track {j.get('track')!r} in the folder {track_of(r.folder)}")
+    if r.strict and j.get("track") != r.track:
+        r.claim("track", f"track {j.get('track')!r} in the folder {r.track}")
     if r.record and ("hardware" in j or r.strict) and not re.search(r"8\s*x.{0,12}H100", str(j.get("hardware")), re.I):
         r.claim("track", f"hardware {j.get('hardware')!r}; the record track is 8xH100")
     clocks = {"train-clock": ("train_seconds", "wallclock_seconds", "training_seconds", "train_time_seconds"),
@@ -258,7 +249,6 @@ def check_scores(r):
     j, bpb, results = r.json, r.json.get("val_bpb"), seed_results(r.json)
     if not is_number(bpb) or bpb <= 0:
         return
-
     if bpb < BEST_PUBLIC_BPB - 0.02 and part(j, "dataset").get("name", "fineweb") == "fineweb":
         r.claim("score-range", f"val_bpb {bpb}: more than 0.02 under the best public score, {BEST_PUBLIC_BPB}")
     scores = [v["val_bpb"] for _, v in results if is_number(v.get("val_bpb"))]
@@ -317,7 +307,7 @@ def check_ours(r):
         if hashlib.sha256(r.read(name)).hexdigest() != hashes.get(name):
             r.emit("source-hash", name, "is not the source that ran, by its sha256 in submission.json")
     for name in ("eval_bpb.py", "data/dataset.py", "data/tokenizer.py"):
-        if name in r.trees and (ROOT / name).is_file():
+        if name in r.trees:
             root = judge_half(ast.parse(source := (ROOT / name).read_text()), source)
             mine = judge_half(r.trees[name], r.text(name))
             if differ := sorted(k for k in mine.keys() | root.keys() if mine.get(k) != root.get(k)):
@@ -377,8 +367,7 @@ def check_lineage(r):
             break
     for name in dict.fromkeys(line + [f"#{n}" for n in re.findall(r"\b\d{3,4}\b", said)]):
         if name in rulings:
-            ruling = "{why} ({source}, {grade})".format(**rulings[name])
-            r.claim("tainted-parent", f"{name} was ruled invalid: {ruling}")
+            r.claim("tainted-parent", name + " was ruled invalid: {why} ({source}, {grade})".format(**rulings[name]))
     if len(line) > 1 and r.strict and r.record:
         check_significance(r, load_submission(others[line[1]]))
     if "train_gpt.py" not in r.trees:
@@ -415,9 +404,8 @@ def check_significance(r, parent):
     c = comparison(ours, theirs, factor)
     practised = "met" if c["practised_rule"] else "not met"
     if not c["written_rule"]:
-        r.emit("significance", "submission.json",
-               f"{c['gain_nats']:+.4f} nats over the parent; p {c['p_written']:.2g} for {RULE_NATS} or more, the rule "
-               f"asks {RULE_P} (practised, any gain at p < {PRACTISED_P}: {practised}, p {c['p']:.2g})")
+        r.claim("significance", f"{c['gain_nats']:+.4f} nats over the parent; p {c['p_written']:.2g} for {RULE_NATS} or "
+                f"more, the rule asks {RULE_P} (practised, any gain at p < {PRACTISED_P}: {practised}, p {c['p']:.2g})")
 
 
 def git(*args):
