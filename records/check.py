@@ -402,10 +402,10 @@ def check_significance(r, parent):
     if min(len(ours), len(theirs)) < 2 or factor is None:
         return r.claim("significance", "too few seeds for a test against the parent")
     c = comparison(ours, theirs, factor)
-    practised = "met" if c["practised_rule"] else "not met"
     if not c["written_rule"]:
-        r.claim("significance", f"{c['gain_nats']:+.4f} nats over the parent; p {c['p_written']:.2g} for {RULE_NATS} or "
-                f"more, the rule asks {RULE_P} (practised, any gain at p < {PRACTISED_P}: {practised}, p {c['p']:.2g})")
+        r.claim("significance", f"{c['gain_nats']:+.4f} nats over the parent; p {c['p_written']:.2g} for {RULE_NATS} "
+                f"or more, the rule asks {RULE_P} (practised, any gain at p < {PRACTISED_P}: "
+                f"{'met' if c['practised_rule'] else 'not met'}, p {c['p']:.2g})")
 
 
 def git(*args):

@@ -126,8 +126,8 @@ def read_run(folder):
     return {"folder": folder, "name": folder.resolve().name, "config": start["config"], **parts,
             "seed": start["config"].get("seed"), "steps": last.get("steps", last.get("step")),
             "tokens": last.get("tokens"), "train_seconds": last.get("train_seconds"), "score": score, "crash": crash,
-            "val_bpb": whole.get("val_bpb"), "val_loss": whole.get("val_loss"), "eval_seconds": part(whole, "phases").get("total"),
-            "artifact_bytes": (score or {}).get("artifact_bytes")}
+            "val_bpb": whole.get("val_bpb"), "val_loss": whole.get("val_loss"),
+            "eval_seconds": part(whole, "phases").get("total"), "artifact_bytes": (score or {}).get("artifact_bytes")}
 
 
 def digest(value):

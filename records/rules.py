@@ -91,7 +91,7 @@ RULES = {  # rule: (level for this repository's records, level for folders from 
 }
 
 BASE_PACKAGES = {"torch", "numpy", "tiktoken", "zstandard", "triton"}   # triton comes with torch where it is used
-PUBLIC_PACKAGES = {"sentencepiece", "brotli", "tqdm", "kernels", "flash_attn", "flash_attn_interface", "mlx", "einops"}
+PUBLIC_PACKAGES = ("sentencepiece", "brotli", "tqdm", "kernels", "flash_attn", "flash_attn_interface", "mlx", "einops")
 NETWORK = {"requests", "urllib.request", "http.client", "httpx", "aiohttp", "ftplib", "socket", "huggingface_hub",
            "datasets", "wandb", "boto3"}
 # Calls that run or load what is not written in the source, by their full name.
@@ -123,7 +123,8 @@ IDENTIFIERS = (   # (pattern on a lower-case identifier, rule, message)
     (r"^casefold$", "unruled", "lossy case folding was never ruled on (#1604)"))
 TEXT = (          # (pattern on sources, scripts and logs, rule, message)
     (re.compile(r"(?im)\btrain_on_val\w*['\"]?\s*[:=]\s*['\"]?(1|true)\b|\btrain\w*[:=][^\s;,]*(fineweb_val|val_?only)"
-                r"|^(?!.*\b(not|no|never|without|test.time|ttt|scored|evaluated)\b)[\w :\[\]-]{0,30}\btrain(ing|s|ed)? on (the )?val(idation)?\b"),
+                r"|^(?!.*\b(not|no|never|without|test.time|ttt|scored|evaluated)\b)"
+                r"[\w :\[\]-]{0,30}\btrain(ing|s|ed)? on (the )?val(idation)?\b"),
      "val-in-training", "says that it trains on validation text"),
     (re.compile(r"(?i)paid[_ ]prefix(:| blob)"), "paid-prefix", "validation text bought with bytes of the artifact"),
     (re.compile(r"train_shards:1499|datasets/datasets"), "data-overlap",

@@ -125,7 +125,7 @@ def matching(names, pattern):
 
 def scan_text(review, name, text):
     """The rules that read any text: keys, and the marks that scripts and logs leave."""
-    hits = [(m, "secret", "a key or token") for m in [SECRET.search(text)]]
+    hits = [(SECRET.search(text), "secret", "a key or token")]
     if name.endswith((".py", ".sh", ".log", ".txt")) or "!" in name:
         hits += [(pattern.search(text), rule, message) for pattern, rule, message in TEXT]
         hits += [(m, "clock-override", f"a wall clock of {m[1]} s in the ten-minute track")
@@ -272,8 +272,8 @@ def offline(name):
 def scan_import(review, name, node, guarded):
     modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] * (not node.level)
     here = {part for n in review.names for part in n.removesuffix(".py").split("/")}
-    known = sys.stdlib_module_names | BASE_PACKAGES | here | review.requirements
-    known = known if review.strict else known | PUBLIC_PACKAGES
+    usual = () if review.strict else PUBLIC_PACKAGES
+    known = {*sys.stdlib_module_names, *BASE_PACKAGES, *here, *review.requirements, *usual}
     for module in filter(None, modules):
         top = module.split(".")[0]
         if offline(name) and {top, module, *(f"{module}.{a.name}" for a in node.names)} & NETWORK and top not in here:
@@ -323,11 +323,9 @@ def scan_function(review, name, f):
         if not (review.strict and name == "train_gpt.py"):   # here calibration is part of training, on its clock
             review.emit("train-data-late", name, f"{f.name} uses {found}: inside the 600 s?", names[found])
     if re.search(r"n_?gram|cache|hash|ppm|hint|expert|mix", title):
-        for n in below:
-            hashes = isinstance(n, ast.BinOp) and isinstance(n.op, (ast.BitXor, ast.Mod))
-            if hashes and (found := matching(identifiers(n), TARGET)):
+        for n in (n for n in below if isinstance(n, ast.BinOp) and isinstance(n.op, (ast.BitXor, ast.Mod))):
+            if found := matching(identifiers(n), TARGET):
                 review.emit("target-in-key", name, f"{f.name} hashes {found}, the token to be predicted", n.lineno)
-                break
     strings = constants(str, f)
     if "\u2581" in strings and matching(names, r"lut|bytes|table"):
         if not matching(names, r"is_byte") and not any("<0x" in s for s in strings):

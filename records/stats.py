@@ -53,16 +53,13 @@ def comparison(ours, theirs, nats_per_bit):
         raise BadInput("one run says nothing about noise; each side needs two at least")
     a, b = [*ours.values()], [*theirs.values()]
     paired = ours.keys() == theirs.keys()
-    if paired:
-        d = [theirs[s] - ours[s] for s in ours]
-        var, n = (statistics.variance(d), 0.0), lambda k: (k or len(d), 1)
-    else:
-        var, n = (statistics.variance(a), statistics.variance(b)), lambda k: (k or len(a), k or len(b))
+    va, vb = statistics.variance(a), statistics.variance(b)
+    if paired:   # one sample, of differences: as if the other had no spread
+        va, vb = statistics.variance([theirs[s] - ours[s] for s in ours]), 0.0
 
     def test(shift, k=0):
         """-> (t, df, p) of gain > shift, with these runs or with k a side."""
-        na, nb = n(k)
-        return welch(gain - shift, var[0], na, var[1], nb)
+        return welch(gain - shift, va, k or len(a), vb, k or len(b))
 
     def runs_needed(shift):
         sizes = range(max(2, len(a), len(b)), 1001) if gain > shift else ()
@@ -70,7 +67,7 @@ def comparison(ours, theirs, nats_per_bit):
 
     gain, margin = statistics.fmean(b) - statistics.fmean(a), RULE_NATS / nats_per_bit
     t, df, p = test(0.0)
-    error = (var[0] / n(0)[0] + var[1] / n(0)[1]) ** 0.5
+    error = (va / len(a) + vb / len(b)) ** 0.5
     more = runs_needed(0.0)
     verdict = "keep" if p < RULE_P else "drop"
     if verdict == "drop" and more and more <= 30:
