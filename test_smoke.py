@@ -1687,8 +1687,7 @@ def train(model, loader):
 
 def wrap(source):
     raw = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])
-    return ('import lzma as L,base64 as B\nexec(L.decompress(B.b85decode("' + base64.b85encode(raw).decode()
-            + '"),format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}]))\n')
+    return f'import lzma, base64\nexec(lzma.decompress(base64.b85decode("{base64.b85encode(raw).decode()}")))\n'
 
 
 def fake_run(folder, seed=1, val_bpb=1.2, data="fineweb", device="8 x NVIDIA H100", source=TRAINER, seconds=599.5,
@@ -1761,10 +1760,6 @@ def replaced(name, old, new):
     return lambda f: (f / name).write_text((f / name).read_text().replace(old, new))
 
 
-def all_of(*edits):
-    return lambda f: [edit(f) for edit in edits]
-
-
 DELETE, AUDIT, TOMORROW = object(), dict.fromkeys(check.PROOFS, "pass"), f"{date.today() + timedelta(3)}_x"
 OURS = [   # (rule: words of the message, how to break a record of ours)
     ("folder-name", lambda f: f.rename(f.parent / "my record")),
@@ -1772,8 +1767,8 @@ OURS = [   # (rule: words of the message, how to break a record of ours)
     ("folder-date: not the folder's", json_with(date="2020-01-01")),
     ("folder-date: in the future", lambda f: f.rename(f.parent / TOMORROW)),
     ("missing-file: is missing", lambda f: (f / "README.md").unlink()),
-    ("log-count: 2 training logs", lambda f: (f / "train_seed2.log").unlink()),
-    ("json", write("submission.json", "{")), ("json: object", write("submission.json", "[]")),
+    ("log-count: 2 training logs", lambda f: (f / "train_seed2.log").unlink()), ("json", write("submission.json", "{")),
+    ("json: object", write("submission.json", "[]")),
     ("json-strict: NaN", replaced("submission.json", '"author"', '"x": NaN, "author"')),
     ("json-strict: duplicate", replaced("submission.json", '"author"', '"name": "x", "author"')),
     ("json-field: github_id: wrong", json_with(github_id=None)), ("json-field: name: wrong", json_with(name="")),
@@ -1790,13 +1785,13 @@ OURS = [   # (rule: words of the message, how to break a record of ours)
     ("readme-words", replaced("README.md", "Words.", "(write this)")),
     ("artifact-cap: seed 2: artifact_bytes 16,000,001 is 1 over", seed_with(artifact_bytes=16_000_001)),
     ("artifact-bytes", json_with(bytes_code=1, bytes_model=2)), ("train-clock", seed_with(train_seconds=601.5)),
-    ("eval-clock", seed_with(eval_seconds=602.0)), ("clock-override", code('M = os.environ["MAX_WALLCLOCK_SECONDS", 0]')),
+    ("eval-clock", seed_with(eval_seconds=602.0)),
+    ("clock-override", code('M = os.environ["MAX_WALLCLOCK_SECONDS", 0]')),
     ("clock-override: max_seconds 601", json_with(config={"max_seconds": 601})), ("network", code("import requests")),
-    ("train-data-late: quantise uses", write("pack.py", "def quantise(model, train_loader):\n    return train_loader\n")),
-    ("val-in-training", code('train_files = "data/fineweb_val_*.bin"')),
-    ("bpb-arithmetic", seed_with(val_loss=3.0)),
+    ("train-data-late: quantise uses", write("pack.py", "def quantise(model, train_loader):\n    return 1\n")),
+    ("val-in-training", code('train_files = "data/fineweb_val_*.bin"')), ("bpb-arithmetic", seed_with(val_loss=3.0)),
     ("val-count: 10000 documents", json_with(dataset={"name": "fineweb", **DATASET, "val_docs": 10_000})),
-    ("val-count: 50000 documents", json_with(dataset={"name": "fineweb", **DATASET, "val_docs": 50_000, "val_bytes": 1})),
+    ("val-count: of 1 bytes", json_with(dataset={"name": "fineweb", **DATASET, "val_docs": 50_000, "val_bytes": 1})),
     ("val-count: dataset 'x'", json_with(dataset={"name": "x", **DATASET})),
     ("val-count: 9,662,464", write("a.log", "tokens: 9662464")),
     ("val-count: 36,562,944", write("a.log", "tokens=36562944")),
@@ -1814,120 +1809,98 @@ OURS = [   # (rule: words of the message, how to break a record of ours)
     ("log-score: val_bpb 1.2003", replaced("train_seed3.log", "1.2003", "1.1502")),
     ("log-score: steps 5000", replaced("train_seed3.log", "steps: 5000", "")),
     ("readme-score", replaced("README.md", "1.2002", "1.1502")), ("source-hash", replaced("train_gpt.py", "02", "03")),
-    ("source-hash", write("more.py", "")), ("environment", replaced("train_seed3.log", "step:1", "torch 2.9.1 torch 2.8.0")),
+    ("source-hash", write("more.py", "")),
+    ("environment", replaced("train_seed3.log", "step:1", "torch 2.9.1 torch 2.8.0")),
     ("parent", json_with(parent="2026-01-01_nobody")), ("parent", json_with(parent={"a": 1})),
     ("tainted-parent: #1376 was ruled invalid", json_with(parent_pr="#1376")),
     ("review-limit: check_ours", json_with(dataset={"name": "fineweb", "val_docs": 50_000, "val_bytes": "?"}))]
 
 HONEST = '''
-import os, glob, math, torch, sentencepiece as spm
 try:
     import some_compressor
 except ImportError:
     import zlib
-
-
 def bigram_hash(t):
     return torch.bitwise_xor(36313 * t[..., 1:], 27191 * t[..., :-1]) % 10239
-
-
-def build_luts(sp, vocab_size):
-    base_bytes, has_leading_space = [0] * vocab_size, [0] * vocab_size
-    for i in range(vocab_size):
-        piece = sp.id_to_piece(i)
-        if piece.startswith("\\u2581"):
-            has_leading_space[i], piece = 1, piece[1:]
-        base_bytes[i] = 1 if sp.is_byte(i) else len(piece.encode("utf-8"))
-    return base_bytes, has_leading_space
-
-
 def eval_val_ttt(args, model, val_tokens, optimizer):
     for chunk in range(0, len(val_tokens), args.ttt_chunk):
         with torch.no_grad():
             loss_sum = model(val_tokens[chunk:])[-args.stride:].sum()
         model(val_tokens[chunk:chunk + args.ttt_chunk]).mean().backward()
-        optimizer.step()
-    clip = torch.minimum(model.weight.abs(), torch.quantile(model.weight.abs(), 0.999))
-
-
-def main():
-    max_wallclock = float(os.environ.get("MAX_WALLCLOCK_SECONDS", 600.0))
-    model = torch.compile(torch.nn.Linear(4, 4)).eval()
-    train_files=glob.glob("data/fineweb_train_*.bin");val_files=glob.glob("data/fineweb_val_*.bin")
+clip = torch.minimum(model.weight.abs(), torch.quantile(model.weight.abs(), 0.999))
+max_wallclock = float(os.environ.get("MAX_WALLCLOCK_SECONDS", 600.0))
+train_files=glob.glob("data/fineweb_train_*.bin");val_files=glob.glob("data/fineweb_val_*.bin")
 '''
 LUT = "def luts(sp):\n    if sp.piece == '\u2581': {}\n    base_bytes = len(sp.piece(0).encode()){}"
-PUBLIC = [   # (None or the rules, source from elsewhere): these and no other
-    (None, HONEST), ("dynamic-code encoded-source", wrap(HONEST)), ("missing-file", ""),
-    ("dynamic-code", '__builtins__["exec"]("x = 1")'), ("dynamic-code", "run = eval"), (None, "class C:\n    eval: int = 1"),
-    ("dynamic-code", "compile(x, y, z)"), (None, "compile(x)"),
-    ("dynamic-code payload", 'exec(decode("' + "Zz9!" * 80 + '"))'), ("dynamic-code payload", f'x = exec\nx("{"Zz9!" * 80}")'),
-    *(("loaded-code", line) for line in (
-        'importlib.import_module("x")', "pickle.loads(b'')", 'torch.load("x", weights_only=False)', "marshal.loads(b'')",
-        'ctypes.CDLL("x")', "os.execvp('x', [])")),
-    (None, 'torch.load("x", weights_only=True); re.compile("x"); model.eval()'),
-    ("network", "from os import system as run; run('curl x')"), ("network", "from subprocess import run; run('pip install x')"),
-    ("network", "from urllib import request"), (None, "import einops"), ("import", "import leftpad"),
-    ("mixture", "OnlineNgramCache = 1"), ("mixture", "def eval_val_ngram(): pass"), ("unruled", "slot_delta = 0"),
-    ("pre-quant-ttt", "def prequant_ttt(m): pass"), ("target-gate", "within_gate = 1"),
-    ("best-of", "final = min(val_loss, ttt_loss)"), ("byte-count", "TOTAL = 164_594_398"), ("byte-count", "N = 176_332_748"),
-    ("byte-count", "N = 151_070_000"), (None, "N = 151_060_000"), ("byte-count", "bytes_per_token = 3.7"),
-    ("byte-lut", LUT.format("pass", "")), (None, LUT.format("pass", " if sp.is_byte(0) else 1")),
-    ("byte-lut", LUT.format("has_leading_space = 1", " + 1 if sp.is_byte(0) else 1")),
-    ("target-in-key", "def ngram_key(ctx, tgt):\n    return (ctx * 36313 ^ tgt) % 4096"),
-    ("val-calibration", "collect_hessians(model, val_tokens)"), ("train-data-late", "collect_hessians(model, train_loader)"),
-    ("train-data-late", "gptq_calibrate(train_pattern)"),
-    # validation text in training
-    ("val-in-training", "train_files = os.path.join(d, 'fineweb_val_*.bin' if flag else 'fineweb_train_*.bin')"),
-    ("val-in-training", "train_pattern: str = val_files or x"), ("val-in-training", "train_loader = Any(args.val_files)"),
-    ("val-in-training", "loader = DistributedTokenLoader(args.val_files, rank)"), ("val-in-training", "train_on_val = 1"),
-    ("val-calibration", "calib_loader = DistributedTokenLoader(args.val_files, rank)"),
-    (None, "val_loader = DistributedTokenLoader(args.val_files, rank)"), (None, "loader = Shards(args.val_files)"),
-    (None, "train_files = glob.glob('fineweb_train_*.bin', but='fineweb_val_*.bin')"),
-    (None, "train_files = [f for f in files if f not in val_files]"), (None, "train_on_val = 0"),
-    ("paid-prefix", "PAID_PREFIX = 1"), (None, "def pack(q, val_tokens):\n    return zlib.compress(q)"),
-    ("paid-prefix", "def build(val_tokens):\n    head = val_tokens[1:9].copy()\n    return lzma.compress(head.tobytes())"),
-    # score before learn
-    ("score-first", "def ttt(val_data):\n  step += 1\n  loss.backward()"),
-    ("score-first", "def ttt(m, val_data):\n  m(val_data).backward()\n  with no_grad():\n    m(1)"),
-    ("score-first", "def ttt(val_data):\n  for epoch in range(125):\n    loss_sum += 1\n    loss.backward()"),
-    (None, "def ttt(val_data):\n  loss_sum += 1\n  for epoch in range(2):\n    loss.backward()"),
-    (None, "def ttt(val_data):\n  if scored:\n    loss.backward()\n  loss_sum += 1"),
-    ("score-first", "def adapt(val_data):\n  loss.backward()\ndef main():\n  adapt(1)\n  eval_val()"),
-    (None, "def adapt(val_data):\n  loss.backward()\ndef main():\n  eval_val()\n  adapt(1)"),
-    ("score-first", "def adapt(val_data):\n  loss.backward()\ndef eval_all(val_data):\n  adapt(1)\n  loss_sum += 1"),
-    # what this Python cannot parse, wrapped twice, wrapped in broken lines
-    ("python-syntax", 'def broken(:'), ("python-syntax val-in-training", "train_files = g(f'{a['b']}', val_files)"),
-    ("python-syntax mixture", "\n".join(["def broken(:"] * 50) + "\nngram_cache"),
-    ("dynamic-code encoded-source val-in-training", 'exec(zlib.decompress(b64decode("' + base64.b64encode(zlib.compress(
-        wrap('train_files = "data/fineweb_val_*.bin"\n').encode())).decode() + '")))'),
-    ("dynamic-code encoded-source val-in-training", "exec(unpack('''" + "\n    ".join(re.findall(".{1,70}", base64.b85encode(
-        zlib.compress(b"train_files = val_files  # " + os.urandom(300).hex().encode())).decode())) + "'''))")]
-FILES = [   # (None or the rules, change of a folder from elsewhere): these and no other
-    ("val-in-training", write("a.log", "train_loader:dataset:fineweb10B_valonly train_shards:1")),
-    ("val-in-training", write("a.log", "training on validation text")), (None, write("a.log", "not training on val")),
-    (None, write("a.log", "ttt: training on validation chunk 1")), (None, write("a.log", "train on val tokens once scored")),
-    ("paid-prefix", write("a.log", "paid_prefix:loaded 6,200,000 tokens")), (None, json_with(val_loss=DELETE)),
-    ("train-clock", write("a.log", "train_time:601001ms")), (None, write("a.log", "train_time:601000ms")),
-    ("json-field", json_with(val_bpb=None)), ("json-value", json_with(val_loss=0)), ("log-score", seed_with(val_bpb=1.2005)),
-    (None, all_of(json_with(val_bpb=1.2004), replaced("README.md", "1.2002", "1.2004"), seed_with(val_bpb=1.20077),
-                  write("logs/run1.txt", "val_bpb: 1.20077"))),
-    ("bpb-arithmetic", json_with(val_loss=3.0)),
-    *((None, json_with(val_loss=1.2002 * math.log(2) * ratio)) for ratio in (2.436, 3.319, 3.7266, 3.1572)),
-    ("artifact-cap", json_with(bytes_total=16_000_001)), (None, seed_with(artifact_bytes=16_000_000, train_seconds=601.0)),
-    ("artifact-bytes", json_with(bytes_code=200, bytes_model=15_899_783)),
-    (None, json_with(bytes_code=200, bytes_model=15_899_784)), ("code-bytes", json_with(bytes_code=10)),
-    ("json-field", json_with(bytes_total=DELETE, seed_results={s: {"val_bpb": 1.2 + s / 1e4} for s in (1, 2, 3)})),
-    ("log-count", all_of(json_with(track="unlimited"), *(lambda f, s=s: (f / f"train_seed{s}.log").unlink() for s in "123"),
-                         write("logs.md", "1.2001 1.2002 1.2003"))),
-    (None, lambda f: [write(f"a/{i}.md", "x")(f) for i in range(390)]), (None, json_with(parent={"a": 1})),
-    ("review-limit", lambda f: [write(f"a{i}.md", "x")(f) for i in range(401)])]
+PUBLIC = {   # the rules that a source from elsewhere breaks, and no other: sources
+    "": [HONEST, "class C:\n    eval: int = 1", "compile(x)",
+        'torch.load("x", weights_only=True); re.compile("x"); model.eval()', "import einops", "N = 151_060_000",
+        LUT.format("pass", " if sp.is_byte(0) else 1"), "val_loader = DistributedTokenLoader(args.val_files, rank)",
+        "loader = Shards(args.val_files)", "train_files = glob.glob('fineweb_train_*.bin', but='fineweb_val_*.bin')",
+        "train_files = [f for f in files if f not in val_files]", "train_on_val = 0",
+        "def pack(q, val_tokens):\n    return zlib.compress(q)",
+        "def ttt(val_data):\n  loss_sum += 1\n  for epoch in range(2):\n    loss.backward()",
+        "def ttt(val_data):\n  if scored:\n    loss.backward()\n  loss_sum += 1",
+        "def adapt(val_data):\n  loss.backward()\ndef main():\n  eval_val()\n  adapt(1)"],
+    "dynamic-code encoded-source": [wrap(HONEST)], "missing-file": [""],
+    "dynamic-code": ['__builtins__["exec"]("x = 1")', "run = eval", "compile(x, y, z)"],
+    "dynamic-code payload": ['exec(decode("' + "Zz9!" * 80 + '"))', f'x = exec\nx("{"Zz9!" * 80}")'],
+    "loaded-code": ['importlib.import_module("x")', "pickle.loads(b'')", 'torch.load("x", weights_only=False)',
+        "marshal.loads(b'')", 'ctypes.CDLL("x")', "os.execvp('x', [])"],
+    "network": ["from os import system as run; run('curl x')", "from subprocess import run; run('pip install x')",
+        "from urllib import request"],
+    "import": ["import leftpad"], "mixture": ["OnlineNgramCache = 1", "def eval_val_ngram(): pass"],
+    "unruled": ["slot_delta = 0"], "pre-quant-ttt": ["def prequant_ttt(m): pass"], "target-gate": ["within_gate = 1"],
+    "best-of": ["final = min(val_loss, ttt_loss)"],
+    "byte-count": ["TOTAL = 164_594_398", "N = 176_332_748", "N = 151_070_000", "bytes_per_token = 3.7"],
+    "byte-lut": [LUT.format("pass", ""), LUT.format("has_leading_space = 1", " + 1 if sp.is_byte(0) else 1")],
+    "target-in-key": ["def ngram_key(ctx, tgt):\n    return (ctx * 36313 ^ tgt) % 4096"],
+    "val-calibration": ["collect_hessians(model, val_tokens)",
+        "calib_loader = DistributedTokenLoader(args.val_files, rank)"],
+    "train-data-late": ["collect_hessians(model, train_loader)", "gptq_calibrate(train_pattern)"],
+    "val-in-training": ["train_files = os.path.join(d, 'fineweb_val_*.bin' if flag else 'fineweb_train_*.bin')",
+        "train_pattern: str = val_files or x", "train_loader = Any(args.val_files)",
+        "loader = DistributedTokenLoader(args.val_files, rank)", "train_on_val = 1"],
+    "paid-prefix": ["PAID_PREFIX = 1",
+        "def build(val_tokens):\n    head = val_tokens[1:9].copy()\n    return lzma.compress(head.tobytes())"],
+    "score-first": ["def ttt(val_data):\n  step += 1\n  loss.backward()",
+        "def ttt(m, val_data):\n  m(val_data).backward()\n  with no_grad():\n    m(1)",
+        "def ttt(val_data):\n  for epoch in range(125):\n    loss_sum += 1\n    loss.backward()",
+        "def adapt(val_data):\n  loss.backward()\ndef main():\n  adapt(1)\n  eval_val()",
+        "def adapt(val_data):\n  loss.backward()\ndef eval_all(val_data):\n  adapt(1)\n  loss_sum += 1"],
+    "python-syntax": ['def broken(:'], "python-syntax val-in-training": ["train_files = g(f'{a['b']}', val_files)"],
+    "python-syntax mixture": ["\n".join(["def broken(:"] * 50) + "\nngram_cache"],
+    "dynamic-code encoded-source val-in-training": ['exec(zlib.decompress(b64decode("' + base64.b64encode(zlib.compress(
+        wrap('train_files = "data/fineweb_val_*.bin"\n').encode())).decode() + '")))',
+        "exec(unpack('''" + "\n    ".join(re.findall(".{1,70}", base64.b85encode(
+        zlib.compress(b"train_files = val_files  # " + os.urandom(300).hex().encode())).decode())) + "'''))"]}
+FILES = {   # the rules that a folder from elsewhere breaks, and no other: ways to change it
+    "": [write("a.log", "not training on val"), write("a.log", "ttt: training on validation chunk 1"),
+        write("a.log", "train on val tokens once scored"), json_with(val_loss=DELETE),
+        write("a.log", "train_time:601000ms"),
+        lambda f: [edit(f) for edit in (json_with(val_bpb=1.2004), replaced("README.md", "1.2002", "1.2004"),
+                                        seed_with(val_bpb=1.20077), write("logs/run1.txt", "val_bpb: 1.20077"))],
+        *(json_with(val_loss=1.2002 * math.log(2) * ratio) for ratio in (2.436, 3.319, 3.7266, 3.1572)),
+        seed_with(artifact_bytes=16_000_000, train_seconds=601.0), json_with(bytes_code=200, bytes_model=15_899_784),
+        lambda f: [write(f"a/{i}.md", "x")(f) for i in range(390)], json_with(parent={"a": 1})],
+    "val-in-training": [write("a.log", "train_loader:dataset:fineweb10B_valonly train_shards:1"),
+        write("a.log", "training on validation text")],
+    "paid-prefix": [write("a.log", "paid_prefix:loaded 6,200,000 tokens")],
+    "train-clock": [write("a.log", "train_time:601001ms")],
+    "json-field": [json_with(val_bpb=None),
+        json_with(bytes_total=DELETE, seed_results={s: {"val_bpb": 1.2 + s / 1e4} for s in (1, 2, 3)})],
+    "json-value": [json_with(val_loss=0)], "log-score": [seed_with(val_bpb=1.2005)],
+    "bpb-arithmetic": [json_with(val_loss=3.0)], "artifact-cap": [json_with(bytes_total=16_000_001)],
+    "artifact-bytes": [json_with(bytes_code=200, bytes_model=15_899_783)], "code-bytes": [json_with(bytes_code=10)],
+    "log-count": [lambda f: (json_with(track="unlimited")(f), [log.unlink() for log in f.glob("*.log")])],
+    "review-limit": [write("a.py", "#" * (2 << 20)), lambda f: [write(f"a{i}.md", "x")(f) for i in range(401)]]}
 
 
-def test_every_rule_finds_what_breaks_it_and_nothing_else(tmp_path, monkeypatch):
+def test_every_rule_finds_what_breaks_it_and_nothing_else_and_the_unruled_never_fails(tmp_path, monkeypatch):
     good, wrong = make_record(tmp_path), []
     monkeypatch.setattr(check, "known_records", lambda: [])
-    rows = [(*row, True) for row in OURS] + [(*row, False) for row in FILES]
-    rows += [(row[0], write("train_gpt.py", row[1]), False) for row in PUBLIC]
+    rows = [(*row, True) for row in OURS] + [(what, edit, False) for what, edits in FILES.items() for edit in edits]
+    rows += [(what, write("train_gpt.py", text), False) for what, texts in PUBLIC.items() for text in texts]
     for n, (what, edit, strict) in enumerate(rows):
         folder = tmp_path / str(n) / good.parent.name / good.name
         shutil.copytree(good, folder)
@@ -1935,16 +1908,14 @@ def test_every_rule_finds_what_breaks_it_and_nothing_else(tmp_path, monkeypatch)
             json_with(source_sha256=DELETE, config=DELETE, dataset=DELETE)(folder)
         edit(folder)
         found = check.review_folder(next((tmp_path / str(n)).glob("*/*")), strict)
-        rule, _, words = (what or "").partition(": ")
+        rule, _, words = what.partition(": ")
         hits = {f["rule"]: f["level"] for f in found if not strict or f["rule"] == rule and words in f["message"]}
         if hits != {r: rules.RULES[r][not strict] for r in rule.split()}:
             wrong.append((n, what, [(f["rule"], f["message"]) for f in found]))
     assert not wrong
-
-
-def test_every_rule_has_a_test_and_what_was_never_ruled_on_never_fails():
     others = {"change-set", "rescore", "near-copy", "nearest", "significance"}   # by the tests below
-    assert rules.RULES.keys() == {r for what, _ in OURS + PUBLIC + FILES if what for r in what.split(":")[0].split()} | others
+    rows = [what for what, _ in OURS] + [*PUBLIC, *FILES]
+    assert rules.RULES.keys() == {rule for what in rows for rule in what.split(":")[0].split()} | others
     assert not [r for r, levels in rules.RULES.items() if "unruled" in levels[2] and "FAIL" in levels[:2]]
 
 
@@ -1954,19 +1925,19 @@ def test_a_submitted_record_is_clean_and_says_what_the_runs_said_and_how_it_comp
     with pytest.raises(BadInput, match="exists; nothing is overwritten"):
         submit_runs(tmp_path, sorted((tmp_path / "runs").iterdir()), "parent")
     source = TRAINER.replace("0.02", "0.03") + "#\n" * 500
-    runs = [fake_run(tmp_path / f"runs/child{s}", s, 1.19 + s / 5e3, source=source, lr=0.03, parent=str(parent), idea="faster")
-            for s in (1, 2, 3)]
-    (runs[1] / "pack.txt").write_text("q 8 bits")
+    changed = dict(source=source, lr=0.03, parent=str(parent), idea="faster")
+    runs = [fake_run(tmp_path / f"runs/child{s}", s, 1.19 + s / 5e3, **changed) for s in (1, 2, 3)]
+    write("pack.txt", "q 8 bits")(runs[1])
     folder = submit_runs(tmp_path, runs, "child")
     mine, text = load(folder), (folder / "README.md").read_text()
     assert folder == tmp_path / "records/track_10min_16mb/2026-01-02_child"
     assert (folder / "train_gpt.py").read_text() == source and list(mine["config"]) == ["lr", "max_seconds"]
-    kept = [mine[k] for k in ("val_bpb", "val_bpb_std", "seeds", "bytes_total", "parent", "parent_run", "idea", "blurb")]
-    assert kept == [pytest.approx(1.1904), pytest.approx(2e-4), [1, 2, 3], 15_900_000, parent.name, None, "faster", "faster"]
+    assert [mine[k] for k in ("val_bpb", "val_bpb_std", "seeds", "bytes_total", "parent", "parent_run", "blurb")] == [
+        pytest.approx(1.1904), pytest.approx(2e-4), [1, 2, 3], 15_900_000, parent.name, None, "faster"]
     for words in ("**val_bpb 1.190400** (std 0.000200, n 3) on fineweb, at most 15,900,000 bytes, 8 x NVIDIA H100.",
                   "| 2 | 1.190400 | 3.074927 | 15,900,000 | 599.5 | 5,000 | 400.0 |", "faster\n\n(write this)",
-                  f"Against the parent, {parent.name}: a gain of +0.00980 bits per byte, +0.02531 nats per token. One-sided p "
-                  "(paired by seed) is 1.74e-05 for any gain and 2.69e-05 for the 0.005 nats", "- `lr` 0.02 -> 0.03",
+                  f"Against the parent, {parent.name}: a gain of +0.00980 bits per byte, +0.02531 nats per token. "
+                  "One-sided p (paired by seed) is 1.74e-05 for any gain and 2.69e-05 for the", "- `lr` 0.02 -> 0.03",
                   "512 lines of diff", "\n+LR = 0.03", "\n... 112 more lines\n"):
         assert words in text, text
     assert text.count("Against") == 1   # the parent is the best before it
@@ -1986,30 +1957,32 @@ def test_a_submitted_record_is_clean_and_says_what_the_runs_said_and_how_it_comp
     assert "Against the best before it, 2026-01-02_child: a gain of -0.00960 bits per byte; a side has one seed" in text
 
 
-@pytest.mark.parametrize("why, change", [
-    ("another source", {"source": TRAINER + "#\n"}), ("over the cap of 16,000,000", {"score": {"artifact_bytes": 16_000_001}}),
-    ("5 documents only", {"score": {"limit_docs": 5}}), ("seed of its own", {"seed": 1}), ("lr is 0.3, not 0.02", {"lr": 0.3}),
-    ("another dataset", {"data": "demo"}), ("not 8 x H100", {"device": "cpu"}), ("no score; run", {"score": {"val_bpb": None}}),
-    ("no artifact_bytes in", {"score": {"artifact_bytes": None}}), ("train_seconds 601.5 is over", {"seconds": 601.5}),
-    ("eval_seconds 602.0 is over 600", {"score": {"phases": {"total": 602.0}}}), ("not the source that ran", None)])
-def test_submit_refuses_runs_that_are_not_one_record(why, change, tmp_path):
-    runs = [fake_run(tmp_path / "a", 1), fake_run(tmp_path / "b", 2), fake_run(tmp_path / "c", **{"seed": 3, **(change or {})})]
-    if not change:
-        write("source/train_gpt.py", "x")(runs[2])
-    with pytest.raises(BadInput, match=why):
-        submit_runs(tmp_path, runs, track="track_10min_16mb")
-    with pytest.raises(BadInput, match="2 seeds, not 3"):
-        submit_runs(tmp_path, runs[:2], track="track_10min_16mb")
+def test_submit_refuses_runs_that_are_not_one_record(tmp_path):
+    good, changed = [fake_run(tmp_path / f"good{seed}", seed) for seed in (1, 2)], fake_run(tmp_path / "changed", 3)
+    write("source/train_gpt.py", "x")(changed)
+    for n, (why, runs) in enumerate({
+            "another source": {"source": TRAINER + "#\n"}, "over the cap": {"score": {"artifact_bytes": 16_000_001}},
+            "5 documents only": {"score": {"limit_docs": 5}}, "seed of its own": {"seed": 1}, "lr is 0.3": {"lr": 0.3},
+            "another dataset": {"data": "demo"}, "not 8 x H100": {"device": "cpu"}, "no artifact_bytes in": {
+                "score": {"artifact_bytes": None}}, "no score; run": {"score": {"val_bpb": None}},
+            "train_seconds 601.5 is over": {"seconds": 601.5}, "eval_seconds 602.0 is over 600": {
+                "score": {"phases": {"total": 602.0}}}, "not the source that ran": [*good, changed], "2 seeds": good,
+            "is on demo, not": [fake_run(tmp_path / f"d{s}", s, data="demo") for s in (1, 2, 3)]}.items()):
+        if isinstance(runs, dict):
+            runs = [*good, fake_run(tmp_path / str(n), **{"seed": 3, **runs})]
+        with pytest.raises(BadInput, match=why):
+            submit_runs(tmp_path, runs, track="track_10min_16mb")
     assert not list(tmp_path.glob("records/*/*"))
 
 
-def test_hostile_folders_end_in_a_verdict_in_bounded_time_and_nothing_of_them_runs(tmp_path):
+def test_hostile_folders_end_in_a_verdict_in_bounded_time_and_nothing_of_them_runs(tmp_path, monkeypatch):
     folder, marker = make_record(tmp_path), tmp_path / "executed"
     evil, bomb = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n", b"import os\n" * 100_000
     texts = {"a.py": "exec(decompress(" + repr(zlib.compress(b"import os\n" + b"#" * 200_000_000, 9)) + "))",
-             "b.py": "x = " + "(" * 5000 + ")" * 5000, "c.py": "x = " + "-" * 200_000 + "1", "d.py": "x = a" + ".b" * 100_000,
-             "e.py": "x = 1" + " + 1" * 100_000, "f.py": "\0\ufffd" * 1000, "json.py": evil, "sitecustomize.py": evil,
-             "numpy/__init__.py": evil, "name\nFAIL forged rule.py": evil, os.fsdecode(b"\xff\x1b[31m.txt"): "x",
+             "b.py": "x = " + "(" * 5000 + ")" * 5000, "c.py": "x = " + "-" * 200_000 + "1",
+             "d.py": "x = a" + ".b" * 100_000, "e.py": "x = 1" + " + 1" * 100_000, "f.py": "\0\ufffd" * 1000,
+             "json.py": evil, "sitecustomize.py": evil, "numpy/__init__.py": evil, "name\nFAIL forged rule.py": evil,
+             os.fsdecode(b"\xff\x1b[31m.txt"): "x",
              "submission.json": '{"seeds":' + "[" * 100_000 + "]" * 100_000 + "}"}
     for name, text in texts.items():
         write(name, text)(folder)
@@ -2030,11 +2003,8 @@ def test_hostile_folders_end_in_a_verdict_in_bounded_time_and_nothing_of_them_ru
     found = {line.split()[1] for line in lines}
     assert {"json", "link", "file-size", "file-name", "review-limit", "encoded-source"} <= found
     assert not [line for line in lines if line.startswith("FAIL forged")]
-
-
-def test_a_reader_that_dies_is_a_finding_not_a_pass(tmp_path, monkeypatch):
-    (tmp_path / "dies.py").write_text("import os; os.abort()\n")
-    monkeypatch.setattr(check, "__file__", str(tmp_path / "dies.py"))
+    write("dies.py", "import os; os.abort()")(tmp_path)
+    monkeypatch.setattr(check, "__file__", str(tmp_path / "dies.py"))   # a reader that dies is no pass
     assert [f["rule"] for f in check.review_in_child(tmp_path, True)] == ["review-limit"]
 
 
@@ -2042,11 +2012,12 @@ def test_the_exit_code_is_that_of_the_worst_finding_and_a_finding_has_one_line(t
     folder = make_record(tmp_path)
     json_with(date="2026-01-03")(folder)
     assert "1 INFO" in command(folder, "--mode=lenient", code=0)
-    for seed in (1, 2, 3):
-        replaced(f"train_seed{seed}.log", "step:1", f"{seed}\ntrain_shards:1499")(folder)
-    [line] = [line for line in command(folder, "--mode=lenient", code=4).splitlines() if "data-overlap" in line]
+    for name in ("train_seed1.log", "train_seed2.log", "z.log"):
+        write(name, "1\ntrain_shards:1499 1.2001 1.2002 1.2003")(folder)
+    out = command(folder, make_record(tmp_path, "another"), "--mode=lenient", code=4)
+    [line] = [line for line in out.splitlines() if "data-overlap" in line]
     assert line.startswith("FLAG data-overlap train_seed1.log:2 a sign of validation documents in the training split: "
-                           "train_shards:1499 train_loss:9.0 (and 2 more like it, train_seed3.log) [")
+                           "train_shards:1499 1.2001 1.2002 1.2003 (and 2 more like it, z.log) [")
     write("submission.json", "{")(folder)
     command(folder, code=1)
     assert "not a folder" in command(tmp_path / "nowhere", code=2)
@@ -2056,7 +2027,7 @@ def test_the_exit_code_is_that_of_the_worst_finding_and_a_finding_has_one_line(t
     assert reader.stderr.read() == b""
 
 
-def test_copies_and_parents_are_found_with_what_changed_below_any_wrapping(tmp_path, monkeypatch):
+def test_copies_and_parents_are_found_with_what_changed_below_any_wrapping(tmp_path, monkeypatch, capsys):
     text = TRAINER + "".join(f"def f{i}(a, b):\n    return a * {i} + b ** 2 - [a, b]\n" for i in range(20))
     parent = make_record(tmp_path, "parent", source=text)
     monkeypatch.setattr(check, "known_records", lambda records=None: [parent])
@@ -2066,14 +2037,15 @@ def test_copies_and_parents_are_found_with_what_changed_below_any_wrapping(tmp_p
     found = {f["rule"]: f["message"] for f in check.review_folder(copy, True)}
     assert found.keys() == {"nearest", "significance"}   # the parent's scores again: no gain to show
     assert found["nearest"].endswith("; changed train; added g, h; removed f19; LR 0.02 -> 0.03")
-    assert found["significance"].startswith("+0.0000 nats over the parent; p 1 for 0.005 or more, the rule asks 0.01 (practi")
+    assert found["significance"].startswith("+0.0000 nats over the parent; p 1 for 0.005 or more, the rule asks 0.01 (")
+    assert "no --parent is named; by its code 2026-01-02_parent is nearest (95%)\n" in capsys.readouterr().out
     json_with(parent=None)(copy)
     assert levels(copy).keys() == {"nearest"}
     write("train_gpt.py", wrap(text))(copy)
     (public := tmp_path / "public/track").mkdir(parents=True)
     parent.rename(public / "2026-01-01_theirs")
     out = command(copy, "--mode=lenient", f"--known={tmp_path / 'public'}", code=4)
-    assert "near-copy train_gpt.py:1 2026-01-01_theirs up to names and constants" in out and "100.0%; nothing but" in out
+    assert "near-copy train_gpt.py:1 2026-01-01_theirs up to names" in out and "shares 100.0%; nothing but" in out
     write("train_gpt.py", wrap(HONEST))(copy)   # the same wrapper around another content
     assert "nearest" not in command(copy, "--mode=lenient", f"--known={public}", code=4)
 
@@ -2101,10 +2073,11 @@ def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):
 def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, judge, dataset, capfd):
     folder, (_, score, _) = make_record(tmp_path), judge("Mine = Sliding", "--trust")  # rounding moves it by nothing
     artifact = tmp_path / "artifact.pyz"
-    assert "no seed has an artifact" in check.rescore(folder, artifact, dataset, True)[0]["message"]
+    json_with(dataset={"name": str(dataset)})(folder)
+    assert "no seed has an artifact" in check.rescore(folder, artifact, None, True)[0]["message"]
     claim = score["val_bpb"] + 0.001
     seed_with(artifact_sha256=hashlib.sha256(artifact.read_bytes()).hexdigest(), val_bpb=claim)(folder)
-    [found] = check.rescore(folder, artifact, dataset, True)
+    [found] = check.rescore(folder, tmp_path, None, True)
     assert f"seed 2: claimed {claim}, the judge finds {score['val_bpb']:.4f}" in found["message"], found
     [found] = check.rescore(folder, artifact, tmp_path / "no-data", True)
     assert "seed 2: the judge exits 2: " in found["message"], found
@@ -2150,41 +2123,40 @@ def test_the_p_value_is_students():
 
 
 def test_compare_takes_nats_from_the_dataset_and_refuses_what_does_not_compare(tmp_path):
-    a, b = ([fake_run(tmp_path / f"{side}{s}", s, base + spread * s / 1e4) for s in (1, 2, 3)]
-            for side, base, spread in (("a", 1.19, 1), ("b", 1.2, 2)))
+    a, b = ([fake_run(tmp_path / f"{side}{s}", s, base + n * s / 1e4, score={"dataset": {"tokenizer_sha256": n}})
+             for s in (1, 2, 3)] for side, base, n in (("a", 1.19, 1), ("b", 1.2, 2)))
     out = command("compare", *a, "--", *b, code=0)
     for words in ("candidate  val_bpb 1.19020  std 0.00010  n 3", "baseline   val_bpb 1.20040  std 0.00020  n 3",
-                  "gain       +0.02635 nats per token = +0.01020 bits per byte", "1 bit per byte is 2.5831 nats per token)\n",
+                  "gain       +0.02635 nats per token = +0.01020 bits per byte", "is 2.5831 nats per token)\n",
                   "test       paired by seed: t 176.669, df 2.00, one-sided p 1.6e-05", ": met, p 2.44e-05\n",
-                  "practised  any gain at p < 0.25: met", "under 0.00040 bits", "3 for any gain, 3 for", "verdict    keep"):
+                  "practised  any gain at p < 0.25: met", "under 0.00040 bits", "3 for any gain, 3 for", "verdict    k",
+                  "tokenizers differ"):
         assert words in out, out
     worse = json.loads(command("compare", *b, "--", *a, "--json", code=0))
     assert not worse["practised_rule"] and worse["runs_for_any_gain"] is None and worse["p"] > 0.99
-    steps = [fake_run(tmp_path / f"s{n}", n, max_seconds=0, max_steps=9) for n in (1, 2)]
+    for n, (words, config, score) in enumerate([
+            ("in documents: d", {}, {"dataset": {"val_docs_sha256": "f"}}), ("pack.py {0} && ", {}, {"limit_docs": 10}),
+            ("alike in predictor: x, y; such", {}, {"predictor": "y"}), ("nats cannot be told", {}, {"val_bytes": 0}),
+            ("not alike in max_seconds: 0, 600.0", {"max_seconds": 0, "max_steps": 9}, {})]):
+        other = fake_run(tmp_path / str(n), 4, score=score, **config)
+        x = fake_run(tmp_path / f"x{n}", 5, score={"predictor": "x"})
+        assert words.format(other) in command("compare", *a, "--", other, x, code=2)
     for runs, words in (((*a, "--", b[0]), "each side needs two"), ((a[0], a[0], "--", *b), "stands twice on one side"),
-                        ((*a, "--", fake_run(tmp_path / "d", score={"dataset": {"val_docs_sha256": "f"}})), "in documents: d"),
-                        ((fake_run(tmp_path / "c", score={"limit_docs": 10}), "--", *b), f"(score it with: python pack.py {tmp_path}/c &&"),
-                        ((*a, "--", fake_run(tmp_path / "e", score={"predictor": "x"}), fake_run(
-                            tmp_path / "f", 2, score={"predictor": "y"})), "not alike in predictor: x, y; such"),
-                        ((*a, "--", *steps), "not alike in max_seconds: 0, 600.0"), (a, "candidates on the left"), ((*a, "--"), "candidates on the"),
-                        ((fake_run(tmp_path / "g", score={"val_bytes": 0}), "--", *b), "nats cannot be told from bits")):
+                        (a, "candidates on the left"), ((*a, "--"), "candidates on the left")):
         assert words in command("compare", *runs, code=2)
 
 
-def test_the_leaderboard_is_up_to_date():
+def test_the_leaderboard_is_up_to_date_and_ranks_records_and_draws_them(tmp_path):
     for name, text in submit.leaderboard().items():
         assert (ROOT / "records" / name).read_text() == text, "run: python records/submit.py --leaderboard"
-
-
-def test_the_leaderboard_ranks_records_and_draws_them(tmp_path):
     assert "None yet" in submit.leaderboard(tmp_path / "records")["README.md"]
     make_record(tmp_path, "worse")
     json_with(val_bpb=1.1, author="A|<b>")(make_record(tmp_path, "best"))
     board = submit.leaderboard(tmp_path / "records")
     text, picture = board["README.md"], board["leaderboard.svg"]
     assert text.index("[best]") < text.index("[worse]")
-    assert ("\n| **1.10000** | 0.00010 | 3 | [best](track_10min_16mb/2026-01-02_best/README.md) | A&#124;&lt;b&gt; | 2026-01-02 "
-            "| 15,900,000 | fineweb | 8 x NVIDIA H100 | - |\n") in text
+    assert ("\n| **1.10000** | 0.00010 | 3 | [best](track_10min_16mb/2026-01-02_best/README.md) | A&#124;&lt;b&gt; "
+            "| 2026-01-02 | 15,900,000 | fineweb | 8 x NVIDIA H100 | - |\n") in text
     assert picture.count("<circle") == 2 and "prefers-color-scheme:dark" in picture and "fineweb 1.1000" in picture
     minidom.parseString(picture)
     json_with(val_bpb="x")(tmp_path / "records/track_10min_16mb/2026-01-02_best")
@@ -2216,7 +2188,8 @@ def test_the_ledger_gets_one_line_a_run_with_its_parent_and_status(tmp_path):
     with open(first / "metrics.jsonl", "a") as f:
         f.write('{"kind": "st')   # cut by a kill
     ledger.append(first)
-    line = ledger.append(fake_run(tmp_path / "runs/second", 1, 1.2, lr=0.05, parent="first", idea="faster  now", max_steps=9))
+    changed = dict(lr=0.05, parent="first", idea="faster  now", max_steps=9)
+    line = ledger.append(fake_run(tmp_path / "runs/second", 1, 1.2, **changed))
     assert [line[k] for k in ("parent", "idea", "config_differences", "status", "budget", "dataset", "steps")] == [
         "first", "faster  now", "lr=0.05 max_steps=9", "ok", "9 steps", "fineweb:dddddddd", 5000]
     assert "lr: 0.02 -> 0.05" in (tmp_path / "runs/second/parent.diff").read_text()
@@ -2228,7 +2201,8 @@ def test_the_ledger_gets_one_line_a_run_with_its_parent_and_status(tmp_path):
         assert ledger.append(broken)["status"] == status
     fat = ledger.append(fake_run(tmp_path / "runs/fat", score={"artifact_bytes": 16_000_001}))
     assert fat["parent"] is None and fat["status"] == "over-budget"
-    rows = [[r[k] for k in ("run", "parent", "idea", "val_bpb", "budget")] for r in ledger.read_ledger(tmp_path / "runs/ledger.tsv")]
+    rows = ledger.read_ledger(tmp_path / "runs/ledger.tsv")
+    rows = [[row[k] for k in ("run", "parent", "idea", "val_bpb", "budget")] for row in rows]
     assert rows[:3] == [["first", "-", "-", "1.3", "600.0 s"], ["second", "first", "faster now", "1.2", "9 steps"],
                         ["nan", "-", "-", "-", "600.0 s"]] and len(rows) == 7
     with open(first / "metrics.jsonl", "a") as f:

@@ -15,7 +15,7 @@ BYTES_PER_TOKEN = {"sp1024": 2.436, "sp4096": 3.319, "sp8192": 3.7266, "caseops"
 BAD_TOKEN_COUNTS = {9_662_464: "10,000 documents only", 36_562_944: "a parallel preparation split (#2109)"}
 BAD_BYTE_COUNTS = {164_594_398: "wrong, #2138", 176_332_748: "wrong, #1804"}
 FILE_LIMIT, ENTRY_LIMIT, FINDING_LIMIT = 5 << 20, 400, 300    # bytes of one file, files, findings
-SOURCE_LIMIT, LAYER_LIMIT, PAYLOAD_LIMIT = 2 << 20, 4, 16     # sources: characters in all; wrapped ones: depth, number
+SOURCE_LIMIT, LAYER_LIMIT = 2 << 20, 4                        # sources: characters in all; depth of wrapping
 CHILD_CPU_SECONDS, CHILD_BYTES = 60, 3 << 30                  # of the process that reads one folder
 
 LEVELS = ("INFO", "FLAG", "FAIL")

@@ -18,7 +18,7 @@ import zlib
 import zstandard
 
 from records.rules import (BAD_BYTE_COUNTS, BASE_PACKAGES, CLOCK_SECONDS, FINEWEB_VAL_BYTES, IDENTIFIERS, LAYER_LIMIT,
-                           LOADS_CODE, MACHINE_PATH, NETWORK, NETWORK_COMMAND, PAYLOAD_LIMIT, PUBLIC_PACKAGES, SECRET,
+                           LOADS_CODE, MACHINE_PATH, NETWORK, NETWORK_COMMAND, PUBLIC_PACKAGES, SECRET,
                            SOURCE_LIMIT, TARGET, TEXT, TRAIN, TRAIN_LOADER, VAL, VAL_DATA, WALLCLOCK)
 
 RAW_LZMA = [{"id": lzma.FILTER_LZMA2, "dict_size": 64 << 20}]
@@ -56,7 +56,7 @@ def unwrap(value, room, layer=0):
             text = out.decode("utf-8", "ignore")
             if len(text) > 0.9 * len(out) and re.search(r"\bimport \w|\bdef \w+\(|^\w+ *=", text, re.M):
                 return text
-            if layer < LAYER_LIMIT and len(out) > 100 and out != value and (inner := unwrap(out, room, layer + 1)):
+            if layer < LAYER_LIMIT and out != value and (inner := unwrap(out, room, layer + 1)):
                 return inner
     return None
 
@@ -250,7 +250,7 @@ def scan_literals(review, name, nodes, runs_text, depth):
     """Source inside long literals is read by the same rules; what cannot be decoded beside an exec is a finding."""
     literals = (n for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, (str, bytes))
                 and len(n.value) > (40 if runs_text else 2000))
-    for i, n in enumerate(itertools.islice(literals, PAYLOAD_LIMIT), 1):
+    for i, n in enumerate(literals, 1):
         room = SOURCE_LIMIT - review.scanned
         inner = unwrap(n.value, room) if room > 0 and depth < LAYER_LIMIT else None
         size, inside = f"{len(n.value):,} characters", f"{name}!{i}"

@@ -51,11 +51,9 @@ def load_runs(paths):
             raise BadInput(f"{where}: no {', '.join(missing)} in metrics.jsonl and score.json")
         if run["artifact_bytes"] > CAP_BYTES:
             raise BadInput(f"{where}: {run['artifact_bytes']:,} bytes, over the cap of {CAP_BYTES:,}")
-        run["sources"] = {name: read_source(where / "source" / name) for name in run["source_sha256"]}
-        for name, blob in run["sources"].items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise BadInput(f"{where}: a source named {name!r}")
-            if hashlib.sha256(blob).hexdigest() != run["source_sha256"][name]:
+        run["sources"] = read_sources({**run, "source": where / "source"})
+        for name, sha256 in run["source_sha256"].items():
+            if hashlib.sha256(run["sources"].get(name, b"")).hexdigest() != sha256:
                 raise BadInput(f"{where}/source/{name}: not the source that ran")
         for what, key in (("source", "source_sha256"), ("config", "config"), ("dataset", "dataset")):
             if differ := config_differences(run[key], first[key]):
