@@ -1672,6 +1672,7 @@ def test_an_artifact_or_a_flag_that_is_not_right_is_refused(dataset, packed_run,
 # Records
 
 
+DELETE, AUDIT = object(), dict.fromkeys(check.PROOFS, "pass")
 DATASET = {"val_docs_sha256": "d" * 64, "val_tokens": 40_540_160, "val_bytes": 151_078_222}
 NATS_PER_BIT = math.log(2) * 151_078_222 / 40_540_160
 TRAINER = """import torch
@@ -1704,17 +1705,17 @@ def fake_run(folder, seed=1, val_bpb=1.2, data="fineweb", device="8 x NVIDIA H10
     (folder / "score.json").write_text(json.dumps({
         "val_bpb": val_bpb, "val_loss": val_bpb * NATS_PER_BIT, **DATASET, "val_docs": 50_000, "limit_docs": None,
         "artifact_bytes": 15_900_000, "artifact_sha256": f"{seed:064d}", "phases": {"total": 400.0},
-        "audit": dict.fromkeys(check.PROOFS, "pass"), **score}))
+        "audit": AUDIT, **score}))
     return folder
 
 
-def submit_runs(tmp_path, runs, name="x", track=None, **more):
-    args = dict(author="Ann", github_id="ann", date="2026-01-02", parent=None, idea=None) | more
+def submit_runs(tmp_path, runs, name="x", track=None):
+    args = dict(author="Ann", github_id="ann", date="2026-01-02", parent=None, idea=None)
     return submit.build(argparse.Namespace(runs=runs, name=name, track=track, **args), tmp_path / "records")
 
 
-def make_record(tmp_path, name="good", gain=0.0, **kwargs):
-    runs = [fake_run(tmp_path / f"runs/{name}{s}", s, 1.2 + s / 1e4 - gain * s, **kwargs) for s in (1, 2, 3)]
+def make_record(tmp_path, name="good", **kwargs):
+    runs = [fake_run(tmp_path / f"runs/{name}{s}", s, 1.2 + s / 1e4, **kwargs) for s in (1, 2, 3)]
     folder = submit_runs(tmp_path, runs, name)
     replaced("README.md", "(write this)", "Words.")(folder)
     return folder
@@ -1760,12 +1761,12 @@ def replaced(name, old, new):
     return lambda f: (f / name).write_text((f / name).read_text().replace(old, new))
 
 
-DELETE, AUDIT, TOMORROW = object(), dict.fromkeys(check.PROOFS, "pass"), f"{date.today() + timedelta(3)}_x"
+LATER = f"{date.today() + timedelta(3)}_x"
 OURS = [   # (rule: words of the message, how to break a record of ours)
     ("folder-name", lambda f: f.rename(f.parent / "my record")),
     ("folder-name", lambda f: f.rename(f.parent / "2026-13-01_x")),
     ("folder-date: not the folder's", json_with(date="2020-01-01")),
-    ("folder-date: in the future", lambda f: f.rename(f.parent / TOMORROW)),
+    ("folder-date: in the future", lambda f: f.rename(f.parent / LATER)),
     ("missing-file: is missing", lambda f: (f / "README.md").unlink()),
     ("log-count: 2 training logs", lambda f: (f / "train_seed2.log").unlink()), ("json", write("submission.json", "{")),
     ("json: object", write("submission.json", "[]")),
@@ -2070,7 +2071,7 @@ def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):
         assert levels(folder).get("judge-changed") == level
 
 
-def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, judge, dataset, capfd):
+def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, judge, dataset):
     folder, (_, score, _) = make_record(tmp_path), judge("Mine = Sliding", "--trust")  # rounding moves it by nothing
     artifact = tmp_path / "artifact.pyz"
     json_with(dataset={"name": str(dataset)})(folder)
