@@ -1876,7 +1876,9 @@ PUBLIC = {   # the rules that a source from elsewhere breaks, and no other: sour
         "exec(unpack('''" + "\n    ".join(re.findall(".{1,70}", base64.b85encode(
         zlib.compress(b"train_files = val_files  # " + os.urandom(300).hex().encode())).decode())) + "'''))"]}
 FILES = {   # the rules that a folder from elsewhere breaks, and no other: ways to change it
-    "": [write("a.log", "not training on val"), write("a.log", "ttt: training on validation chunk 1"),
+    "readme-score": [write("README.md", "1.2009")],
+    "": [write("README.md", "1.2007"), write("a.log", "not training on val"),
+        write("a.log", "ttt: training on validation chunk 1"),
         write("a.log", "train on val tokens once scored"), json_with(val_loss=DELETE),
         write("a.log", "train_time:601000ms"),
         lambda f: [edit(f) for edit in (json_with(val_bpb=1.2004), replaced("README.md", "1.2002", "1.2004"),
@@ -1958,7 +1960,7 @@ def test_a_submitted_record_is_clean_and_says_what_the_runs_said_and_how_it_comp
     assert "Against the best before it, 2026-01-02_child: a gain of -0.00960 bits per byte; a side has one seed" in text
 
 
-def test_submit_refuses_runs_that_are_not_one_record(tmp_path):
+def test_submit_refuses_runs_that_are_not_one_record(tmp_path, monkeypatch):
     good, changed = [fake_run(tmp_path / f"good{seed}", seed) for seed in (1, 2)], fake_run(tmp_path / "changed", 3)
     write("source/train_gpt.py", "x")(changed)
     for n, (why, runs) in enumerate({
@@ -1973,6 +1975,11 @@ def test_submit_refuses_runs_that_are_not_one_record(tmp_path):
             runs = [*good, fake_run(tmp_path / str(n), **{"seed": 3, **runs})]
         with pytest.raises(BadInput, match=why):
             submit_runs(tmp_path, runs, track="track_10min_16mb")
+    for why, *flags in (("name the runs",), ("name the runs", "x", "--leaderboard"), ("--name=short", "x", "--name=a b"),
+                        ("today at the latest", "x", "--date=2999-01-01"), ("YYYY-MM-DD", "x", "--date=20260101")):
+        monkeypatch.setattr(sys, "argv", ["submit.py", "--author=Ann", *flags])
+        with pytest.raises(BadInput, match=why):
+            submit.main()
     assert not list(tmp_path.glob("records/*/*"))
 
 
@@ -2006,7 +2013,8 @@ def test_hostile_folders_end_in_a_verdict_in_bounded_time_and_nothing_of_them_ru
     assert not [line for line in lines if line.startswith("FAIL forged")]
     write("dies.py", "import os; os.abort()")(tmp_path)
     monkeypatch.setattr(check, "__file__", str(tmp_path / "dies.py"))   # a reader that dies is no pass
-    assert [f["rule"] for f in check.review_in_child(tmp_path, True)] == ["review-limit"]
+    [found] = check.review_in_child(tmp_path, True)
+    assert found["rule"] == "review-limit" and "within 60 s and 3 GiB; ended with -6" in found["message"]
 
 
 def test_the_exit_code_is_that_of_the_worst_finding_and_a_finding_has_one_line(tmp_path):
