@@ -10,11 +10,11 @@ share sources and config but for the seed. `python records/turn.py` reads the li
 """
 import difflib
 import hashlib
-import itertools
 import json
 import os
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def parse_json(data):
 
 def is_number(x):
     """A finite int or float; bool is neither."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and -1e300 < x < 1e300
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 def read_regular(path, limit):
@@ -84,11 +84,11 @@ def load_submission(folder):
 
 
 def seed_results(submission):
-    """[(seed as text, {...})] of any shape in use: a dict by seed, a list of dicts, plain scores. At most 100."""
+    """[(seed as text, {...})] of any shape in use: a dict by seed, a list of dicts, plain scores."""
     results = submission.get("seed_results") or {}
     if isinstance(results, list):
         results = {str(x.get("seed")): x for x in results if isinstance(x, dict)}
-    pairs = itertools.islice(results.items() if isinstance(results, dict) else (), 100)
+    pairs = results.items() if isinstance(results, dict) else ()
     return [(k.removeprefix("seed").strip("_ "), v if isinstance(v, dict) else {"val_bpb": v}) for k, v in pairs]
 
 

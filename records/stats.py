@@ -23,11 +23,11 @@ def t_upper(t, df):
 
 
 def welch(gain, va, na, vb, nb):
-    """(t, df, p) of the one-sided test of gain > 0; va, vb: sample variances. Without any spread p is 0, 1, or 0.5."""
+    """(t, df, p) of the one-sided test of gain > 0; va, vb: variances of two runs or more. Without any p is 0, 1, 0.5."""
     error = va / na + vb / nb
     if error == 0:
         return (math.copysign(math.inf, gain), math.inf, float(gain < 0)) if gain else (0.0, math.inf, 0.5)
-    df = error ** 2 / ((va / na) ** 2 / max(na - 1, 1) + (vb / nb) ** 2 / max(nb - 1, 1))   # Welch-Satterthwaite
+    df = error ** 2 / ((va / na) ** 2 / (na - 1) + (vb / nb) ** 2 / (nb - 1))   # Welch-Satterthwaite
     return gain / error ** 0.5, df, t_upper(gain / error ** 0.5, df)
 
 
