@@ -23,7 +23,7 @@ def t_upper(t, df):
 
 
 def welch(gain, va, na, vb, nb):
-    """(t, df, p) of the one-sided test of gain > 0; va, vb: variances of two runs or more. Without any p is 0, 1, 0.5."""
+    """(t, df, p), one-sided, of gain > 0; va, vb: variances of two runs or more. With none p is 0, 0.5 or 1."""
     error = va / na + vb / nb
     if error == 0:
         return (math.copysign(math.inf, gain), math.inf, float(gain < 0)) if gain else (0.0, math.inf, 0.5)
