@@ -22,7 +22,6 @@ import tracemalloc
 import zipfile
 import zlib
 from dataclasses import asdict, replace
-from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from xml.dom import minidom
@@ -1756,7 +1755,7 @@ def replaced(name, old, new):
     return lambda f: (f / name).write_text((f / name).read_text().replace(old, new))
 
 
-LATER = f"{date.today() + timedelta(3)}_x"
+LATER = f"{check.datetime.date.today() + check.datetime.timedelta(3)}_x"
 OURS = [   # (rule: words of the message, how to break a record of ours)
     ("folder-name", lambda f: f.rename(f.parent / "my record")),
     ("folder-name", lambda f: f.rename(f.parent / "2026-13-01_x")),
