@@ -34,11 +34,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "records"]  # no shadowed packages
 from data.dataset import BadInput, Parser, command
-from records.ledger import CAP_BYTES, is_number, load_submission, parse_json, read_regular, seed_results
+from records.ledger import CAP_BYTES, is_number, load_submission, parse_json, part, read_regular, seed_results
 from records.rules import (BAD_TOKEN_COUNTS, BEST_PUBLIC_BPB, BYTES_PER_TOKEN, CHILD_BYTES, CHILD_CPU_SECONDS,
                            CLOCK_SECONDS, CLOCK_SLACK, ENTRY_LIMIT, FILE_LIMIT, FINDING_LIMIT, FINEWEB_VAL_BYTES,
                            FINEWEB_VAL_DOCS, FORBIDDEN, LEVELS, PRACTISED_P, RULE_NATS, RULE_P, RULES, TRACKS)
-from records.sources import changes, content, definitions, fingerprint, parse, scan, scan_text, similarity
+from records.sources import changes, content, definitions, fingerprint, parse, scan, scan_text
 from records.stats import compare, comparison, nats_per_bit
 
 NEEDED = ("README.md", "submission.json", "train_gpt.py")
@@ -51,34 +51,30 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[:400])
 
 
-def track_of(folder):
-    return Path(folder).resolve().parent.name
-
-
 def known_records(records=ROOT / "records"):
     """The record folders of this repository, oldest first."""
     found = (p for track in TRACKS for p in (records / track).glob("*") if (p / "submission.json").is_file())
     return sorted((p for p in found if FOLDER_NAME.fullmatch(p.name) and not p.is_symlink()), key=lambda p: p.name)
 
 
-def public_records(known):
-    """The folders with a submission.json in a folder of records or of tracks, which are read as hostile too."""
-    return [p.parent for depth in ("*", "*/*") for p in Path(known).glob(f"{depth}/submission.json")] if known else []
-
-
 class Review:
     """One folder under review: its regular files, its findings, and what the rules share."""
 
     def __init__(self, folder, strict):
-        self.folder, self.name, self.strict, self.findings = Path(folder), Path(folder).resolve().name, strict, []
+        self.folder, self.strict, self.findings = Path(folder), strict, []
+        self.name, self.track = self.folder.resolve().name, self.folder.resolve().parent.name
         self.files, self.names, self.trees, self.scanned = {}, set(), {}, 0   # files {name: bytes}; names of everything
-        self.json, self.requirements, self.record = {}, set(), track_of(folder) != TRACKS[1]
+        self.inner = {}   # {name: text} of sources that were wrapped
+        self.json, self.requirements, self.record = {}, set(), self.track != TRACKS[1]
 
-    def emit(self, rule, file, message, line=1):
+    def emit(self, rule, file, message, line=0):
         strict, lenient, source = RULES[rule]
         if len(self.findings) < FINDING_LIMIT:
             self.findings.append({"level": strict if self.strict else lenient, "rule": rule, "file": printable(file),
                                   "line": line, "message": printable(message), "source": source})
+
+    def claim(self, rule, message):
+        self.emit(rule, "submission.json", message)
 
     def walk(self):
         """Fills self.files without following a link; whatever is not a regular file is a finding."""
@@ -129,7 +125,8 @@ class Review:
 def review_folder(folder, strict, known=""):
     """Everything that the files of one folder can tell -> list of findings. Runs in the child process."""
     r = Review(folder, strict)
-    r.known = {p.name: p for p in known_records() + public_records(known) if p.resolve() != r.folder.resolve()}
+    public = [p.parent for p in Path(known).glob("**/submission.json")] if known else []   # read as hostile too
+    r.known = {p.name: p for p in known_records() + public if p.resolve() != r.folder.resolve()}
     r.walk()
     read_submission(r)
     check_package(r)
@@ -142,16 +139,19 @@ def review_folder(folder, strict, known=""):
         elif re.search(r"\.(sh|txt|log|md|json|toml|ya?ml|cfg|env)$", name):
             scan_text(r, name, r.text(name))
     checks = [check_numbers, check_bytes, check_scores, *[check_ours] * strict] if r.json else []
-    for part in (*checks, check_logs, check_lineage):
+    for look in (*checks, check_logs, check_lineage):
         try:
-            part(r)
-        except Exception as e:   # of values that no one expects: the other parts still speak
-            r.emit("review-limit", "submission.json", f"{part.__name__} stopped at {type(e).__name__}: {e}")
+            look(r)
+        except Exception as e:   # of values that no one expects: the others still speak
+            r.claim("review-limit", f"{look.__name__} stopped at {type(e).__name__}: {e}")
     once = {}   # one line a rule and family of files: numbers apart, the rest alike
     for f in r.findings:
         family = ".log" if f["file"] in r.logs() else re.sub(r"\d+", "#", f["file"])
         once.setdefault((f["rule"], family, re.sub(r"\d[\d.,]*", "#", f["message"])), []).append(f)
     for first, *more in once.values():
+        text = (r.inner.get(first["file"]) or r.text(first["file"])).split("\n")
+        if line := "".join(text[first["line"] - 1:first["line"]]).strip():
+            first["message"] += f": {printable(line[:80])}"
         if others := sorted({f["file"] for f in more} - {first["file"]}):
             first["message"] += f" (and {len(others)} more like it, {others[-1]})"
     return [first for first, *_ in once.values()]
@@ -166,12 +166,12 @@ def read_submission(r):
                 value = parse_json(data)
             except ValueError as e:
                 value = json.loads(data.decode("utf-8-sig"))   # a duplicate key or NaN only: worth reading on
-                r.emit("json-strict", "submission.json", e)
+                r.claim("json-strict", e)
             if not isinstance(value, dict):
                 raise ValueError("a JSON object is expected")
             r.json = value
         except (ValueError, RecursionError) as e:
-            r.emit("json", "submission.json", f"does not parse: {e}", getattr(e, "lineno", 1))
+            r.emit("json", "submission.json", f"does not parse: {e}", getattr(e, "lineno", 0))
     names = re.findall(r"^[ \t]*([A-Za-z0-9_.-]+)", r.text("requirements.txt"), re.M)[:200]
     r.requirements = {n.lower().replace("-", "_") for n in names}
     r.record = r.record and not re.search(r"non|unlimited", str(r.json.get("track", "")).lower())
@@ -185,7 +185,7 @@ def check_package(r):
         if datetime.date.fromisoformat(day) > datetime.date.today() + datetime.timedelta(1):
             r.emit("folder-date", ".", f"{day} is in the future")
         if str(r.json.get("date", day))[:10] != day:
-            r.emit("folder-date", "submission.json", f"date {r.json['date']} is not the folder's")
+            r.claim("folder-date", f"date {r.json['date']} is not the folder's")
     except ValueError:
         r.emit("folder-name", ".", f"{r.name}: YYYY-MM-DD_short-slug is expected")
     for needed in NEEDED:
@@ -193,10 +193,8 @@ def check_package(r):
             r.emit("missing-file", needed, "is empty" if needed in r.files else "is missing")
     if (n := len(r.logs())) < (3 if r.record else 1):
         r.emit("log-count", ".", f"{n} training logs; a record needs 3" if r.record else "no training log")
-    if r.strict and track_of(r.folder) not in TRACKS:
+    if r.strict and r.track not in TRACKS:
         r.emit("track", ".", f"a record stands in one of {', '.join(TRACKS)}")
-    if r.record and re.search(r"non[ _-]?record", f"{r.name} {r.json.get('name', '')}", re.I):
-        r.emit("track", ".", "calls itself a non-record in the record track")
     if "(write this)" in r.text("README.md"):
         r.emit("readme-words", "README.md", "the author's part is still empty")
 
@@ -204,36 +202,30 @@ def check_package(r):
 def check_numbers(r):
     """Fields, budgets and hardware that submission.json states."""
     j = r.json
-
-    def emit(rule, message):
-        r.emit(rule, "submission.json", message)
-    number = (int, float)
-    fields = {"author": str, "github_id": (str, int), "name": str, "date": str, "val_bpb": number}
+    fields = {"author": str, "github_id": (str, int), "name": str, "date": str, "val_bpb": (int, float)}
     if r.strict:
-        fields |= {"val_loss": number, "bytes_total": int, "seeds": list, "seed_results": dict, "track": str,
+        fields |= {"val_loss": (int, float), "bytes_total": int, "seeds": list, "seed_results": dict, "track": str,
                    "hardware": str, "blurb": str, "dataset": dict, "source_sha256": dict,
                    "config": dict, "environment": dict}
     for key, kind in fields.items():
         if not isinstance(j.get(key), kind) or isinstance(j.get(key), bool) or j.get(key) == "":
-            emit("json-field", f"{key}: {'wrong type or empty' if key in j else 'missing'}")
-    if r.strict and j.get("track") != track_of(r.folder):
-        emit("track", f"track {j.get('track')!r} in the folder {track_of(r.folder)}")
+            r.claim("json-field", f"{key}: {'wrong type or empty' if key in j else 'missing'}")
+    if r.strict and j.get("track") != r.track:
+        r.claim("track", f"track {j.get('track')!r} in the folder {r.track}")
     if r.record and ("hardware" in j or r.strict) and not re.search(r"8\s*x.{0,12}H100", str(j.get("hardware")), re.I):
-        emit("track", f"hardware {j.get('hardware')!r}; the record track is 8xH100")
+        r.claim("track", f"hardware {j.get('hardware')!r}; the record track is 8xH100")
     clocks = {"train-clock": ("train_seconds", "wallclock_seconds", "training_seconds", "train_time_seconds"),
               "eval-clock": ("eval_seconds", "eval_time_seconds")}
     for who, row in [("", j)] + [(f"seed {s}: ", v) for s, v in seed_results(j)]:
         for key in ("val_bpb", "val_loss"):
             if row.get(key) is not None and not (is_number(row[key]) and row[key] > 0):
-                emit("json-value", f"{who}{key} is {row[key]!r}")
+                r.claim("json-value", f"{who}{key} is {row[key]!r}")
         for key in ("bytes_total", "total_bytes", "artifact_bytes", "artifact_bytes_max", "submission_bytes"):
             if is_number(row.get(key)) and row[key] > CAP_BYTES:
-                emit("artifact-cap", f"{who}{key} {row[key]:,} is {row[key] - CAP_BYTES:,} over {CAP_BYTES:,}")
-            elif is_number(row.get(key)) and row[key] > CAP_BYTES - 5000:
-                emit("artifact-headroom", f"{who}{CAP_BYTES - row[key]:,} bytes under the cap")
+                r.claim("artifact-cap", f"{who}{key} {row[key]:,} is {row[key] - CAP_BYTES:,} over {CAP_BYTES:,}")
         for rule, key in ((rule, key) for rule, keys in clocks.items() for key in keys):
             if r.record and is_number(row.get(key)) and row[key] > CLOCK_SECONDS + CLOCK_SLACK:
-                emit(rule, f"{who}{key} {row[key]:g} is over {CLOCK_SECONDS}")
+                r.claim(rule, f"{who}{key} {row[key]:g} is over {CLOCK_SECONDS}")
 
 
 def check_bytes(r):
@@ -243,13 +235,13 @@ def check_bytes(r):
     model = next((v for k, v in j.items() if re.match(r"bytes_model|model_bytes", k) and is_number(v)), None)
     total = j.get("bytes_total", j.get("artifact_bytes"))
     if total is None and not any("artifact_bytes" in v for _, v in seed_results(j)):
-        r.emit("json-field", "submission.json", "no total of bytes (bytes_total)")
+        r.claim("json-field", "no total of bytes (bytes_total)")
     if code is not None and model is not None and is_number(total) and abs(total - code - model) > 16:
-        r.emit("artifact-bytes", "submission.json", f"bytes_total {total:,} is not code {code:,} + model {model:,}")
+        r.claim("artifact-bytes", f"bytes_total {total:,} is not code {code:,} + model {model:,}")
     aside = re.compile(r"prepare|download|test|plot|human|plain|build")
     shipped = sum(size for n, size in r.files.items() if n.endswith((".py", ".cpp", ".cu")) and not aside.search(n))
     if not r.strict and code is not None and shipped > code * 1.02 + 64:
-        r.emit("code-bytes", "submission.json", f"{shipped:,} bytes of code are shipped, {code:,} are counted")
+        r.claim("code-bytes", f"{shipped:,} bytes of code are shipped, {code:,} are counted")
 
 
 def check_scores(r):
@@ -257,75 +249,65 @@ def check_scores(r):
     j, bpb, results = r.json, r.json.get("val_bpb"), seed_results(r.json)
     if not is_number(bpb) or bpb <= 0:
         return
-
-    def emit(rule, message):
-        r.emit(rule, "submission.json", message)
-    dataset = j.get("dataset")
-    if bpb < BEST_PUBLIC_BPB - 0.02 and (not isinstance(dataset, dict) or dataset.get("name") == "fineweb"):
-        emit("score-range", f"val_bpb {bpb}: more than 0.02 under the best public score, {BEST_PUBLIC_BPB}")
+    if bpb < BEST_PUBLIC_BPB - 0.02 and part(j, "dataset").get("name", "fineweb") == "fineweb":
+        r.claim("score-range", f"val_bpb {bpb}: more than 0.02 under the best public score, {BEST_PUBLIC_BPB}")
     scores = [v["val_bpb"] for _, v in results if is_number(v.get("val_bpb"))]
     seeds = [str(s) for s in (j["seeds"] if isinstance(j.get("seeds"), (list, dict)) else [s for s, _ in results])]
     if len(set(seeds)) < len(seeds):
-        emit("seeds", f"a seed is named twice: {', '.join(seeds)}")
+        r.claim("seeds", f"a seed is named twice: {', '.join(seeds)}")
     if len(set(seeds)) < 3 and r.record:
-        emit("seeds", f"{len(set(seeds))} seeds are named; a record needs 3")
+        r.claim("seeds", f"{len(set(seeds))} seeds are named; a record needs 3")
     if results and set(seeds) != {s for s, _ in results}:
-        emit("seeds", f"seeds {', '.join(seeds)} are not those of seed_results")
+        r.claim("seeds", f"seeds {', '.join(seeds)} are not those of seed_results")
     if scores and abs(statistics.fmean(scores) - bpb) > (1e-6 if r.strict else 1.5e-4):
-        emit("seed-mean", f"val_bpb {bpb} is not the mean of its seeds, {statistics.fmean(scores):.6f}")
+        r.claim("seed-mean", f"val_bpb {bpb} is not the mean of its seeds, {statistics.fmean(scores):.6f}")
     if len(scores) > 2 and statistics.stdev(scores) < 5e-5:
-        emit("seed-spread", f"{len(scores)} seeds with a standard deviation of only {statistics.stdev(scores):.6f}")
+        r.claim("seed-spread", f"{len(scores)} seeds with a standard deviation of only {statistics.stdev(scores):.6f}")
     if not r.strict and is_number(j.get("val_loss")) and j["val_loss"] > 0:
         ratio = j["val_loss"] / math.log(2) / bpb
         if min(abs(ratio / known - 1) for known in BYTES_PER_TOKEN.values()) > 0.01:
             known = ", ".join(f"{k} {v}" for k, v in BYTES_PER_TOKEN.items())
-            emit("bpb-arithmetic", f"val_loss and val_bpb give {ratio:.3f} bytes per token; known are {known}")
+            r.claim("bpb-arithmetic", f"val_loss and val_bpb give {ratio:.3f} bytes per token; known are {known}")
 
 
 def check_ours(r):
     """What submit.py wrote, recomputed: the score from its parts, hashes from the files, the judge from the root."""
     j, results = r.json, seed_results(r.json)
-    data = j["dataset"] if isinstance(j.get("dataset"), dict) else {}
-    config = j["config"] if isinstance(j.get("config"), dict) else {}
-    hashes = j["source_sha256"] if isinstance(j.get("source_sha256"), dict) else {}
-
-    def emit(rule, message):
-        r.emit(rule, "submission.json", message)
+    data, config, hashes = (part(j, key) for key in ("dataset", "config", "source_sha256"))
     factor = nats_per_bit(data)
     for who, row in [("", j)] + [(f"seed {s}: ", v) for s, v in results]:
         loss, bpb = row.get("val_loss"), row.get("val_bpb")
         if factor is None or not is_number(loss) or not is_number(bpb) or bpb <= 0:
-            emit("json-field", f"{who}val_loss, val_bpb and the dataset's val_tokens and val_bytes are needed")
+            r.claim("json-field", f"{who}val_loss, val_bpb and the dataset's val_tokens and val_bytes are needed")
         elif abs(loss / (bpb * factor) - 1) > 1e-5:
-            emit("bpb-arithmetic", f"{who}val_bpb {bpb} is not val_loss {loss} / ln 2 "
-                                   f"x {data['val_tokens']} tokens / {data['val_bytes']} bytes")
+            r.claim("bpb-arithmetic", f"{who}val_bpb {bpb} is not val_loss {loss} at {factor:.6f} nats per bit")
     docs, size = data.get("val_docs"), data.get("val_bytes")
     if data.get("name") == "fineweb" and (docs != FINEWEB_VAL_DOCS or abs((size or 0) / FINEWEB_VAL_BYTES - 1) > 5e-4):
-        emit("val-count", f"{docs} documents of {size} bytes; fineweb has {FINEWEB_VAL_DOCS} of {FINEWEB_VAL_BYTES}")
+        r.claim("val-count", f"{docs} documents of {size} bytes; fineweb has {FINEWEB_VAL_DOCS} of {FINEWEB_VAL_BYTES}")
     if r.record and data.get("name") != "fineweb":
-        emit("val-count", f"dataset {data.get('name')!r}; the record track is scored on fineweb")
+        r.claim("val-count", f"dataset {data.get('name')!r}; the record track is scored on fineweb")
     if r.record and is_number(config.get("max_seconds")) and config["max_seconds"] > CLOCK_SECONDS:
-        emit("clock-override", f"max_seconds {config['max_seconds']}")
+        r.claim("clock-override", f"max_seconds {config['max_seconds']}")
     for seed, row in results:
         if row.get("limit_docs"):
-            emit("limited-score", f"seed {seed} is scored on {row['limit_docs']} documents only")
-        audit = row["audit"] if isinstance(row.get("audit"), dict) else {}
+            r.claim("limited-score", f"seed {seed} is scored on {row['limit_docs']} documents only")
+        audit = part(row, "audit")
         for probe, verdict in audit.items():
             if not str(verdict).lower().startswith(("pass", "ok", "true")):
-                emit("audit", f"seed {seed}: {probe}: {verdict}")
+                r.claim("audit", f"seed {seed}: {probe}: {verdict}")
         if r.record and (missing := PROOFS - audit.keys()):
-            emit("audit", f"seed {seed}: not proved by {', '.join(sorted(missing))}; score it with --audit")
+            r.claim("audit", f"seed {seed}: not proved by {', '.join(sorted(missing))}; score it with --audit")
     shas = Counter(row["artifact_sha256"] for _, row in results if row.get("artifact_sha256"))
     if copies := [s for s, row in results if shas[row.get("artifact_sha256")] > 1]:
-        emit("seeds", f"seeds {', '.join(copies)} have the same artifact: copies of one run are not seeds")
+        r.claim("seeds", f"seeds {', '.join(copies)} have the same artifact: copies of one run are not seeds")
     for key in ("source_sha256", "config_sha256"):
         if len({str(row.get(key)) for _, row in results}) > 1:
-            emit("seeds", f"the seeds differ in {key}")
+            r.claim("seeds", f"the seeds differ in {key}")
     for name in sorted({*hashes} | {n for n in r.files if n.endswith(".py")}):
         if hashlib.sha256(r.read(name)).hexdigest() != hashes.get(name):
             r.emit("source-hash", name, "is not the source that ran, by its sha256 in submission.json")
     for name in ("eval_bpb.py", "data/confine.py", "data/dataset.py", "data/tokenizer.py"):
-        if name in r.trees and (ROOT / name).is_file():
+        if name in r.trees:
             root = judge_half(ast.parse(source := (ROOT / name).read_text()), source)
             mine = judge_half(r.trees[name], r.text(name))
             if differ := sorted(k for k in mine.keys() | root.keys() if mine.get(k) != root.get(k)):
@@ -362,7 +344,7 @@ def check_logs(r):
                     r.emit("log-score", row.get("log") or ".", f"seed {seed}: {key} {row.get(key)} in submission.json, "
                                                                f"{summary.get(key, 'missing')} in the log's summary")
         elif texts and is_number(row.get("val_bpb")) and not any(abs(x - row["val_bpb"]) < 1e-4 for x in found):
-            r.emit("log-score", "submission.json", f"seed {seed}: val_bpb {row['val_bpb']} is in no log")
+            r.claim("log-score", f"seed {seed}: val_bpb {row['val_bpb']} is in no log")
     bpb, readme = r.json.get("val_bpb"), r.text("README.md")
     said = [float(x) for x in re.findall(r"\d\.\d{2,10}", readme)]
     if readme and is_number(bpb) and not any(abs(x - bpb) < (1e-6 if r.strict else 6e-4) for x in said):
@@ -374,7 +356,7 @@ def check_lineage(r):
     rulings = {name: x for x in json.loads((ROOT / "records" / "rulings.json").read_bytes()) for name in x["records"]}
     others, said = r.known, r.json.get("parent", "missing")
     if r.strict and said is not None and not (isinstance(said, str) and said in others):
-        r.emit("parent", "submission.json", f"parent {said!r} is no record here (null where there is none)")
+        r.claim("parent", f"parent {said!r} is no record here (null where there is none)")
     said = json.dumps([v for k, v in r.json.items() if re.search(r"parent|lineage|base|attribution|credit", k)])
     line, parent = [r.name], r.json.get("parent")
     while isinstance(parent, str) and parent in others and parent not in line:
@@ -385,8 +367,7 @@ def check_lineage(r):
             break
     for name in dict.fromkeys(line + [f"#{n}" for n in re.findall(r"\b\d{3,4}\b", said)]):
         if name in rulings:
-            ruling = "{why} ({source}, {grade})".format(**rulings[name])
-            r.emit("tainted-parent", "submission.json", f"{name} was ruled invalid: {ruling}")
+            r.claim("tainted-parent", name + " was ruled invalid: {why} ({source}, {grade})".format(**rulings[name]))
     if len(line) > 1 and r.strict and r.record:
         check_significance(r, load_submission(others[line[1]]))
     if "train_gpt.py" not in r.trees:
@@ -406,24 +387,25 @@ def source_text(folder):
 
 
 def nearest_record(text, folders):
-    """(similarity 0 to 1, folder) of the record whose train_gpt.py is nearest to this text; (0, None) without one."""
-    mine = fingerprint(content(text))
-    near = [(similarity(mine, fingerprint(content(source_text(folder)))), folder) for folder in folders]
-    return max(near, key=lambda x: x[0], default=(0.0, None))
+    """(shared part, 0 to 1; folder) of the record whose train_gpt.py is nearest to this text; (0, None) without one."""
+    mine, near = fingerprint(content(text)), (0.0, None)
+    for folder in folders:
+        theirs = fingerprint(content(source_text(folder)))
+        near = max(near, (len(mine & theirs) / max(len(mine | theirs), 1), folder), key=lambda x: x[0])
+    return near
 
 
 def check_significance(r, parent):
     ours, theirs = ({s: v["val_bpb"] for s, v in seed_results(x) if is_number(v.get("val_bpb"))}
                     for x in (r.json, parent))
-    factor = nats_per_bit(r.json.get("dataset"))
+    factor = nats_per_bit(part(r.json, "dataset"))
     if min(len(ours), len(theirs)) < 2 or factor is None:
-        return r.emit("significance", "submission.json", "too few seeds for a test against the parent")
+        return r.claim("significance", "too few seeds for a test against the parent")
     c = comparison(ours, theirs, factor)
-    practised = "met" if c["practised_rule"] else "not met"
     if not c["written_rule"]:
-        r.emit("significance", "submission.json",
-               f"{c['gain_nats']:+.4f} nats over the parent; p {c['p_written']:.2g} for {RULE_NATS} or more, the rule "
-               f"asks {RULE_P} (practised, any gain at p < {PRACTISED_P}: {practised}, p {c['p']:.2g})")
+        r.claim("significance", f"{c['gain_nats']:+.4f} nats over the parent; p {c['p_written']:.2g} for {RULE_NATS} "
+                f"or more, the rule asks {RULE_P} (practised, any gain at p < {PRACTISED_P}: "
+                f"{'met' if c['practised_rule'] else 'not met'}, p {c['p']:.2g})")
 
 
 def git(*args):
@@ -470,12 +452,10 @@ def rescore(folder, artifact, data, strict):
         raise BadInput(f"{artifact}: {e.strerror}") from None
     sha256 = hashlib.sha256(blob).hexdigest()
     submission = load_submission(folder)
-    data = data or (submission["dataset"] if isinstance(submission.get("dataset"), dict) else {}).get("name")
-    for seed, row in seed_results(submission):
-        if row.get("artifact_sha256") == sha256:
-            break
-    else:
-        r.emit("rescore", "submission.json", f"no seed has an artifact of sha256 {sha256[:12]}...")
+    data = data or part(submission, "dataset").get("name")
+    claims = {row.get("artifact_sha256"): (seed, row.get("val_bpb")) for seed, row in seed_results(submission)}
+    if sha256 not in claims:
+        r.claim("rescore", f"no seed has an artifact of sha256 {sha256[:12]}...")
         return r.findings
     with tempfile.TemporaryDirectory() as work:
         copy = Path(work) / "artifact.pyz"
@@ -484,7 +464,7 @@ def rescore(folder, artifact, data, strict):
         judge += [f"--data={data}"] if data else []   # without it the judge says that it needs one
         out = subprocess.run(judge, cwd=ROOT, stderr=subprocess.PIPE, stdout=sys.stderr)
         score = parse_json((Path(work) / "score.json").read_bytes()) if out.returncode == 0 else {}
-    claim, found = row.get("val_bpb"), score.get("val_bpb")
+    (seed, claim), found = claims[sha256], score.get("val_bpb")
     if out.returncode:
         last = (out.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
         r.emit("rescore", artifact.name, f"seed {seed}: the judge exits {out.returncode}: {last}")
@@ -516,8 +496,7 @@ def child(strict, folder, known):
     try:
         import resource
         for limit, value in ((resource.RLIMIT_CPU, CHILD_CPU_SECONDS), (resource.RLIMIT_AS, CHILD_BYTES)):
-            hard = resource.getrlimit(limit)[1]
-            resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+            resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
     except (ImportError, ValueError, OSError):
         pass  # not on this system; the parent's timeout and the size limits remain
     print(json.dumps(review_folder(folder, strict == "1", known)))
@@ -538,13 +517,11 @@ def main():
     p.add_argument("--known", metavar="DIR", default="", help="a folder of more records, which may be parents too")
     p.add_argument("--rescore", metavar="ARTIFACT", help="artifact.pyz or run folder of one seed, to be judged again")
     p.add_argument("--data", metavar="NAME_OR_PATH", help="dataset for --rescore; without it the record's, by its name")
-    p.add_argument("--json", action="store_true", help="print the findings as one JSON list")
     args = p.parse_args()
-    found, folders = [], args.folders
+    found, folders = {}, args.folders   # {folder: findings}
     if args.base is not None:
-        findings, added = change_set(args.base)
-        found += [{"folder": "change set", **f} for f in findings]
-        folders = list(dict.fromkeys(folders + added))
+        found["change set"], added = change_set(args.base)
+        folders = folders + added
     elif not folders:
         raise BadInput("name a record folder, or --base=REF")
     if args.rescore and len(folders) != 1:
@@ -556,18 +533,15 @@ def main():
         findings = review_in_child(folder, strict, args.known)
         if args.rescore:
             findings += rescore(folder, args.rescore, args.data, strict)
-        found += [{"folder": printable(folder), **f} for f in findings]
-    found.sort(key=lambda f: -LEVELS.index(f["level"]))
-    if args.json:
-        print(json.dumps(found, indent=1))
-    shown = ["change set"] * (args.base is not None) + [printable(f) for f in folders]
-    for folder in [] if args.json else dict.fromkeys(shown):
-        mine = [f for f in found if f["folder"] == folder]
-        for f in mine:
-            print(f"{f['level']} {f['rule']} {f['file']}:{f['line']} {f['message']} [{f['source']}]")
-        counts = Counter(f["level"] for f in mine)
-        print(f"{folder}: {', '.join(f'{counts[v]} {v}' for v in reversed(LEVELS))}")
-    return {"FAIL": 1, "FLAG": 4}.get(found[0]["level"] if found else "", 0)
+        found[printable(folder)] = findings
+    counts = Counter()
+    for folder, findings in found.items():
+        for f in sorted(findings, key=lambda f: -LEVELS.index(f["level"])):
+            print(f"{f['level']} {f['rule']} {f['file']}:{f['line'] or 1} {f['message']} [{f['source']}]")
+        here = Counter(f["level"] for f in findings)
+        print(f"{folder}: {', '.join(f'{here[v]} {v}' for v in reversed(LEVELS))}")
+        counts += here
+    return 1 if counts["FAIL"] else 4 if counts["FLAG"] else 0
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ share sources and config but for the seed. `python records/turn.py` reads the li
 """
 import difflib
 import hashlib
-import itertools
 import json
 import os
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def parse_json(data):
 
 def is_number(x):
     """A finite int or float; bool is neither."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and -1e300 < x < 1e300
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 def read_regular(path, limit):
@@ -73,17 +73,22 @@ def read_json(path, limit=64 << 20):
     return value
 
 
+def part(value, key):
+    """The object under a key of a JSON object, {} where there is none."""
+    return value[key] if isinstance(value.get(key), dict) else {}
+
+
 def load_submission(folder):
     """A record folder's submission.json -> dict. BadInput where it is missing or damaged."""
     return read_json(Path(folder) / "submission.json", 1 << 20)
 
 
 def seed_results(submission):
-    """[(seed as text, {...})] of any shape in use: a dict by seed, a list of dicts, plain scores. At most 100."""
+    """[(seed as text, {...})] of any shape in use: a dict by seed, a list of dicts, plain scores."""
     results = submission.get("seed_results") or {}
     if isinstance(results, list):
         results = {str(x.get("seed")): x for x in results if isinstance(x, dict)}
-    pairs = itertools.islice(results.items() if isinstance(results, dict) else (), 100)
+    pairs = results.items() if isinstance(results, dict) else ()
     return [(k.removeprefix("seed").strip("_ "), v if isinstance(v, dict) else {"val_bpb": v}) for k, v in pairs]
 
 
@@ -115,15 +120,14 @@ def read_run(folder):
         raise BadInput(f"{folder}/metrics.jsonl: no start line with a config")
     score, crash = (read_json(folder / n) if (folder / n).is_file() else None for n in ("score.json", "crash.json"))
     whole = score if score and is_number(score.get("val_bpb")) and not score.get("limit_docs") else {}
-    phases, judged = (x if isinstance(x, dict) else {} for x in (whole.get("phases"), whole.get("dataset")))
-    parts = {k: start[k] if isinstance(start.get(k), dict) else {} for k in ("environment", "dataset", "source_sha256")}
+    parts = {k: part(start, k) for k in ("environment", "dataset", "source_sha256")}
     counts = {k: whole[k] for k in ("val_docs", "val_tokens", "val_bytes") if k in whole}
-    parts["dataset"] |= judged | counts   # as scored
+    parts["dataset"] |= part(whole, "dataset") | counts   # as scored
     return {"folder": folder, "name": folder.resolve().name, "config": start["config"], **parts,
             "seed": start["config"].get("seed"), "steps": last.get("steps", last.get("step")),
             "tokens": last.get("tokens"), "train_seconds": last.get("train_seconds"), "score": score, "crash": crash,
-            "val_bpb": whole.get("val_bpb"), "val_loss": whole.get("val_loss"), "eval_seconds": phases.get("total"),
-            "artifact_bytes": (score or {}).get("artifact_bytes")}
+            "val_bpb": whole.get("val_bpb"), "val_loss": whole.get("val_loss"),
+            "eval_seconds": part(whole, "phases").get("total"), "artifact_bytes": (score or {}).get("artifact_bytes")}
 
 
 def digest(value):
@@ -151,7 +155,7 @@ def read_entry(folder):
     folder = Path(folder)
     if (folder / "submission.json").is_file():
         s = load_submission(folder)
-        parts = {k: s[k] if isinstance(s.get(k), dict) else {} for k in ("config", "dataset", "source_sha256")}
+        parts = {k: part(s, k) for k in ("config", "dataset", "source_sha256")}
         return {"name": folder.resolve().name, "record": True, "source": folder, **parts, "predictor": None,
                 "steps": None, "scores": {seed: row.get("val_bpb") for seed, row in seed_results(s)}}
     run = read_run(folder)
@@ -178,14 +182,12 @@ def source_diff(new, old):
 def commit_of(sources):
     """{name: bytes} -> the commit at HEAD, with "+" where these are not its sources; None without git."""
     def git(*args):
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True).stdout
     try:
-        head, listed = git("rev-parse", "--short=10", "HEAD").strip(), git("ls-tree", "-r", "HEAD", *sources)
+        head = git("rev-parse", "--short=10", "HEAD").decode().strip()
+        return head + "+" * any(git("show", f"HEAD:{n}") != b for n, b in sources.items()) if head else None
     except OSError:
         return None
-    blobs = dict(reversed(line.split(None, 2)[2].split("\t")) for line in listed.splitlines())
-    same = all(blobs.get(n) == hashlib.sha1(b"blob %d\0" % len(b) + b).hexdigest() for n, b in sources.items())
-    return head and head + "+" * (not same)
 
 
 def read_ledger(path):
@@ -228,10 +230,7 @@ def append(folder):
             "budget": f"{config['max_steps']} steps" if config.get("max_steps") else f"{config.get('max_seconds')} s",
             "predictor": entry["predictor"],
             **{k: run[k] for k in ("seed", "val_bpb", "artifact_bytes", "train_seconds", "steps")}, "status": status}
-    text = "\t".join("-" if line[c] is None else " ".join(str(line[c]).split()) for c in COLUMNS) + "\n"
-    head = "\t".join(COLUMNS) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8", errors="replace").partition("\n")[0] != head.strip():
-        path.rename(path.with_name(f"ledger.{time.time():.0f}.tsv"))   # of other columns: kept, not mixed
+    rows = COLUMNS, ("-" if line[c] is None else " ".join(str(line[c]).split()) for c in COLUMNS)
     with open(path, "ab") as f:
-        f.write(((head if f.tell() == 0 else "") + text).encode())
+        f.write("".join("\t".join(row) + "\n" for row in rows[f.tell() > 0:]).encode())
     return line

@@ -18,9 +18,8 @@ import zlib
 import zstandard
 
 from records.rules import (BAD_BYTE_COUNTS, BASE_PACKAGES, CLOCK_SECONDS, FINEWEB_VAL_BYTES, IDENTIFIERS, LAYER_LIMIT,
-                           LOADS_CODE, MACHINE_PATH, NETWORK, NETWORK_COMMAND, PAYLOAD_LIMIT, PUBLIC_PACKAGES, SECRET,
-                           SOURCE_LIMIT,
-                           TARGET, TEXT, TRAIN, TRAIN_LOADER, VAL, VAL_DATA, WALLCLOCK)
+                           LOADS_CODE, MACHINE_PATH, NETWORK, NETWORK_COMMAND, PUBLIC_PACKAGES, SECRET,
+                           SOURCE_LIMIT, TARGET, TEXT, TRAIN, TRAIN_LOADER, VAL, VAL_DATA, WALLCLOCK)
 
 RAW_LZMA = [{"id": lzma.FILTER_LZMA2, "dict_size": 64 << 20}]
 DECOMPRESSORS = (  # (bytes, most bytes out) -> bytes; each stops at the limit, whatever the stream promises
@@ -57,7 +56,7 @@ def unwrap(value, room, layer=0):
             text = out.decode("utf-8", "ignore")
             if len(text) > 0.9 * len(out) and re.search(r"\bimport \w|\bdef \w+\(|^\w+ *=", text, re.M):
                 return text
-            if layer < LAYER_LIMIT and len(out) > 100 and out != value and (inner := unwrap(out, room, layer + 1)):
+            if layer < LAYER_LIMIT and out != value and (inner := unwrap(out, room, layer + 1)):
                 return inner
     return None
 
@@ -117,7 +116,7 @@ def identifiers(*nodes):
 def constants(kind, *nodes):
     """The constants of a type at or below the nodes."""
     found = (n.value for node in nodes for n in ast.walk(node) if isinstance(n, ast.Constant))
-    return [v for v in found if isinstance(v, kind) and not isinstance(v, bool)]
+    return [v for v in found if isinstance(v, kind)]
 
 
 def matching(names, pattern):
@@ -126,7 +125,7 @@ def matching(names, pattern):
 
 def scan_text(review, name, text):
     """The rules that read any text: keys, and the marks that scripts and logs leave."""
-    hits = [(m, "secret", "a key or token") for m in [SECRET.search(text)]]
+    hits = [(SECRET.search(text), "secret", "a key or token")]
     if name.endswith((".py", ".sh", ".log", ".txt")) or "!" in name:
         hits += [(pattern.search(text), rule, message) for pattern, rule, message in TEXT]
         hits += [(m, "clock-override", f"a wall clock of {m[1]} s in the ten-minute track")
@@ -151,9 +150,9 @@ def scan(review, name, text, depth=0):
         matching(identifiers(i.context_expr), "^importerror$") for i in n.items)]
     guarded = {id(n) for t in optional for n in ast.walk(t)}
     runs_text = False
-    # What stands below the border of eval_bpb.py is compared with the root's.
-    at = {"eval_bpb.py": text.find("\n# The judge"), "data/confine.py": 0}.get(name, -1)
-    review.judge = text[:at].count("\n") + 1 if at >= 0 else len(text) + 2
+    # What stands below the border of eval_bpb.py, and all of confine.py, is compared with the root's.
+    above = text.partition("\n# The judge")[0] if name == "eval_bpb.py" else text * (name != "data/confine.py")
+    review.judge = above.count("\n") + 2 if above else 0
     # `from os import system as run` makes run() a call of os.system.
     review.aliases = {a.asname or a.name: f"{n.module}.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom)
                       for a in n.names if n.module in ("os", "subprocess", "pickle", "marshal", "ctypes", "importlib")}
@@ -165,7 +164,7 @@ def scan(review, name, text, depth=0):
         elif isinstance(n, ast.Name) and n.id in ("exec", "eval") and isinstance(n.ctx, ast.Load) and not runs_text:
             review.emit("dynamic-code", name, f"{n.id} under another name", n.lineno)
             runs_text = True
-        elif isinstance(n, ast.Constant) and isinstance(n.value, int) and not isinstance(n.value, bool):
+        elif isinstance(n, ast.Constant) and isinstance(n.value, int):
             if n.value in BAD_BYTE_COUNTS or abs(n.value - FINEWEB_VAL_BYTES) < 10_000 and offline(name):
                 why = BAD_BYTE_COUNTS.get(n.value, "count the documents instead")
                 review.emit("byte-count", name, f"{n.value:,} bytes are written into the code: {why}", n.lineno)
@@ -175,7 +174,8 @@ def scan(review, name, text, depth=0):
             to = " ".join(identifiers(*(n.targets if isinstance(n, ast.Assign) else [n.target])))
             loads = isinstance(n.value, ast.Call) and re.search(TRAIN_LOADER, dotted(n.value.func))
             if (loads or re.search(TRAIN, to)) and not re.search("val|test", to) and (read := reads_val(n.value)):
-                review.emit("val-in-training", name, f"{to} reads {read[:60]}", n.lineno)
+                rule = "val-calibration" if "calib" in to else "val-in-training"
+                review.emit(rule, name, f"{to} reads {read[:60]}", n.lineno)
             if re.search(r"bytes_per_token$", to) and isinstance(n.value, ast.Constant):
                 review.emit("byte-count", name, "bytes per token as a constant: count the documents instead", n.lineno)
         elif isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -250,11 +250,12 @@ def scan_literals(review, name, nodes, runs_text, depth):
     """Source inside long literals is read by the same rules; what cannot be decoded beside an exec is a finding."""
     literals = (n for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, (str, bytes))
                 and len(n.value) > (40 if runs_text else 2000))
-    for i, n in enumerate(itertools.islice(literals, PAYLOAD_LIMIT), 1):
+    for i, n in enumerate(literals, 1):
         room = SOURCE_LIMIT - review.scanned
         inner = unwrap(n.value, room) if room > 0 and depth < LAYER_LIMIT else None
         size, inside = f"{len(n.value):,} characters", f"{name}!{i}"
         if inner is not None:
+            review.inner[inside] = inner
             review.emit("encoded-source", name, f"{size} hold {len(inner):,} of source: {inside}", n.lineno)
             if len(inner) >= room:
                 review.emit("review-limit", inside, f"decodes to over {room:,} characters; the rest was not read")
@@ -271,8 +272,8 @@ def offline(name):
 def scan_import(review, name, node, guarded):
     modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] * (not node.level)
     here = {part for n in review.names for part in n.removesuffix(".py").split("/")}
-    known = sys.stdlib_module_names | BASE_PACKAGES | here | review.requirements
-    known = known if review.strict else known | PUBLIC_PACKAGES
+    usual = () if review.strict else PUBLIC_PACKAGES
+    known = {*sys.stdlib_module_names, *BASE_PACKAGES, *here, *review.requirements, *usual}
     for module in filter(None, modules):
         top = module.split(".")[0]
         if offline(name) and {top, module, *(f"{module}.{a.name}" for a in node.names)} & NETWORK and top not in here:
@@ -322,11 +323,9 @@ def scan_function(review, name, f):
         if not (review.strict and name == "train_gpt.py"):   # here calibration is part of training, on its clock
             review.emit("train-data-late", name, f"{f.name} uses {found}: inside the 600 s?", names[found])
     if re.search(r"n_?gram|cache|hash|ppm|hint|expert|mix", title):
-        for n in below:
-            hashes = isinstance(n, ast.BinOp) and isinstance(n.op, (ast.BitXor, ast.Mod))
-            if hashes and (found := matching(identifiers(n), TARGET)):
+        for n in (n for n in below if isinstance(n, ast.BinOp) and isinstance(n.op, (ast.BitXor, ast.Mod))):
+            if found := matching(identifiers(n), TARGET):
                 review.emit("target-in-key", name, f"{f.name} hashes {found}, the token to be predicted", n.lineno)
-                break
     strings = constants(str, f)
     if "\u2581" in strings and matching(names, r"lut|bytes|table"):
         if not matching(names, r"is_byte") and not any("<0x" in s for s in strings):
@@ -359,11 +358,6 @@ def fingerprint(text, k=12):
     except (tokenize.TokenError, SyntaxError):
         pass  # the tokens before the damage still identify the file
     return {zlib.crc32(" ".join(kinds[i:i + k]).encode()) for i in range(len(kinds) - k + 1)}
-
-
-def similarity(a, b):
-    """Shared part of two fingerprints, 0 to 1."""
-    return len(a & b) / max(len(a | b), 1)
 
 
 def definitions(tree):

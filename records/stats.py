@@ -4,49 +4,30 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
+
 from data.dataset import BadInput
 from records.ledger import is_number, read_entry
 from records.rules import PRACTISED_P, RULE_NATS, RULE_P
 
 
-def incomplete_beta(a, b, x):
-    """Regularised incomplete beta I_x(a, b), by Lentz's continued fraction (Numerical Recipes 6.4); about 13 digits."""
-    if not 0 < x < 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - incomplete_beta(b, a, 1 - x)   # the fraction converges fast on this side only
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
-    f, c, d = 1.0, 1.0, 0.0
-    for i in range(1000):
-        m = i // 2
-        if i == 0:
-            numerator = 1.0
-        elif i % 2 == 0:
-            numerator = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        else:
-            numerator = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d = 1 / ((1 + numerator * d) or 1e-300)
-        c = (1 + numerator / c) or 1e-300
-        f *= c * d
-        if abs(1 - c * d) < 1e-15:
-            break
-    return front * (f - 1)
-
-
 def t_upper(t, df):
-    """P(T > t) of Student's t with df (any positive real) degrees of freedom."""
-    if math.isinf(t):
-        return float(t < 0)
-    tail = incomplete_beta(df / 2, 0.5, df / (df + t * t)) / 2
-    return tail if t >= 0 else 1 - tail
+    """P(T > t) of Student's t with df degrees of freedom, any real from 1: T = sqrt(df) sinh(u) turns the density into
+    cosh(u)^-df, which Simpson's rule integrates to seven digits."""
+    def tail(start):
+        u, step = np.linspace(start, start + 40 / df + 9 / df ** 0.5, 4001, retstep=True)
+        y = np.cosh(u) ** -df
+        return float(step * (4 * y[1::2].sum() + 2 * y[::2].sum() - y[0] - y[-1]))
+    p = tail(math.asinh(abs(t) / df ** 0.5)) / tail(0) / 2
+    return p if t >= 0 else 1 - p
 
 
 def welch(gain, va, na, vb, nb):
-    """(t, df, p) of the one-sided test of gain > 0; va, vb: sample variances. Without any spread p is 0, 1, or 0.5."""
+    """(t, df, p), one-sided, of gain > 0; va, vb: variances of two runs or more. With none p is 0, 0.5 or 1."""
     error = va / na + vb / nb
     if error == 0:
         return (math.copysign(math.inf, gain), math.inf, float(gain < 0)) if gain else (0.0, math.inf, 0.5)
-    df = error ** 2 / ((va / na) ** 2 / max(na - 1, 1) + (vb / nb) ** 2 / max(nb - 1, 1))   # Welch-Satterthwaite
+    df = error ** 2 / ((va / na) ** 2 / (na - 1) + (vb / nb) ** 2 / (nb - 1))   # Welch-Satterthwaite
     return gain / error ** 0.5, df, t_upper(gain / error ** 0.5, df)
 
 
@@ -72,16 +53,13 @@ def comparison(ours, theirs, nats_per_bit):
         raise BadInput("one run says nothing about noise; each side needs two at least")
     a, b = [*ours.values()], [*theirs.values()]
     paired = ours.keys() == theirs.keys()
-    if paired:
-        d = [theirs[s] - ours[s] for s in ours]
-        var, n = (statistics.variance(d), 0.0), lambda k: (k or len(d), 1)
-    else:
-        var, n = (statistics.variance(a), statistics.variance(b)), lambda k: (k or len(a), k or len(b))
+    va, vb = statistics.variance(a), statistics.variance(b)
+    if paired:   # one sample, of differences: as if the other had no spread
+        va, vb = statistics.variance([theirs[s] - ours[s] for s in ours]), 0.0
 
     def test(shift, k=0):
         """-> (t, df, p) of gain > shift, with these runs or with k a side."""
-        na, nb = n(k)
-        return welch(gain - shift, var[0], na, var[1], nb)
+        return welch(gain - shift, va, k or len(a), vb, k or len(b))
 
     def runs_needed(shift):
         sizes = range(max(2, len(a), len(b)), 1001) if gain > shift else ()
@@ -89,7 +67,7 @@ def comparison(ours, theirs, nats_per_bit):
 
     gain, margin = statistics.fmean(b) - statistics.fmean(a), RULE_NATS / nats_per_bit
     t, df, p = test(0.0)
-    error = (var[0] / n(0)[0] + var[1] / n(0)[1]) ** 0.5
+    error = (va / len(a) + vb / len(b)) ** 0.5
     more = runs_needed(0.0)
     verdict = "keep" if p < RULE_P else "drop"
     if verdict == "drop" and more and more <= 30:
@@ -103,8 +81,8 @@ def comparison(ours, theirs, nats_per_bit):
 
 def nats_per_bit(dataset):
     """Nats per token in one bit per byte, from the dataset's own counts; None where they are missing."""
-    parts = [dataset.get(k) for k in ("val_bytes", "val_tokens")] if isinstance(dataset, dict) else [None]
-    return math.log(2) * parts[0] / parts[1] if all(is_number(x) and x > 0 for x in parts) else None
+    size, tokens = dataset.get("val_bytes"), dataset.get("val_tokens")
+    return math.log(2) * size / tokens if all(is_number(x) and x > 0 for x in (size, tokens)) else None
 
 
 def load_scores(path):
@@ -116,8 +94,9 @@ def load_scores(path):
         raise BadInput(f"{path}: no whole score (score it with: {pack}python eval_bpb.py {path}/artifact.pyz)")
     if nats_per_bit(e["dataset"]) is None:
         raise BadInput(f"{path}: no dataset with val_tokens and val_bytes, so nats cannot be told from bits")
-    alike = {key: e["config"].get(key) for key in ("max_seconds", "max_steps")}
-    alike |= {"predictor": e["predictor"], "steps": e["steps"] if alike["max_steps"] else None}
+    alike = {"documents": str(e["dataset"].get("val_docs_sha256"))[:12], "predictor": e["predictor"]}
+    alike |= {key: e["config"].get(key) for key in ("max_seconds", "max_steps")}
+    alike["steps"] = e["steps"] if alike["max_steps"] else None
     return e["scores"], e["dataset"], alike
 
 
@@ -129,18 +108,14 @@ def compare(argv):
         raise BadInput("compare RUN... -- RUN... [--json]: candidates on the left, baseline on the right")
     cut = argv.index("--")
     loaded = [[load_scores(p) for p in side] for side in (argv[:cut], argv[cut + 1:])]
-    for side, paths in zip(loaded, (argv[:cut], argv[cut + 1:])):
-        seeds = [seed for rows, _, _ in side for seed in rows]
-        if len(seeds) != len({*seeds}):
-            raise BadInput(f"{' '.join(paths)}: a seed stands there twice")
     ours, theirs = ({s: v for rows, _, _ in side for s, v in rows.items()} for side in loaded)
+    if len(ours) + len(theirs) < sum(len(rows) for side in loaded for rows, _, _ in side):
+        raise BadInput("a seed stands twice on one side")
     datas = [data for side in loaded for _, data, _ in side]
-    if len({d.get("val_docs_sha256") for d in datas}) > 1:
-        raise BadInput(f"scored on different documents: {', '.join(sorted({str(d.get('name')) for d in datas}))}")
-    for key in ("max_seconds", "max_steps", "predictor", "steps"):
-        values = {alike[key] for side in loaded for _, _, alike in side if alike.get(key) is not None}
+    for key in loaded[0][0][2]:
+        values = {str(alike[key]) for side in loaded for _, _, alike in side if alike[key] is not None}
         if len(values) > 1:
-            raise BadInput(f"not alike in {key}: {', '.join(sorted(map(str, values)))}; such runs do not compare")
+            raise BadInput(f"not alike in {key}: {', '.join(sorted(values))}; such runs do not compare")
     data, factor = datas[-1], nats_per_bit(datas[-1])
     c = comparison(ours, theirs, factor)
     if as_json:

@@ -27,7 +27,7 @@ from data.dataset import BadInput, Parser, atomic_write, command
 from records import plot
 from records.check import known_records, nearest_record
 from records.ledger import (CAP_BYTES, PER_RUN, commit_of, config_differences, digest, find_baseline, is_number,
-                            load_submission, read_entry, read_regular, read_run, read_sources, seed_results,
+                            load_submission, part, read_entry, read_regular, read_run, read_sources, seed_results,
                             source_diff)
 from records.rules import BEST_PUBLIC_BPB, CLOCK_SECONDS, CLOCK_SLACK, RULE_NATS, RULE_P, TRACKS
 from records.stats import comparison, nats_per_bit
@@ -51,11 +51,9 @@ def load_runs(paths):
             raise BadInput(f"{where}: no {', '.join(missing)} in metrics.jsonl and score.json")
         if run["artifact_bytes"] > CAP_BYTES:
             raise BadInput(f"{where}: {run['artifact_bytes']:,} bytes, over the cap of {CAP_BYTES:,}")
-        run["sources"] = {name: read_source(where / "source" / name) for name in run["source_sha256"]}
-        for name, blob in run["sources"].items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise BadInput(f"{where}: a source named {name!r}")
-            if hashlib.sha256(blob).hexdigest() != run["source_sha256"][name]:
+        run["sources"] = read_sources({**run, "source": where / "source"})
+        for name, sha256 in run["source_sha256"].items():
+            if hashlib.sha256(run["sources"].get(name, b"")).hexdigest() != sha256:
                 raise BadInput(f"{where}/source/{name}: not the source that ran")
         for what, key in (("source", "source_sha256"), ("config", "config"), ("dataset", "dataset")):
             if differ := config_differences(run[key], first[key]):
@@ -110,7 +108,7 @@ def submission(runs, args, track, parent):
                                "source_sha256": digest(run["source_sha256"]), "config_sha256": digest(config)}
             for run in runs}
     return {"author": args.author, "github_id": args.github_id, "name": args.name,
-            "blurb": args.blurb or args.idea or first["config"].get("idea") or args.name,
+            "blurb": args.idea or first["config"].get("idea") or args.name,
             "date": args.date, "track": track, **scores, "bytes_total": max(run["artifact_bytes"] for run in runs),
             "seeds": [run["seed"] for run in runs], "seed_results": rows,
             "hardware": str(first["environment"].get("device")), "parent": parent, "dataset": first["dataset"],
@@ -199,7 +197,7 @@ def build(args, records=ROOT / "records"):
     mine = submission(runs, args, track, record) | {
         "idea": args.idea or runs[0]["config"].get("idea") or "", "commit": commit_of(sources),
         "parent_run": parent["name"] if parent and not parent["record"] else None}
-    rivals = [p for p in known.values() if dataset_of(load_submission(p)).get("val_docs_sha256")
+    rivals = [p for p in known.values() if part(load_submission(p), "dataset").get("val_docs_sha256")
               == mine["dataset"].get("val_docs_sha256")]
     best = min(rivals, key=lambda p: load_submission(p)["val_bpb"], default=None)
     if not parent and not args.parent:
@@ -239,12 +237,8 @@ def leaderboard(records=ROOT / "records"):
     return {"README.md": "\n".join(text), "leaderboard.svg": draw(entries)}
 
 
-def dataset_of(s):
-    return s["dataset"] if isinstance(s.get("dataset"), dict) else {}
-
-
 def dataset_name(s):
-    return str(dataset_of(s).get("name", "?"))
+    return str(part(s, "dataset").get("name", "?"))
 
 
 def row(path, s):
@@ -287,7 +281,6 @@ def main():
     p = Parser(description=__doc__)
     p.add_argument("runs", nargs="*", metavar="RUN", help="run folders, one a seed")
     p.add_argument("--name", metavar="SLUG", help="short name of the record: letters, digits and ._-")
-    p.add_argument("--blurb", help="one sentence for the table of submissions; the name without it")
     p.add_argument("--author", help="your name; without it git's user.name")
     p.add_argument("--github_id", help="your GitHub name; without it the author")
     p.add_argument("--track", choices=TRACKS, help="without it: the record track if the runs fit it")

