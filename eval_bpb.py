@@ -259,12 +259,7 @@ def build(path: str, name: str, device: str):
     if name not in PREDICTORS:
         raise BadInput(f"--predictor={name}: this artifact has {', '.join(PREDICTORS)}")
     cfg, model, _ = load(path)
-    return prepare(name, cfg, model, device), name
-
-
-def prepare(name: str, cfg, model, device: str):
-    """Model in float32 on the CPU -> the predictor `name`, the model on the device."""
-    return PREDICTORS[name](cfg, move(model, device), torch.device(device))
+    return PREDICTORS[name](cfg, move(model, device), torch.device(device)), name
 
 
 def move(model, device: str):

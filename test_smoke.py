@@ -40,7 +40,7 @@ import eval_bpb
 import pack
 import train_gpt
 from data import hub as hub_files, prepare
-from data.dataset import BadInput, find_run, read_meta, read_shard, read_val_docs, write_shard
+from data.dataset import BadInput, read_meta, read_shard, read_val_docs
 from data.runs import Dataset, World, synthetic_tokens
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
@@ -1221,7 +1221,7 @@ def test_sliding_and_plain_give_every_target_its_context():
     model, rng = scoring_model(), np.random.default_rng(1)
     long, short = rng.integers(0, 40, 200), [rng.integers(0, 40, n) for n in (2, 7, 24, 11)]
     for name in ("sliding", "plain"):
-        found = run_predictor(eval_bpb.prepare(name, model.cfg, model, "cpu"), [long, *short], 40)
+        found = run_predictor(eval_bpb.PREDICTORS[name](model.cfg, eval_bpb.move(model, "cpu"), "cpu"), [long, *short], 40)
         for i, stream in enumerate(short, 1):
             assert found[i] == pytest.approx(nats_alone(model, stream), abs=2e-5)
         for end in range(30, 199, 6) if name == "sliding" else ():
@@ -1569,9 +1569,7 @@ def make_record(tmp_path, name="good", **kwargs):
 
 
 def command(*args, code):
-    out = run(ROOT / "records/check.py", *args)
-    assert out.returncode == code, out.stdout + out.stderr
-    return out.stdout + out.stderr
+    return "".join(end(start(ROOT / "records/check.py", *args), code))
 
 
 def load(folder):

@@ -106,7 +106,7 @@ def read(folder, tokenizer):
 def score(name: str, cfg, model, streams) -> dict:
     """-> nats of each document, CPU seconds."""
     eval_bpb.PREDICTORS[name] = PREDICTORS[name]
-    predictor = eval_bpb.prepare(name, cfg, model, "cpu")
+    predictor = eval_bpb.PREDICTORS[name](cfg, eval_bpb.move(model, "cpu"), torch.device("cpu"))
     lengths, begin = np.array([len(s) - 1 for s in streams]), time.process_time()
     rounds = eval_bpb.check_plan(predictor.plan(lengths), lengths, cfg.vocab_size)
     nats = eval_bpb.score(predictor, streams, rounds, [*range(len(rounds))], cfg.vocab_size, eval_bpb.Phases())

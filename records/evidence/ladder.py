@@ -113,9 +113,7 @@ NESTEROV = [
 torch._foreach_lerp_(ema, params, 1 - cfg.ema_decay)
             torch._foreach_lerp_(moved, torch._foreach_sub(params, before), 1 / (0.03 * cfg.max_steps))""")]
 # Of the small vectors; the embedding keeps its own.
-BETA2 = [("1 - cfg.adam_beta2)", "torch.where(self.adam_lr == cfg.scalar_lr, 0.003, 1 - cfg.adam_beta2))"),
-         ("(1 - cfg.adam_beta2 ** self.t)",
-          "(1 - torch.where(self.adam_lr == cfg.scalar_lr, 0.997, cfg.adam_beta2) ** self.t)")]
+BETA2 = [('"peak_lr": cfg.scalar_lr,', '"peak_lr": cfg.scalar_lr, "betas": (cfg.adam_beta1, 0.997),')]
 ACROSS = ("np.concatenate([[0], starts, [n_tokens]])", "np.array([0, n_tokens])")
 
 # name: (what, patches and flags, time of the record's step against the base's, public gain of what is taken out or of
