@@ -260,7 +260,7 @@ def no_cuda() -> str:
 
 @contextmanager
 def its_end_noted(folder: Path | None, log: Log):
-    """A failed run leaves crash.json with the reason and a line in the ledger, every run its curve; rank 0 has the folder."""
+    """A failed run leaves crash.json and a line in the ledger, every run its curve; rank 0 has the folder."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as e:
