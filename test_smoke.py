@@ -40,7 +40,7 @@ import eval_bpb
 import pack
 import train_gpt
 from data import hub as hub_files, prepare
-from data.dataset import BadInput, read_meta, read_shard, read_val_docs
+from data.dataset import BadInput, find_run, read_meta, read_shard, read_val_docs
 from data.runs import Dataset, World, synthetic_tokens
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
@@ -127,6 +127,17 @@ def test_a_token_sees_only_its_own_segment_and_its_past():
             assert moved[at] and not moved[:at].any() and not moved[end:].any()     # to the last bit
 
 
+def test_compiled_graphs_see_segments_of_one_shape_whatever_the_documents():
+    for step, seq_len in itertools.product((1, 2, 3, 50, 700, 10 ** 6), (1024, 2048, 3072)):
+        seg = make_segments(np.arange(0, 98304, step), 98304, seq_len, longest=3072)
+        assert seg.cu_seqlens.shape == (257,) and seg.max_len == 3072 and seg.lengths is None
+        assert seg.cu_seqlens.diff().max() <= seq_len and seg.cu_seqlens[-1] == 98304
+    alone = make_segments(np.array([0, 500, 501]), 98304, 1024, longest=3072)
+    assert alone.cu_seqlens[:5].tolist() == [0, 500, 501, 1525, 2549]  # where they fit, documents stay apart
+    crowd = make_segments(np.append(np.arange(0, 4000, 2), 50_000), 98304, 1024, longest=3072)
+    assert {3998, 50_000} <= {*crowd.cu_seqlens.tolist()}  # where they do not, the long ones do
+
+
 def test_parameter_count_and_flops_of_the_record():
     cfg = replace(Config(), vocab_size=8192)
     with torch.device("meta"):
@@ -211,6 +222,17 @@ def test_kernels_compile_for_hopper(tmp_path, monkeypatch):
         code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3})
         assert code.asm["cubin"] and code.metadata.shared <= 227 * 1024
         assert kernel is not up or "wgmma.mma_async" in code.asm["ptx"] and "cp.async" in code.asm["ptx"]
+
+
+def test_the_step_moves_what_the_roofline_says():
+    if not torch.version.cuda or not torch.__version__.startswith("2.11"):
+        pytest.skip("the roofline counts with a CUDA build of torch 2.11")
+    out, _ = end(start(ROOT / "records/evidence/roofline.py", "--compile"))
+    assert out.count("are machine code for sm_90") == 2, out
+    for row, expected in (("inductor's own kernels", (50.4, 75.7)), ("products, attention", (85.5, 125.5)),
+                          ("saved", (23.8, 34.5)), ("predicted", (91.6, 130.7))):
+        line = next(line for line in out.splitlines() if line.startswith(f"| {row}"))
+        assert [float(x) for x in line.split("|")[2:4]] == pytest.approx(expected, rel=0.02), line
 
 
 def test_the_first_minutes_on_a_gpu_can_be_rehearsed_without_one():
@@ -488,6 +510,19 @@ def test_a_row_that_does_not_fit_is_halved_and_the_batch_stays(tmp_path, monkeyp
         train_gpt.main([*RUN, "--max_steps=2", "--run=none"])
 
 
+def test_where_no_link_may_be_made_the_newest_run_is_named_in_a_file(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    for name in ("first", "second"):
+        assert train_gpt.main([*RUN, "--max_steps=1", f"--run={name}"]) == 0
+    assert not (tmp_path / "runs/latest").is_symlink() and find_run() == find_run("latest") == Path("runs/second")
+    with pytest.raises(BadInput, match="second.artifact.pyz"):
+        eval_bpb.main([])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Text and tokens
 
@@ -499,7 +534,8 @@ DEMO = DEMO_PATH.read_bytes()
 def prepare_main(monkeypatch, root, *args):
     """Runs `prepare.py ARGS` in this process with data/ under `root`, one worker."""
     monkeypatch.setattr(prepare, "ROOT", root)
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args), *["--workers=1"] * (args[0] in ("docs", "fineweb"))])
+    workers = ["--workers=1"] * (args[0] in ("docs", "fineweb"))
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args), *workers])
     (root / "data").mkdir(exist_ok=True)
     prepare.main()
 
@@ -636,8 +672,8 @@ def test_a_damaged_dataset_is_refused_by_file_name(dataset, tmp_path, monkeypatc
             (read_docs, "val_docs.jsonl.zst", lambda data: data[:-9], ""),
             (read_docs, "val_docs.jsonl.zst", lambda data: docs, ""),
             (read_docs, "val_docs.jsonl.zst", lambda data: unzip(data, 1 << 20), ""),
-            (read_train, "train_000000.bin", lambda data: data[:1024] + b"\xff\x7f" + data[1026:], "token 32767 is outside"),
-            (verify, "train_000000.bin", lambda data: data[:1034] + bytes([data[1034] ^ 1]) + data[1035:], "its sha256"),
+            (read_train, "train_000000.bin", lambda data: data[:1024] + b"\xff\x7f" + data[1026:], "token 32767 is out"),
+            (verify, "train_000000.bin", lambda data: data[:1034] + bytes([data[1034] ^ 1]) + data[1035:], "sha256"),
             (verify, "meta.json", edit(b'"train_docs": 60', b'"train_docs": 61'), "train_docs is")):
         whole = (folder / name).read_bytes()
         read(folder)
@@ -1170,6 +1206,15 @@ def test_whatever_finite_logits_come_the_probabilities_sum_to_one():
     assert nats.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(2)), 0.0], rel=1e-15)
 
 
+@pytest.mark.parametrize("logits", [
+    torch.tensor([[1.7e308, -1.7e308]], dtype=torch.float64), torch.tensor([[math.nan, 0]]),
+    torch.tensor([[-math.inf, 0]]), torch.zeros(1, 2).as_subclass(type("Liar", (torch.Tensor,), {})),
+    torch.zeros(2, 2), torch.zeros(1, 3), torch.zeros(1, 2, dtype=torch.int64), None])
+def test_logits_that_are_not_finite_tensors_of_the_right_shape_are_refused(logits):
+    with pytest.raises(eval_bpb.Refused, match=r"predict\(\)"):
+        eval_bpb.count_nats(logits, np.array([0]), 2)
+
+
 class Pointless(eval_bpb.Adaptive):
     """Adaptive without the pointer, so that its logits are the model's own."""
     w = 0.0, 0.0, 1.0, -1e4, 0.0, 0.0, 0.0, 0.0
@@ -1221,7 +1266,8 @@ def test_sliding_and_plain_give_every_target_its_context():
     model, rng = scoring_model(), np.random.default_rng(1)
     long, short = rng.integers(0, 40, 200), [rng.integers(0, 40, n) for n in (2, 7, 24, 11)]
     for name in ("sliding", "plain"):
-        found = run_predictor(eval_bpb.PREDICTORS[name](model.cfg, eval_bpb.move(model, "cpu"), "cpu"), [long, *short], 40)
+        predictor = eval_bpb.PREDICTORS[name](model.cfg, eval_bpb.move(model, "cpu"), "cpu")
+        found = run_predictor(predictor, [long, *short], 40)
         for i, stream in enumerate(short, 1):
             assert found[i] == pytest.approx(nats_alone(model, stream), abs=2e-5)
         for end in range(30, 199, 6) if name == "sliding" else ():
@@ -1273,7 +1319,7 @@ def test_rounds_have_few_shapes_on_documents_of_web_lengths_and_compile_as_one_g
 
 
 def test_ranks_share_the_rounds_and_give_the_same_number(packed_run, dataset, tmp_path):
-    flags, scores = (f"--data={dataset}", "--predictor=sliding", "--device=cpu"), []
+    flags = f"--data={dataset}", "--predictor=sliding", "--device=cpu"
     for name in ("two", "one"):
         (tmp_path / name).mkdir()
         shutil.copy(packed_run[0] / "artifact.pyz", tmp_path / name)
@@ -1341,6 +1387,18 @@ logits[rare, inputs[rare + 1]] = 2.0
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_the_proof_fails_for_a_predictor_that(cheat, proofs):
     assert proofs(mine(CHEATS[cheat]))["lengths" if "length" in cheat else "replay"].startswith("FAIL")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_leaks_are_caught_where_the_stated_power_says_so(proofs, seed):
+    rng = random.Random(seed)
+    share, ahead, strength = 10 ** rng.uniform(-2.2, -0.5), rng.randrange(1, 4), rng.uniform(0.5, 5)
+    verdict = proofs(mine(f"""
+at = at[:-{ahead}]
+at = at[(inputs[at + {ahead}] * 7919 + at * 104729 + {seed}) % 10007 < {share} * 10007]
+logits[at, inputs[at + 1]] += {strength}
+"""), 9.0)["replay"]
+    assert float(re.search(r"leaks at ([-.e0-9]+) of the places", verdict)[1]) < share and verdict.startswith("FAIL")
 
 
 PLANS = {"d: skips hard tokens": "[[0, 0, n - 1]]", "e: scores a token twice": "[[0, 0, n]], [[0, n - 1, n]]",
@@ -1920,7 +1978,8 @@ def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):
 
 
 def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, judge, dataset):
-    folder, (_, score, _) = make_record(tmp_path), judge(mine("logits[:, 9] = 1.0"), "--trust")  # rounding moves it by nothing
+    folder = make_record(tmp_path)
+    _, score, _ = judge(mine("logits[:, 9] = 1.0"), "--trust")  # rounding moves it by nothing
     artifact = tmp_path / "artifact.pyz"
     json_with(dataset={"name": str(dataset)})(folder)
     assert "no seed has an artifact" in check.rescore(folder, artifact, None, True)[0]["message"]

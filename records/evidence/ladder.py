@@ -46,7 +46,7 @@ VOCABULARY, VOCABULARY_TIME = 512, 0.0685  # tokens that are 8192 of the record'
 
 RELU2 = ("return F.leaky_relu(x, 0.5).square()", "return F.relu(x).square()")
 NO_GATE = ('gate = F.linear(n[:, :self.cfg.gate_dims], W["gate"])', 'gate = 30 + 0 * F.linear(n[:, :12], W["gate"])')
-NO_XSA = ("GatedXSA.apply(y, v, own, length, gate).reshape(n.shape)", "(y * gate.sigmoid()[:, :, None]).reshape(n.shape)")
+NO_XSA = ("GatedXSA.apply(y, v, own, length, gate)", "(y * gate.sigmoid()[:, :, None])")
 NO_SMEAR = ("x = x + (cast(self.smear_scale) * open_gate)[:, None] * before",
             "x = x + 0 * cast(self.smear_scale) * open_gate[:, None]")
 NO_MIX = ("u = x0_mix[2 * i] * x + x0_mix[2 * i + 1] * x0", "u = x0_mix[2 * i] * x + 0 * x0_mix[2 * i + 1]")
