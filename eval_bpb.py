@@ -24,7 +24,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: see train_gpt.p
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from data.dataset import BadInput
 from train_gpt import Segments, block_order, make_segments, pick_attention
@@ -172,6 +171,7 @@ class Adaptive:
         return rounds
 
     def predict(self, spans, inputs):
+        from torch.nn.attention.bias import causal_lower_right  # here, for it takes a second
         start, (B, T, past) = int(spans[0, 1]), self.shape(spans)
         sizes = torch.from_numpy(spans[:, 2] - spans[:, 1]).to(self.device)
         if start == 0:

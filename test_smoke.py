@@ -653,7 +653,7 @@ def test_a_dataset_holds_its_documents_exactly(dataset):
 def test_a_damaged_dataset_is_refused_by_file_name(dataset, tmp_path, monkeypatch):
     """By whoever opens it, by whoever reads that file, or by `prepare.py verify`, which sees every flip."""
     folder = Path(shutil.copytree(dataset, tmp_path / "copy"))
-    meta, docs, unzip = read_meta(folder), zstandard.compress(b'{"text": "x"}\n'), zstandard.decompress
+    meta, zip, unzip = read_meta(folder), zstandard.compress, zstandard.decompress
     read_docs = lambda folder: list(read_val_docs(folder, meta))
     read_train = lambda folder: read_shard(folder / "train_000000.bin", meta["vocab_size"])
     verify = lambda folder: prepare_main(monkeypatch, tmp_path, "verify", folder)
@@ -670,10 +670,11 @@ def test_a_damaged_dataset_is_refused_by_file_name(dataset, tmp_path, monkeypatc
             (read_meta, "meta.json", edit(b'"train_000000.bin"', b'"../train.bin"'), "bad entry"),
             (read_meta, "meta.json", edit(b'"format": 1', b'"format": 2'), "format 2"),
             (read_docs, "val_docs.jsonl.zst", lambda data: data[:-9], ""),
-            (read_docs, "val_docs.jsonl.zst", lambda data: docs, ""),
+            (read_docs, "val_docs.jsonl.zst", lambda data: zip(b'{"text": "x"}\n'), ""),
+            (read_docs, "val_docs.jsonl.zst", lambda data: zip(edit(b"the", b"teh")(unzip(data, 1 << 20))), ""),
             (read_docs, "val_docs.jsonl.zst", lambda data: unzip(data, 1 << 20), ""),
-            (read_train, "train_000000.bin", lambda data: data[:1024] + b"\xff\x7f" + data[1026:], "token 32767 is out"),
-            (verify, "train_000000.bin", lambda data: data[:1034] + bytes([data[1034] ^ 1]) + data[1035:], "sha256"),
+            (read_train, "train_000000.bin", lambda data: data[:1024] + b"\xff\x7f" + data[1026:], "is outside"),
+            (verify, "train_000000.bin", lambda data: flip(data, 1034), "its sha256"),
             (verify, "meta.json", edit(b'"train_docs": 60', b'"train_docs": 61'), "train_docs is")):
         whole = (folder / name).read_bytes()
         read(folder)
