@@ -85,7 +85,7 @@ class Sliding:
                 starts.append(size)
                 scored.append(np.arange(size + first - begin, size + end - begin))
                 size += end - begin
-        seg = make_segments(np.array(starts), size, self.seq_len, self.device, self.model.padded)
+        seg = make_segments(np.array(starts), size, self.seq_len, self.device)
         hidden = self.model(torch.from_numpy(np.concatenate(row)).to(self.device), seg)
         return self.model.logits(hidden[torch.from_numpy(np.concatenate(scored)).to(self.device)])
 
@@ -216,7 +216,7 @@ class Adaptive:
         pos = (start + torch.arange(T, dtype=torch.int32, device=self.device)).repeat(B)
         before = F.pad(text, (1, 0))[:, -T - 1:-1].flatten()
         linear = partial(self.linear, adapt)
-        hidden = model(tokens.view(-1), Segments(None, pos, 0, None, None), True, linear, attend, before)
+        hidden = model(tokens.view(-1), Segments(None, pos, 0, None), True, linear, attend, before)
         z = adapt(hidden, F.linear(hidden, model.embed.weight.to(hidden.dtype)), ("head", 0)).float().view(B, T, -1)
         p = (model.cfg.softcap * torch.tanh(z / model.cfg.softcap)).softmax(-1)
         h = F.normalize(hidden.detach().float(), dim=-1).view(B, 1, T, -1)
@@ -259,12 +259,7 @@ def build(path: str, name: str, device: str):
     if name not in PREDICTORS:
         raise BadInput(f"--predictor={name}: this artifact has {', '.join(PREDICTORS)}")
     cfg, model, _ = load(path)
-    return prepare(name, cfg, model, device), name
-
-
-def prepare(name: str, cfg, model, device: str):
-    """Model in float32 on the CPU -> the predictor `name`, the model on the device."""
-    return PREDICTORS[name](cfg, move(model, device), torch.device(device))
+    return PREDICTORS[name](cfg, move(model, device), torch.device(device)), name
 
 
 def move(model, device: str):
@@ -273,29 +268,12 @@ def move(model, device: str):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model.dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    attention, model.attend = pick_attention(device, model.dtype)
-    model.padded = attention == "sdpa"
+    _, model.attend = pick_attention(device, model.dtype)
     return model.to(device).requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A look at what the model has learned. Nothing here is scored.
-
-
-def read_on(model, tokens, place: int, cache: dict):
-    """tokens (1 + N,) int64, the one before and those at place.. of a document -> logits (N, V).
-
-    cache {visit: keys and values (places, K, d)} grows with them; attention looks back as far as in training.
-    """
-    def attend(q, k, v, seg, visit):
-        if visit in cache:
-            k, v = (torch.cat([old[len(k) - model.cfg.seq_len:], x]) for old, x in zip(cache[visit], (k, v)))
-        cache[visit] = k, v
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, places, d)
-        y = F.scaled_dot_product_attention(q, k, v, causal_lower_right(q.size(2), k.size(2)), enable_gqa=True)
-        return y[0].transpose(0, 1)
-    pos = torch.arange(place, place + len(tokens) - 1, dtype=torch.int32, device=tokens.device)
-    return model.logits(model(tokens[1:], Segments(None, pos, 0, None, None), True, attend=attend, prev=tokens[:-1]))
 
 
 @torch.inference_mode()
@@ -307,18 +285,17 @@ def sample(path: str, device: str, text: str, n_tokens: int, temperature: float,
     from pack import load
     cfg, model, tokenizer = load(path)
     model, random = move(model, device), torch.Generator().manual_seed(seed)
-    tokens, cache, shown = [tokenizer.boundary, *tokenizer.encode(text).tolist()], {}, 0
-    first = read = max(0, len(tokens) - cfg.seq_len)  # of a long text the end is read
+    tokens, shown = [tokenizer.boundary, *tokenizer.encode(text).tolist()], 0
     for left in range(n_tokens, -1, -1):
         so_far = tokenizer.decode(tokens).rstrip("\ufffd")  # of the last character more bytes may come
         print(so_far[shown:], end="", flush=True)
         shown = len(so_far)
         if not left or len(tokens) > 1 and tokens[-1] == tokenizer.boundary:
             break
-        new = torch.tensor([tokens[read - 1], *tokens[read:]], device=device)
-        p = (read_on(model, new, read - first, cache)[-1].cpu() / max(temperature, 1e-6)).softmax(-1)
-        read = len(tokens)
-        p, order = p.sort(descending=True)
+        seen = torch.tensor(tokens[-cfg.seq_len:], device=device)
+        hidden = model(seen, make_segments(np.array([0]), len(seen), cfg.seq_len, device))
+        logits = model.logits(hidden[-1:])[0].cpu()
+        p, order = (logits / max(temperature, 1e-6)).softmax(-1).sort(descending=True)
         p[p.cumsum(0) - p > top_p] = 0
         tokens.append(order[torch.multinomial(p, 1, generator=random)].item())
     print()
@@ -327,35 +304,27 @@ def sample(path: str, device: str, text: str, n_tokens: int, temperature: float,
 # ======================================================================================================================
 # ======================================================================================================================
 # The judge. Below this line nothing may be changed: records/check.py compares it with the root's. Of all that stands
-# above it uses BEGIN and build(path, name, device), and what the comment over the predictors promises. Nothing above
-# uses anything from here; even the imports are its own.
+# above it uses BEGIN, build(path, name, device), sample(), and what the comment over the predictors promises. Nothing
+# above uses anything from here; even the imports are its own.
 
 import hashlib
-import importlib
-import inspect
 import io
 import json
 import math
 import secrets
-import select
-import shutil
-import signal
-import struct
-import subprocess
 import sys
-import tempfile
 import threading
 import zipfile
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 
-from data.dataset import (Parser, Progress, atomic_write, command, find_dataset, find_run, read_meta,
-                          read_val_docs)
-from data.runs import environment, note_in_ledger
+from data.confine import Refused, Remote, failure, reachable
+from data.dataset import Parser, Progress, atomic_write, command, find_dataset, find_run, read_meta, read_val_docs
+from data.runs import World, environment, note_in_ledger
 from data.tokenizer import Tokenizer
 from train_gpt import SOURCES
 
@@ -363,11 +332,6 @@ PLACE_TOLERANCE = {"cpu": 1e-4, "cuda": 0.05, "mps": 0.05}  # nats that one plac
 MEAN_TOLERANCE = {"cpu": 1e-6, "cuda": 1e-4, "mps": 1e-4}  # nats a place by which a replay may cost more, on average
 CLOSING_TOLERANCE = 0.25  # nats that a wrong length may move the end of a document: what was learned elsewhere
 ROUND_LOGITS = 1 << 31  # numbers that one round may return: 8 GB
-STDERR_BYTES = 1 << 20  # that a confined child may write to its stderr
-
-
-class Refused(BadInput):
-    """The predictor broke a rule: there is no score."""
 
 
 def open_artifact(path: Path) -> tuple[bytes, Tokenizer, list[str]]:
@@ -400,15 +364,7 @@ def find_data(artifact: Path, data: str) -> Path:
     return find_dataset(data)
 
 
-def gather(value, world_size: int) -> list:
-    """-> every rank's value, in order."""
-    values = [value] * world_size
-    if world_size > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def read_documents(folder: Path, meta: dict, limit, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1):
+def read_documents(folder: Path, meta: dict, limit, tokenizer: Tokenizer, world: World):
     """-> streams [int64 (n + 2,): boundary, tokens, boundary], UTF-8 bytes of all documents. Ranks share the encoding.
 
     The judge's own Tokenizer encodes: the artifact's tokenizer.json is data, and none of its code sees a document.
@@ -417,13 +373,13 @@ def read_documents(folder: Path, meta: dict, limit, tokenizer: Tokenizer, rank: 
     mine, n_bytes = [], 0
     for i, text in enumerate(read_val_docs(folder, meta, limit)):
         n_bytes += len(text.encode())
-        if i % world_size == rank:
+        if i % world.size == world.rank:
             tokens = tokenizer.encode(text)
             if tokenizer.decode(tokens) != text:
                 raise Refused(f"the tokenizer does not give document {i} back: its bits are not bits of this text")
             mine.append(np.concatenate([[tokenizer.boundary], tokens, [tokenizer.boundary]]).astype(np.int64))
-    shares = gather(mine, world_size)
-    return [shares[i % world_size][i // world_size] for i in range(sum(map(len, shares)))], n_bytes
+    shares = world.gather(mine)
+    return [shares[i % world.size][i // world.size] for i in range(sum(map(len, shares)))], n_bytes
 
 
 def check_plan(rounds, lengths: np.ndarray, vocab_size: int) -> list[np.ndarray]:
@@ -505,14 +461,6 @@ def count_nats(logits, targets: np.ndarray, vocab_size: int) -> Tensor:
         at_target = z.gather(1, t)[:, 0]
         nats.append(z.exp_().sum(-1).log_() - at_target)
     return torch.cat(nats).cpu()
-
-
-def failure(error: BaseException) -> str:
-    """An exception in the artifact's code -> one line: its type, its message, the last line of code."""
-    import traceback
-    last = (traceback.extract_tb(error.__traceback__) or [None])[-1]
-    message = (str(error).splitlines() or [""])[0][:500]
-    return f"{type(error).__name__}: {message} ({last.filename}:{last.lineno}: {last.line})" if last else message
 
 
 class Phases:
@@ -635,216 +583,6 @@ def tell_wrong_lengths(predictor, streams, rounds, nats: dict, vocab_size: int) 
             f"over the ends of {len(moves)} documents, on average")
 
 
-# ---- a predictor whose code is not the judge's own, confined in a child. Frames on its stdin and stdout: 4 bytes
-# of name, 8 bytes of length, content. The child runs the judge's own end of the pipe, from this file's source.
-
-READABLE = [os.path.realpath(p) for p in ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", sys.prefix,
-                                          sys.base_prefix, Path(torch.__file__).parents[1])]  # by the child
-
-
-def one_line(data: bytes) -> str:
-    """What a child says, without what could make a terminal show something else."""
-    return "".join(c if c.isprintable() else " " for c in data.decode("utf-8", "replace")).strip()
-
-
-def send(pipe, name: bytes, *arrays) -> None:
-    parts = [memoryview(np.ascontiguousarray(a)).cast("B") for a in arrays if a.size]
-    pipe.write(struct.pack("<4sQ", name, sum(part.nbytes for part in parts)))
-    for part in parts:
-        pipe.write(part)
-    pipe.flush()
-
-
-def receive(pipe, limits: dict) -> tuple[bytes, bytearray]:
-    """-> (name, content) of the next frame. limits: {name: most bytes}. Raises EOFError at the end, else ValueError."""
-    header = pipe.read(12)
-    if len(header) < 12:
-        raise EOFError
-    name, size = struct.unpack("<4sQ", header)
-    if size > limits.get(name, -1):
-        raise ValueError(f"a frame {name!r} of {size} bytes where {limits} may come")
-    content = bytearray(size)
-    if pipe.readinto(content) < size:
-        raise EOFError
-    return name, content
-
-
-def confine(readable: list, memory: int) -> str:
-    """Takes from this process the network, what processes share, all files but `readable` (to read) and its folder (to
-    write), and memory (bytes; 0: no limit) beyond a limit, as far as Linux lets an ordinary user: namespaces, Landlock,
-    seccomp, limits. It goes on in a fork that is the first of its own processes, so that none of them outlives it.
-    -> what is missing, or "". What stays is what a machine remembers by itself: caches, times of last access."""
-    import ctypes
-    import os
-    import resource
-    import struct
-    uid, gid = os.getuid(), os.getgid()
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        alone = libc.unshare(0x78000000) == 0  # CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC
-    except (OSError, AttributeError):
-        return "namespaces and Landlock (this is not Linux)"
-    maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1", "oom_score_adj": "1000"}
-    for name, line in maps.items() if alone else ():
-        try:
-            with open(f"/proc/self/{name}", "w") as f:
-                f.write(line)
-        except OSError:
-            pass  # the process then has no name for its user, no more
-    if alone and (child := os.fork()):
-        for fd in (0, 1):
-            os.close(fd)
-        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
-    libc.prctl(1, 9, 0, 0, 0)  # dies with its parent
-    # Landlock is system calls 444 to 446 on every processor. Rights by bit: 0 execute, 1 write, 2 read, 3 list, 4 to 12
-    # make and remove, 13 move (since version 2), 14 truncate (since version 3).
-    version = libc.syscall(444, None, ctypes.c_size_t(0), 1)
-    rights = (1 << min(12 + version, 15)) - 1
-    ruleset = libc.syscall(444, struct.pack("<Q", rights), ctypes.c_size_t(8), 0) if version > 0 else -1
-    files = ruleset >= 0
-    devices = [f"/dev/{n}" for n in os.listdir("/dev") if n in ("null", "zero", "urandom") or n.startswith("nvidia")]
-    for path, allowed in [*((p, 0b1101) for p in readable), *((p, 0b0110) for p in devices), (".", rights)]:
-        if files and os.path.exists(path):
-            fd = os.open(path, os.O_PATH)
-            files = libc.syscall(445, ruleset, 1, struct.pack("<Qi", allowed, fd), 0) == 0
-            os.close(fd)
-    files = files and libc.prctl(38, 1, 0, 0, 0) == 0 and libc.syscall(446, ruleset, 0) == 0  # 38: no new privileges
-    # By seccomp, three ways out that the others leave: sockets that are files, keyrings, io_uring to reach the first.
-    arch, *calls = {"x86_64": (0xC000003E, 42, 248, 249, 250, 425),  # connect, add_key, request_key, keyctl, io_uring
-                    "aarch64": (0xC00000B7, 203, 217, 218, 219, 425)}.get(os.uname().machine, (0,))
-    program = [(0x20, 0, 0, 4), (0x15, 0, len(calls) + 3, arch), (0x20, 0, 0, 0)]  # load the architecture, the call
-    program += [(0x15, len(calls) - i + 1, 0, call) for i, call in enumerate(calls)]  # equal: to the last line
-    program += [(0x35, 1, 0, 1 << 30), (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50000 | 13)]  # x86's other table; yes; EACCES
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    shut = bool(calls) and libc.prctl(22, 2, struct.pack("HP", len(program), ctypes.addressof(code)), 0, 0) == 0
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
-    if memory:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    missing = {"user namespaces": alone, "Landlock": files, "seccomp": shut}
-    return " and ".join(name for name, there in missing.items() if not there)
-
-
-def serve(name: str, device: str, missing: str) -> None:
-    """The child's side of Remote, until its stdin ends. Prints go to stderr."""
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-
-    def text(s):
-        return np.frombuffer(s.encode()[:1 << 12], np.uint8)
-
-    send(answers, b"conf", text(missing))
-    try:
-        sys.path[:0] = ["artifact.pyz"]
-        predictor, name = importlib.import_module("eval_bpb").build("artifact.pyz", name, device)
-        send(answers, b"open", text(name))
-        while True:
-            ask, content = receive(requests, dict.fromkeys((b"plan", b"pred", b"lern"), 1 << 40))
-            values = np.frombuffer(content, np.int64)
-            if ask == b"plan":
-                rounds = enumerate(predictor.plan(values))
-                send(answers, b"plan", np.concatenate([np.insert(np.asarray(r, np.int64), 0, i, 1) for i, r in rounds]))
-            elif ask == b"pred":
-                spans, inputs = np.split(values[1:], [3 * values[0]])
-                send(answers, b"logi", predictor.predict(spans.reshape(-1, 3), inputs).detach().float().cpu().numpy())
-            else:
-                predictor.learn(values)
-                send(answers, b"done")
-    except EOFError:
-        pass
-    except BaseException as e:
-        send(answers, b"bad!", text(str(e) if type(e).__name__ == "BadInput" else failure(e)))
-
-
-class Remote:
-    """A predictor in a child process, in an empty folder: plan, predict and learn send it what is revealed, no more.
-
-    The child is told no path but those of Python, and runs confine() and serve() before any code of the artifact.
-    """
-
-    def __init__(self, remotes: list, blob: bytes, name: str, device: str, vocab_size: int):
-        self.folder, self.vocab_size, self.child = tempfile.mkdtemp(prefix="nanogolf"), vocab_size, None
-        remotes.append(self)  # at once: the clock may end everything while the child starts
-        (Path(self.folder) / "artifact.pyz").write_bytes(blob)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if device == "cpu" else 0
-        code = "\n".join([*map(inspect.getsource, (confine, failure, send, receive, serve)),
-                          f"missing = confine({READABLE!r}, {memory})", "import importlib, os, struct, sys",
-                          "import numpy as np", f"serve({name!r}, {device!r}, missing)"])
-        env = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
-                                                            "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT")}
-        env |= {"HOME": self.folder, "TMPDIR": self.folder, "PYTHONPATH": READABLE[-1]}
-        self.child = subprocess.Popen([sys.executable, "-c", code], cwd=self.folder, env=env, start_new_session=True,
-                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.too_much = ""
-        threading.Thread(target=self.read_stderr, daemon=True).start()
-
-    def read_stderr(self):
-        """Shows what the child writes, line by line and as its words; more than STDERR_BYTES end it."""
-        left = STDERR_BYTES
-        while data := self.child.stderr.readline(1 << 12):
-            if (left := left - len(data)) >= 0:
-                print(f"artifact: {one_line(data)}", file=sys.stderr)
-            elif not self.too_much:
-                self.too_much = f", having written more than {STDERR_BYTES} bytes to stderr"
-                self.kill()
-
-    def open(self) -> list[str]:
-        """-> [what the system lacks to confine the child or "", the predictor's name], once the artifact is loaded."""
-        return [one_line(self.receive({name: 1 << 8})) for name in (b"conf", b"open")]
-
-    def receive(self, limits: dict) -> bytearray:
-        try:
-            name, content = receive(self.child.stdout, limits | {b"bad!": 1 << 12})
-        except EOFError:
-            with suppress(subprocess.TimeoutExpired):
-                self.child.wait(2)
-            self.kill()
-            code = self.child.wait()
-            raise Refused(f"the predictor's process ended in the middle (exit code {code}{self.too_much})") from None
-        except ValueError as e:
-            raise Refused(f"the predictor's process sent {e}") from None
-        if name == b"bad!":
-            raise Refused(one_line(content))
-        return content
-
-    def ask(self, limits: dict, name: bytes, *arrays) -> bytearray:
-        if select.select([self.child.stdout], [], [], 0)[0] and self.child.stdout.peek(1):
-            raise Refused("the predictor's process sent something before it was asked")
-        with suppress(BrokenPipeError):  # then there is no answer either
-            send(self.child.stdin, name, *arrays)
-        return self.receive(limits)
-
-    def plan(self, lengths):
-        content = self.ask({b"plan": 32 * int(lengths.sum())}, b"plan", lengths)
-        if len(content) % 32:
-            raise Refused("the predictor's process sent a plan cut short")
-        table = np.frombuffer(content, np.int64).reshape(-1, 4)  # round, document, start, stop
-        return np.split(table[:, 1:], np.flatnonzero(np.diff(table[:, 0])) + 1)
-
-    def predict(self, spans, inputs):
-        size = 4 * len(inputs) * self.vocab_size
-        content = self.ask({b"logi": size}, b"pred", np.array([len(spans)]), spans, inputs)
-        if len(content) != size:
-            raise Refused(f"predict() must return logits {(len(inputs), self.vocab_size)}, not {len(content)} bytes")
-        return torch.frombuffer(content, dtype=torch.float32).view(len(inputs), self.vocab_size)
-
-    def learn(self, targets):
-        self.ask({b"done": 0}, b"lern", targets)
-
-    def kill(self):
-        """First the child's own child, without which all that it started dies, whatever group it has moved to."""
-        with suppress(OSError):
-            for pid in Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children").read_text().split():
-                os.kill(int(pid), signal.SIGKILL)
-        with suppress(ProcessLookupError):
-            os.killpg(self.child.pid, signal.SIGKILL)
-
-    def close(self):
-        if self.child:
-            self.kill()
-            self.child.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
 # ---- the command
 
 
@@ -881,7 +619,7 @@ def parse(argv):
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code: 0, or 2 for a failed proof. Raises BadInput."""
     phases, args = Phases(), parse(argv)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
     artifact = Path(args.artifact or find_run() / "artifact.pyz")
     blob, tokenizer, foreign = open_artifact(artifact)
@@ -894,7 +632,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {"mode": "audited" if audit else "trusted" if foreign else "own", "unconfined": ""}
     folder = find_data(artifact, args.data)
     meta, vocab_size, remotes = read_meta(folder), tokenizer.vocab_size, []
-    if foreign and rank == 0:
+    if foreign and world.rank == 0:
         print(f"note: the artifact's {', '.join(foreign)} differ from this folder's: its code runs confined"
               + (" and must prove its score (--trust if it is yours)" if audit else ""), flush=True)
 
@@ -903,8 +641,8 @@ def main(argv: list[str] | None = None) -> int:
         if about["mode"] == "own":
             predictor, about["predictor"] = build(str(artifact), args.predictor, device)
             return predictor
-        if above := [p for p in READABLE if os.path.realpath(folder).startswith(p + os.sep)]:
-            raise BadInput(f"{folder} is in {above[0]}, where the artifact's code may read: move it")
+        if above := reachable(folder):
+            raise BadInput(f"{folder} is in {above}, where the artifact's code may read: move it")
         Remote(remotes, blob, args.predictor, device, vocab_size)
         about["unconfined"], about["predictor"] = remotes[-1].open()
         if about["unconfined"] and not args.trust:
@@ -928,17 +666,17 @@ def main(argv: list[str] | None = None) -> int:
 
     limit = (600.0 if meta["name"] == "fineweb" else 0.0) if args.max_seconds is None else args.max_seconds
     timer = watch(limit)
-    if world_size > 1:
+    if world.size > 1:
         dist.init_process_group("gloo")  # the judge's small talk, between the CPUs
     try:
         with phases("load"):
             predictor = make()
         with phases("text"):
-            streams, n_bytes = read_documents(folder, meta, args.limit_docs or None, tokenizer, rank, world_size)
+            streams, n_bytes = read_documents(folder, meta, args.limit_docs or None, tokenizer, world)
             lengths = np.array([len(s) - 1 for s in streams])
         with phases("compile"):  # a predictor may compile in plan()
             rounds = check_plan(predictor.plan(lengths.copy()), lengths, vocab_size)
-            mine = deal(rounds, world_size)[rank]
+            mine = deal(rounds, world.size)[world.rank]
         nats, verdicts = score(predictor, streams, rounds, mine, vocab_size, phases), {}
         timer.cancel()
         seconds = time.perf_counter() - BEGIN
@@ -949,7 +687,7 @@ def main(argv: list[str] | None = None) -> int:
                 verdicts["replay"] = replay(make(), streams, rounds, nats, vocab_size, args.audit_seconds,
                                             phases.seconds["score"], device)
                 verdicts["lengths"] = tell_wrong_lengths(make(), streams, rounds, nats, vocab_size)
-        shares = gather(({i: math.fsum(each) for i, each in nats.items()}, verdicts, seconds), world_size)
+        shares = world.gather(({i: math.fsum(each) for i, each in nats.items()}, verdicts, seconds))
     except BadInput as e:
         raise type(e)(f"{artifact}: {e}") from None
     except Exception as e:
@@ -958,14 +696,14 @@ def main(argv: list[str] | None = None) -> int:
         timer.cancel()
         for remote in remotes:
             remote.close()
-        if world_size > 1:
+        if world.size > 1:
             dist.destroy_process_group()
     nats, seconds = math.fsum(x for share, *_ in shares for _, x in sorted(share.items())), max(s for *_, s in shares)
     for _, others, _ in shares:  # what failed on any rank has failed
         verdicts |= {k: v for k, v in others.items() if v.startswith("FAIL")}
-    if rank == 0:
+    if world.rank == 0:
         about |= {"audit": verdicts, "max_seconds": limit, "phases": phases.report() | {"to_score": round(seconds, 3)}}
-        about["environment"] = environment(torch.device(device), world_size)
+        about["environment"] = environment(torch.device(device), world.size)
         report(artifact, blob, folder, meta, streams, n_bytes, nats, about)
     return 2 if any(v.startswith("FAIL") for v in verdicts.values()) else 0
 

@@ -10,7 +10,6 @@ Then `python pack.py` makes the one file that counts and `python eval_bpb.py` sc
 """
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -18,12 +17,9 @@ import platform
 import queue
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-import warnings
-import zipfile
 from argparse import SUPPRESS
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -37,13 +33,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.dataset import BadInput, Parser, atomic_write, command, find_dataset, find_run, read_meta, read_shard
-from data.runs import Log, draw_curve, environment, no_cuda, note_in_ledger, open_run
-from data.tokenizer import Tokenizer
+from data.dataset import BadInput, Parser, command, find_run
+from data.runs import (Clock, Dataset, Log, Stopped, World, changed_sources, environment, its_end_noted, join, no_cuda,
+                       open_run, read_tensors, write_tensors)
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/dataset.py", "data/runs.py",
-           "data/tokenizer.py")
+SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/confine.py", "data/dataset.py",
+           "data/runs.py", "data/tokenizer.py")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}              # dense bf16, by name of the GPU, for MFU
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,56 +197,46 @@ class Segments(NamedTuple):
     cu_seqlens: Tensor  # (S + 1,) int32, segment starts and N; trailing empty segments allowed
     pos: Tensor  # (N,) int32, position in the segment
     max_len: int  # tokens, at least the longest segment
-    pad: Tensor | None  # (S, max_len) int64, the token in each padded place; None where attention takes cu_seqlens
-    unpad: Tensor | None  # (N,) int64, each token's place in the flattened padded layout
+    lengths: list[int] | None  # of the segments; None for compiled graphs, to which a list of numbers is a constant
 
 
-def make_segments(starts: np.ndarray, n_tokens: int, seq_len: int, device="cpu", padded=True, longest=0) -> Segments:
+def make_segments(starts: np.ndarray, n_tokens: int, seq_len: int, device="cpu", longest=0) -> Segments:
     """starts (K,) int, increasing positions of document starts in a row of n_tokens -> Segments, on device.
 
-    A document is cut every seq_len tokens from its start. Not padded (varlen kernels): with longest, the longest
-    seq_len of the run, compiled graphs see one shape and one max_len whatever the documents: cu_seqlens is filled up
-    with empty segments, and where a row has more than fit, its shortest documents join the one before them.
+    A document is cut every seq_len tokens from its start. With longest, the longest seq_len of the run, compiled graphs
+    see one shape and one max_len whatever the documents: cu_seqlens is filled up with empty segments, and where a row
+    has more than fit, its shortest documents join the one before them.
     """
     edges = np.unique(np.concatenate([[0], starts, [n_tokens]])).astype(np.int64)
     # Twice the segments that the shortest context of the run makes of a row without documents, in steps of 256.
-    slots = -(-6 * n_tokens // (256 * longest)) * 256 if longest and not padded else n_tokens
+    slots = -(-6 * n_tokens // (256 * longest)) * 256 if longest else n_tokens
     if (-(-np.diff(edges) // seq_len)).sum() > slots:
         kept = np.argsort(-np.diff(edges), kind="stable")[:slots - n_tokens // seq_len - 1]
         edges = np.unique(np.concatenate([[0], edges[kept], [n_tokens]]))
-    lengths = np.diff(edges)
-    pieces = (lengths + seq_len - 1) // seq_len
-    first = np.repeat(edges[:-1], pieces)
-    cuts = first + seq_len * (np.arange(len(first)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
-    cu = np.append(cuts, n_tokens)
-    segment = np.repeat(np.arange(len(cuts)), np.diff(cu))
-    pos = np.arange(n_tokens) - cuts[segment]
+    cuts = np.concatenate([np.arange(begin, end, seq_len) for begin, end in zip(edges, edges[1:])])
+    lengths = np.diff(cuts, append=n_tokens)
+    pos = np.arange(n_tokens) - np.repeat(cuts, lengths)
+    cu_seqlens = np.append(cuts, np.full(slots + 1 - len(cuts) if longest else 1, n_tokens))
 
-    def to(a, dtype):  # pinned, for a copy from pageable memory makes the CPU wait for the GPU
-        a = torch.from_numpy(a.astype(dtype))
+    def to_device(a):  # pinned, for a copy from pageable memory makes the CPU wait for the GPU
+        a = torch.from_numpy(a.astype(np.int32))
         return (a.pin_memory() if torch.device(device).type == "cuda" else a).to(device, non_blocking=True)
 
-    if not padded:
-        empty = np.full(slots - len(cuts) if longest else 0, n_tokens)
-        return Segments(to(np.append(cu, empty), np.int32), to(pos, np.int32), longest or seq_len, None, None)
-    width = int(np.diff(cu).max())
-    # Places past a segment's end come after all of its tokens, so that the causal mask hides them.
-    pad = np.minimum(cuts[:, None] + np.arange(width), n_tokens - 1)
-    return Segments(to(cu, np.int32), to(pos, np.int32), width, to(pad, np.int64), to(segment * width + pos, np.int64))
+    return Segments(to_device(cu_seqlens), to_device(pos), longest or seq_len, None if longest else lengths.tolist())
 
 
-def padded_attention(q, k, v, seg: Segments):
-    """q (N, H, d), k and v (N, K, d) -> (N, H, d), causal in segments: one kernel over segments padded to a length."""
-    q, k, v = (x[seg.pad].transpose(1, 2) for x in (q, k, v))  # (S, heads, max_len, d)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return y.transpose(1, 2).flatten(0, 1)[seg.unpad]
+def segment_attention(q, k, v, seg: Segments):
+    """q (N, H, d), k and v (N, K, d) -> (N, H, d), causal in segments: torch's kernel for each of them in turn."""
+    q, k, v = (x.transpose(0, 1)[None].split(seg.lengths, 2) for x in (q, k, v))  # each (1, heads, length, d)
+    y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in zip(q, k, v)]
+    return torch.cat(y, 2)[0].transpose(0, 1)
 
 
 def pick_attention(device: torch.device, dtype: torch.dtype):
     """-> (name, attend(q, k, v, Segments) -> (N, H, d)): FlashAttention-3 if there, else torch's varlen or SDPA."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if capability < (8, 0) or dtype != torch.bfloat16:
-        return "sdpa", padded_attention
+        return "sdpa", segment_attention
     if capability[0] == 9:
         try:
             from flash_attn_interface import flash_attn_varlen_func  # this is FA3; the module `flash_attn` is FA2
@@ -297,7 +283,7 @@ class GPT(nn.Module):
     """A decoder whose matrices are stacked in banks (layer, out, in), one per role: Muon works on whole banks."""
     MATRICES = ("qkv", "o", "up", "down")
 
-    def __init__(self, cfg: Config, attend=padded_attention, dtype=torch.float32, fused_mlp=None, fused_ce=None):
+    def __init__(self, cfg: Config, attend=segment_attention, dtype=torch.float32, fused_mlp=None, fused_ce=None):
         """cfg with vocab_size set; attend, fused_mlp, fused_ce: kernels chosen at start-up, None for torch's own."""
         super().__init__()
         self.cfg, self.attend, self.dtype, self.fused_mlp, self.fused_ce = cfg, attend, dtype, fused_mlp, fused_ce
@@ -390,11 +376,11 @@ class GPT(nn.Module):
     def attention(self, n, W, gain, i, visit, cos, sin, seg, linear, attend):
         """n (N, D), the block's normed input -> (N, D)."""
         qkv = linear(n, W["qkv"], "qkv", i, visit).view(len(n), -1, self.head_dim)
-        q, k, v = rotated_heads(qkv, gain, cos, sin, self.cfg.n_kv_head)
+        q, k, v = RotatedHeads.apply(qkv, gain, cos, sin, self.cfg.n_kv_head)
         own, length = unit(v)  # before attention: after it, the compiler would keep v in float32 for backward
         y = attend(q, k, v, seg, visit)  # (N, H, d)
         gate = F.linear(n[:, :self.cfg.gate_dims], W["gate"])  # (N, H)
-        return linear(gated_xsa(y, v, own, length, gate).reshape(n.shape), W["o"], "o", i, visit)
+        return linear(GatedXSA.apply(y, v, own, length, gate).reshape(n.shape), W["o"], "o", i, visit)
 
     def mlp(self, n, W, i, visit, linear):
         """n (N, D) -> (N, D)."""
@@ -497,14 +483,6 @@ class GatedXSA(torch.autograd.Function):
             dys.append((e - q * own).to(dz.dtype))
             dv = dv + ((2 * p * q * own - p * e - q * x) / length).to(dz.dtype)
         return torch.stack(dys, 2).view(dz.shape), dv, None, None, torch.stack(dgates, 2).view(gate.shape)
-
-
-def rotated_heads(qkv, gain, cos, sin, n_kv):
-    return RotatedHeads.apply(qkv, gain, cos, sin, n_kv)  # a function of its own: torch 2.11 cannot capture `apply`
-
-
-def gated_xsa(y, v, own, length, gate):
-    return GatedXSA.apply(y, v, own, length, gate)
 
 
 def count_flops(cfg: Config, looped: bool) -> float:
@@ -731,58 +709,49 @@ def orthogonalize(G: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Muon (Keller Jordan) for the banks of matrices; AdamW for embedding and small parameters in one flat vector."""
+    """Muon (Keller Jordan) for the banks of matrices, shared among the ranks; torch's AdamW for the embedding and the
+    small parameters, on every rank alike: by its bytes all of that takes 0.1 ms on an H100."""
 
-    def __init__(self, model: GPT, cfg: Config, rank: int, world_size: int, compiled=False):
-        self.cfg, self.rank, self.world_size = cfg, rank, world_size
+    def __init__(self, model: GPT, cfg: Config, world: World, compiled=False):
+        self.cfg, self.world = cfg, world
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False, fullgraph=True) if compiled else orthogonalize
-        named = dict(model.named_parameters())
+        named = {name: p for name, p in model.named_parameters() if p.numel()}
         self.params = list(named.values())
         # Largest first. The stacked q, k, v are orthogonalised one by one: these are their rows.
         self.banks = [(named.pop(name), model.qkv_sizes if name == "qkv" else None)
                       for name in ("down", "up", "qkv", "o")]
-        self.adam = list(named.values())  # whatever is no bank: no parameter is left out
-        assert all(p.ndim == 3 for p, _ in self.banks) and len(self.banks) + len(self.adam) == len(self.params)
-        device = self.params[0].device
+        device, embed = self.params[0].device, named.pop("embed.weight")
+        self.small = [embed, *named.values()]  # whatever is no bank: no parameter is left out
+        assert all(p.ndim == 3 for p, _ in self.banks) and len(self.banks) + len(self.small) == len(self.params)
         self.comm_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.momenta = [torch.zeros(-(-p.size(0) // world_size), *p.shape[1:], device=device) for p, _ in self.banks]
-        # AdamW's vector, padded to the ranks; learning rate and decay of each element of this rank's share.
-        sizes = [p.numel() for p in self.adam]
-        self.adam_size = -(-sum(sizes) // world_size)
-        share = lambda values: torch.cat([torch.full((n,), v) for v, n in zip(values, sizes)] + [torch.zeros(
-            self.adam_size * world_size - sum(sizes))])[rank * self.adam_size:][:self.adam_size].to(device)
-        is_embed = [name == "embed.weight" for name in named]
-        self.adam_lr = share([cfg.embed_lr if e else cfg.scalar_lr for e in is_embed])
-        self.adam_wd = share([cfg.embed_wd if e else cfg.scalar_wd for e in is_embed])
-        self.adam_m, self.adam_v = torch.zeros(2, self.adam_size, device=device)
-        self.t = 0
+        self.momenta = [torch.zeros(-(-p.size(0) // world.size), *p.shape[1:], device=device) for p, _ in self.banks]
+        self.adamw = torch.optim.AdamW([
+            {"params": [embed], "peak_lr": cfg.embed_lr, "weight_decay": cfg.embed_wd},
+            {"params": self.small[1:], "peak_lr": cfg.scalar_lr, "weight_decay": cfg.scalar_wd},
+        ], betas=(cfg.adam_beta1, cfg.adam_beta2), fused=True)
 
     def reset(self) -> None:
         """Forget everything, as before the first step."""
-        self.t = 0
-        for buffer in (*self.momenta, self.adam_m, self.adam_v):
-            buffer.zero_()
+        torch._foreach_zero_(self.momenta)
+        self.adamw.state.clear()
 
-    def buffers(self) -> list[Tensor]:
+    def state_dict(self) -> dict:
         """-> everything it remembers, of all ranks. Every rank must call it."""
-        whole = [all_gather(x, self.world_size) for x in (*self.momenta, self.adam_m, self.adam_v)]
+        whole = [self.world.all_gather(m) for m in self.momenta]
         for _, handle in whole:
             if handle:
                 handle.wait()
-        return [x.cpu() for x, _ in whole]
+        return {"momenta": [m for m, _ in whole], "adamw": self.adamw.state_dict()}
 
-    def load(self, step: int, buffers: list[Tensor]) -> None:
-        """Goes on after so many steps with what buffers() gave. ValueError on another number of ranks."""
-        self.t, mine = step, (*self.momenta, self.adam_m, self.adam_v)
-        if [len(x) for x in buffers] != [len(x) * self.world_size for x in mine]:
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on with what state_dict() gave. ValueError on another number of ranks or other shapes."""
+        if [len(m) for m in state["momenta"]] != [len(m) * self.world.size for m in self.momenta]:
             raise ValueError("it is of another number of ranks")
-        for share, whole in zip(mine, buffers):
-            share.copy_(whole[self.rank * len(share):][:len(share)])
-
-    def flat(self, tensors) -> Tensor:
-        """Tensors of self.adam's shapes -> one vector (world_size * adam_size,)."""
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        return F.pad(flat, (0, self.adam_size * self.world_size - flat.numel()))
+        for share, whole in zip(self.momenta, state["momenta"]):
+            share.copy_(whole[self.world.rank * len(share):][:len(share)])
+        self.adamw.load_state_dict(state["adamw"])
+        if any(self.adamw.state[p][key].shape != p.shape for p in self.small for key in ("exp_avg", "exp_avg_sq")):
+            raise ValueError("AdamW's moments have other shapes")
 
     @torch.no_grad()
     def step(self, loss: Tensor, lr: float, momentum: float) -> Tensor:
@@ -790,122 +759,59 @@ class Optimizer:
 
         lr: of the schedule, in [0, 1]; momentum: Muon's. -> (2,) float32 on the device: batch loss, gradient norm.
         """
-        cfg, W = self.cfg, self.world_size
+        cfg, world = self.cfg, self.world
         reduced = []  # (share of the gradient, handle): all in flight at once
         for p, _ in self.banks:
-            g = F.pad(p.grad, (0, 0, 0, 0, 0, -p.size(0) % W)).to(self.comm_dtype)
-            reduced.append(reduce_scatter(g, W))
-        reduced.append(reduce_scatter(self.flat([p.grad if p.numel() else p for p in self.adam]), W))
+            g = F.pad(p.grad, (0, 0, 0, 0, 0, -p.size(0) % world.size)).to(self.comm_dtype)
+            reduced.append(world.reduce_scatter(g))
+        small = torch.cat([p.grad.flatten() for p in self.small])
+        world.sum(small)
         grads = []
         for share, handle in reduced:
             if handle:
                 handle.wait()
             grads.append(share.float())
-        totals = torch.stack([loss.detach().float(), sum(g.square().sum() for g in grads)])
-        if W > 1:
-            dist.all_reduce(totals)
+        square = sum(g.square().sum() for g in grads) + small.square().sum() / world.size  # which all ranks have
+        totals = torch.stack([loss.detach().float(), square])
+        world.sum(totals)
         grad_norm = totals[1].sqrt()
         clip = (cfg.grad_clip / (grad_norm + 1e-6)).clamp(max=1)
 
         # Muon, largest bank first: the all-gather of one bank travels while the next is orthogonalised.
-        self.t += 1
         gathered = []
         for (p, parts), m, g in zip(self.banks, self.momenta, grads):
             m.mul_(momentum).add_(g * clip)
             nesterov = (g * clip + momentum * m).to(self.comm_dtype)
             update = torch.cat([self.orthogonalize(u) for u in nesterov.split(parts or nesterov.size(1), 1)], 1)
-            gathered.append(all_gather(update, W))
-        # AdamW on this rank's share of the flat vector, meanwhile.
-        g, m, v = grads[-1] * clip, self.adam_m, self.adam_v
-        m.lerp_(g, 1 - cfg.adam_beta1)
-        v.lerp_(g.square(), 1 - cfg.adam_beta2)
-        w = self.flat(self.adam)[self.rank * self.adam_size:][:self.adam_size]
-        mean, square = m / (1 - cfg.adam_beta1 ** self.t), v / (1 - cfg.adam_beta2 ** self.t)
-        w = w - lr * self.adam_lr * (mean / (square.sqrt() + 1e-8) + self.adam_wd * w)
-        flat, flat_handle = all_gather(w, W)
+            gathered.append(world.all_gather(update))
+        for group in self.adamw.param_groups:
+            group["lr"] = lr * group["peak_lr"]
+        for p, g in zip(self.small, (small * clip).split([p.numel() for p in self.small])):
+            p.grad = g.view_as(p)
+        self.adamw.step()
         for (p, _), (update, handle) in zip(self.banks, gathered):
             if handle:
                 handle.wait()
             p.mul_(1 - lr * cfg.matrix_lr * cfg.matrix_wd).add_(update[:p.size(0)], alpha=-lr * cfg.matrix_lr)
-        if flat_handle:
-            flat_handle.wait()
-        sizes = [p.numel() for p in self.adam]
-        torch._foreach_copy_(self.adam, [x.view_as(p) for x, p in zip(flat[:sum(sizes)].split(sizes), self.adam)])
         for p in self.params:
             p.grad = None
         return torch.stack([totals[0], grad_norm])
-
-
-def reduce_scatter(x: Tensor, world_size: int):
-    """x (world_size * n, ...) on every rank -> (this rank's n rows of the sum, handle to wait on or None)."""
-    if world_size == 1:
-        return x, None
-    share = x.new_empty(x.size(0) // world_size, *x.shape[1:])
-    return share, dist.reduce_scatter_tensor(share, x, async_op=True)
-
-
-def all_gather(x: Tensor, world_size: int):
-    """x (n, ...) on each rank -> ((world_size * n, ...) in rank order, handle to wait on or None)."""
-    if world_size == 1:
-        return x, None
-    whole = x.new_empty(x.size(0) * world_size, *x.shape[1:])
-    return whole, dist.all_gather_into_tensor(whole, x.contiguous(), async_op=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 
 
-class Dataset:
-    """A prepared dataset: meta (dict), tokenizer (None for random tokens), functions that read train shards and val."""
-
-    def __init__(self, cfg: Config, rank: int = 0, world_size: int = 1):
-        """Checks everything that a run relies on before it starts: files against meta.json, and this rank's part of the
-        shards for tokens outside the vocabulary. Raises BadInput."""
-        if cfg.data == "synthetic":
-            self.tokenizer, vocab = None, cfg.vocab_size or 8192
-            self.meta = {"name": "synthetic", "vocab_size": vocab, "val_tokens": 4 * cfg.row_tokens, "val_bytes": 0}
-            self.boundary, self.n_train = vocab - 1, 8
-            self.train = lambda i: synthetic_tokens(vocab, max(1 << 22, 2 * cfg.row_tokens), seed=i)
-            self.val = lambda: synthetic_tokens(vocab, 4 * cfg.row_tokens, seed=self.n_train)
-            return
-        folder = find_dataset(cfg.data)
-        self.meta = read_meta(folder)
-        self.tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
-        vocab, self.boundary = self.meta["vocab_size"], self.tokenizer.boundary
-        if cfg.vocab_size not in (0, vocab):
-            raise BadInput(f"--vocab_size={cfg.vocab_size}, but {folder} has {vocab}: leave it 0 to follow the dataset")
-        train = sorted(folder.glob("train_*.bin"))
-        val = sorted(folder.glob("val_*.bin"))
-        if not train or not val:
-            raise BadInput(f"{folder} has no {'train' if not train else 'val'} shards: prepare it with data/prepare.py")
-        for path in (train + val)[rank::world_size]:
-            read_shard(path, vocab)
-        self.n_train = len(train)
-        self.train = lambda i: read_shard(train[i])
-        self.val = lambda: np.concatenate([read_shard(path) for path in val])
-
-
-def synthetic_tokens(vocab: int, n: int, seed: int) -> np.ndarray:
-    """-> n random tokens uint16 in documents of web-like lengths (lognormal, median 403 tokens, mean 690)."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, vocab - 1, n, dtype=np.uint16)
-    starts = np.cumsum(np.concatenate([[0], rng.lognormal(np.log(403), 1.04, n // 100)])).astype(np.int64)
-    tokens[starts[starts < n]] = vocab - 1
-    return tokens
-
-
 class Loader:
     """An endless stream of rows: shards in a seeded order, the documents of each in a seeded order, cut into rows.
 
-    The stream is the same whatever the number of ranks; rank r takes rows r, r + world_size, ... A thread reads ahead.
+    The stream is the same whatever the number of ranks; rank r of n takes rows r, r + n, ... A thread reads ahead.
     (The public loaders that mix documents gained 0.002 bits per byte over sequential ones.)
     """
 
-    def __init__(self, data: Dataset, cfg: Config, rank: int, world_size: int, device: torch.device, padded: bool,
-                 first_row: int = 0):
-        self.data, self.cfg, self.rank, self.world_size = data, cfg, rank, world_size
-        self.device, self.padded, self.first_row = device, padded, first_row
+    def __init__(self, data: Dataset, cfg: Config, world: World, compiled: bool = False, first_row: int = 0):
+        self.data, self.cfg, self.world, self.first_row = data, cfg, world, first_row
+        self.longest = cfg.seq_len if compiled else 0
         self.ready = queue.Queue(maxsize=16)
         threading.Thread(target=self.read_ahead, daemon=True).start()
 
@@ -924,7 +830,7 @@ class Loader:
                 starts, ends = starts[order], ends[order]
                 stop = np.cumsum(ends - starts)  # where each document ends in the shuffled shard
                 for a in range(0, int(stop[-1]) - n, n):  # the tail that fills no row is left out
-                    if index >= self.first_row and index % self.world_size == self.rank:
+                    if index >= self.first_row and index % self.world.size == self.world.rank:
                         i, j = np.searchsorted(stop, [a, a + n], side="right")
                         row = np.concatenate([tokens[starts[d]:ends[d]] for d in range(i, j + 1)])
                         skip = a - (int(stop[i - 1]) if i else 0)
@@ -947,18 +853,19 @@ class Loader:
         if isinstance(item, BaseException):
             raise item
         row, starts = item
-        if self.device.type == "cuda":
+        if self.world.device.type == "cuda":
             row = row.pin_memory()
-        row = row.to(self.device, non_blocking=True).long()
-        seg = make_segments(starts, len(row) - 1, seq_len, self.device, self.padded, self.cfg.seq_len)
+        row = row.to(self.world.device, non_blocking=True).long()
+        seg = make_segments(starts, len(row) - 1, seq_len, self.world.device, self.longest)
         return row[:-1], row[1:], seg
 
 
 class Validation:
     """Bits per byte over whole validation documents in order, each target once, with a context of up to seq_len."""
 
-    def __init__(self, data: Dataset, cfg: Config, rank: int, world_size: int, device: torch.device, padded: bool):
-        tokens = data.val()
+    def __init__(self, data: Dataset, cfg: Config, world: World, compiled: bool = False):
+        self.cfg, self.world, self.boundary, tokens = cfg, world, data.boundary, data.val()
+        self.longest = cfg.seq_len if compiled else 0
         edges = np.append(np.flatnonzero(tokens == data.boundary), len(tokens))
         if cfg.val_tokens:
             edges = edges[:max(2, int(np.searchsorted(edges, cfg.val_tokens, side="right")))]
@@ -970,23 +877,18 @@ class Validation:
         row = cfg.row_tokens
         filled = np.concatenate([tokens[:self.n_tokens], np.full(row + 1, data.boundary, tokens.dtype)])
         self.rows = [(filled[a:a + row + 1], min(row, self.n_tokens - a))
-                     for a in range(rank * row, self.n_tokens, world_size * row)]
-        self.boundary, self.cfg, self.world_size, self.device, self.padded = (
-            data.boundary, cfg, world_size, device, padded)
+                     for a in range(world.rank * row, self.n_tokens, world.size * row)]
 
     @torch.no_grad()
     def __call__(self, losses, looped: bool) -> tuple[float, float]:
         """losses(tokens, targets, seg, looped) as GPT.losses -> (nats per token, bits per byte)."""
         nats = torch.zeros((), dtype=torch.float64)
         for row, n in self.rows:
-            x = torch.from_numpy(row.astype(np.int64)).to(self.device)
+            x = torch.from_numpy(row.astype(np.int64)).to(self.world.device)
             starts = np.flatnonzero(row[:min(n + 1, len(row) - 1)] == self.boundary)  # the filling is one document
-            seg = make_segments(starts, len(row) - 1, self.cfg.seq_len, self.device, self.padded, self.cfg.seq_len)
+            seg = make_segments(starts, len(row) - 1, self.cfg.seq_len, x.device, self.longest)
             nats += losses(x[:-1], x[1:], seg, looped)[:n].cpu().double().sum()
-        if self.world_size > 1:
-            nats = nats.to(self.device)
-            dist.all_reduce(nats)
-        nats = nats.item()
+        nats = math.fsum(self.world.gather(nats.item()))
         return nats / self.n_tokens, nats / math.log(2) / self.n_bytes if self.n_bytes else float("nan")
 
 
@@ -1018,18 +920,15 @@ def looped_at(cfg: Config, progress: float) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # Calibration and checkpoint
 
-
-def calib_chunk(cfg: Config) -> int:
-    """Tokens that calibration takes at a time: float32 copies of their activations must fit."""
-    return min(cfg.row_tokens, 16384)
+CALIB_ROW = 16384  # tokens that calibration takes at a time, at most: float32 copies of their activations must fit
 
 
-def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed: int, late=lambda: False) -> dict:
-    """Sums over n_chunks * chunk_tokens training tokens, with labels sampled from the model (the true Fisher) ->
+def calibrate(model: GPT, loader: Loader, n_rows: int, seed: int, late=lambda: False) -> dict:
+    """Sums over n_rows rows of training tokens, with labels sampled from the model (the true Fisher) ->
 
     bank.H (L, in, in) of x x^T and bank.g (L, out) of (dL/dy)^2 for each y = W x, over all visits of a looped block;
     for the tied embedding embed.H (D, D) and embed.g (V,) as the head, embed.S (D, D) of (dL/dx)(dL/dx)^T as the input;
-    tokens (1,). embed.g is exact: p (1 - p) times the softcap's slope squared. Ends after a chunk once late() is true.
+    tokens (1,). embed.g is exact: p (1 - p) times the softcap's slope squared. Ends after a row once late() is true.
     """
     device, cap = model.embed.weight.device, model.cfg.softcap
     V, D = model.embed.weight.shape
@@ -1058,13 +957,10 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
 
     model.requires_grad_(False)  # only activations need gradients here
     hook = model.embed.register_forward_hook(tap_embedding)
-    for i in range(n_chunks):
+    for i in range(n_rows):
         if i and late():
             break
         tokens, _, seg = loader.next(model.cfg.seq_len)
-        if chunk_tokens < len(tokens):
-            tokens, starts = tokens[:chunk_tokens], (seg.pos[:chunk_tokens] == 0).nonzero()[:, 0].cpu().numpy()
-            seg = make_segments(starts, chunk_tokens, model.cfg.seq_len, device, seg.pad is not None)
         hidden = model(tokens, seg, True, tap)
         outer("embed.H", hidden)
         logits = model.logits(hidden)
@@ -1085,38 +981,21 @@ def calibrate(model: GPT, loader: Loader, n_chunks: int, chunk_tokens: int, seed
     return stats
 
 
-def write_saved(path: Path, **values) -> None:
-    """What read_saved() reads. The file that stands there is replaced in one step, or stays as it is."""
-    buffer = io.BytesIO()  # a full disk must fail in write(), not in torch.save
-    torch.save(values, buffer)
-    with atomic_write(path) as f:
-        f.write(buffer.getbuffer())
-
-
 def save_checkpoint(path: Path, cfg: Config, model: GPT, data: Dataset, stats: dict, run: dict) -> None:
     tokenizer = data.tokenizer.blob.decode() if data.tokenizer else ""
     cfg = replace(cfg, parent="", idea="")  # of the run; its artifact does not pay for them
-    write_saved(path, config=asdict(cfg), weights=model.state_dict(), stats=stats, run=run, tokenizer=tokenizer)
+    write_tensors(path, config=asdict(cfg), weights=model.state_dict(), stats=stats, run=run, tokenizer=tokenizer)
 
 
 def read_saved(path: Path, *keys: str) -> dict:
-    """A checkpoint or a saved state -> {"config": Config, "weights" {name: tensor}, and keys}.
-
-    The file may come from anywhere: checksums first, tensors and plain values only, shapes as configured. BadInput.
-    """
-    try:
-        with zipfile.ZipFile(path) as z:
-            if (bad := z.testzip()) is not None:
-                raise ValueError(f"{bad} does not match its checksum")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    """A checkpoint or a saved state -> {"config": Config, "weights" {name: tensor}, and keys}; shapes as configured."""
+    with read_tensors(path) as saved:
         cfg = config_from(saved["config"])
         with torch.device("meta"):
             expected = {k: v.shape for k, v in GPT(cfg).state_dict().items()}
         if any({k: v.shape for k, v in saved[x].items()} != expected for x in ("weights", "ema") if x in saved):
             raise ValueError("the weights are not those that the config describes")
         return {**{k: saved[k] for k in ("weights", *keys)}, "config": cfg}
-    except Exception as e:  # torch.load has no single error for bad bytes
-        raise BadInput(f"{path} is not whole: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -1133,10 +1012,9 @@ def read_state(run: str) -> dict:
     state = read_saved(folder / "state.pt", "ema", "optimizer", *kinds)
     if any(type(state[key]) is not kind for key, kind in kinds.items()):
         raise BadInput(f"{folder}/state.pt is not whole")
-    source = lambda root, f: (root / f).read_bytes() if (root / f).is_file() else b""
-    if changed := [f for f in SOURCES if source(folder / "source", f) != source(ROOT, f)]:
+    if changed := changed_sources(folder, SOURCES):
         raise BadInput(f"--resume={run}: {', '.join(changed)} changed since the run began")
-    return state | {"folder": str(folder)}
+    return state | {"folder": folder}
 
 
 def config_from(values: dict) -> Config:
@@ -1153,122 +1031,45 @@ def config_from(values: dict) -> Config:
 # Training
 
 
-class World(NamedTuple):
-    """The processes that train together, and the place of this one among them."""
-    rank: int
-    size: int
-    device: torch.device
-    control: object  # a gloo group for small talk between the CPUs, which no GPU waits for; None when alone
-
-    def largest(self, *values: float) -> list[float]:
-        """The largest of each value over all ranks."""
-        if self.size == 1:
-            return list(values)
-        agreed = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, self.control)
-        return agreed.tolist()
-
-
-class Clock:
-    """Seconds of training: runs from start() to stop(), as often as need be. sync() makes queued GPU work count."""
-
-    def __init__(self, sync):
-        self.sync, self.total, self.since = sync, 0.0, None
-
-    def start(self) -> None:
-        self.sync()
-        self.since = time.perf_counter()
-
-    def stop(self) -> None:
-        self.sync()
-        self.total, self.since = self.seconds(), None
-
-    def seconds(self) -> float:
-        return self.total + (time.perf_counter() - self.since if self.since is not None else 0.0)
-
-
-class Stopped(Exception):
-    """Training cannot go on: Stopped(reason, exit code)."""
-
-
-def join(cfg: Config) -> World:
-    """The processes that torchrun started, or this one alone -> World. Raises BadInput."""
-    rank, local_rank, size = (int(os.environ.get(k, v)) for k, v in
-                              (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = cfg.device or next(k for k in there if there[k])
-    if not there[kind]:
-        raise BadInput(f"--device={kind}: " + (no_cuda() if kind == "cuda" else "this machine or torch has none"))
-    if (rows := cfg.batch_tokens // cfg.row_tokens) % size:
-        raise BadInput(f"--batch_tokens={cfg.batch_tokens} is {rows} rows of --row_tokens={cfg.row_tokens}, which "
-                       f"{size} ranks cannot share evenly{'; ' + no_cuda() if no_cuda() else ''}")
-    device, control = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind), None
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
-    if size > 1:
-        warnings.filterwarnings("ignore", category=FutureWarning)  # torch 2.13 renames the collectives that 2.11 has
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
-        control = dist.new_group(backend="gloo")
-    if cfg.data == "demo" and local_rank == 0 and not (ROOT / "data/demo/meta.json").exists():  # on each node
-        subprocess.run([sys.executable, str(ROOT / "data/prepare.py"), "demo"])  # should it fail, Dataset() stops us
-    if size > 1:
-        dist.barrier(control)
-    return World(rank, size, device, control)
-
-
 def main(argv: list[str] | None = None) -> int:
     preset, cfg, state = parse_config(sys.argv[1:] if argv is None else argv)
     world = join(cfg)
-    problems = [""] * world.size
     try:
-        data = Dataset(cfg, world.rank, world.size)
+        data, problem = Dataset(cfg, world), ""
     except BadInput as e:
-        problems[world.rank] = f"{platform.node()}: {e}" if world.size > 1 else str(e)
-    if world.size > 1:  # what one node lacks, all of them say
-        dist.all_gather_object(problems, problems[world.rank], world.control)
-    if any(problems):
-        raise BadInput(next(filter(None, problems)))
+        problem = f"{platform.node()}: {e}" if world.size > 1 else str(e)
+    if problems := [*filter(None, world.gather(problem))]:  # what one node lacks, all of them say
+        raise BadInput(problems[0])
     cfg = replace(cfg, vocab_size=data.meta["vocab_size"])
     name = cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}"
-    folder = None if world.rank else Path(state["folder"]) if state else open_run(name, SOURCES)
+    folder = None if world.rank else state["folder"] if state else open_run(name, SOURCES)
     log = Log(folder)
     try:
-        return train(cfg, preset, data, state, folder, log, world)
-    except (Exception, KeyboardInterrupt) as e:
-        reason, code = e.args if isinstance(e, Stopped) else (f"{type(e).__name__}: {e}", 1)
-        if folder:
-            with atomic_write(folder / "crash.json", "w") as f:
-                json.dump({"reason": reason, "exit_code": code}, f)
-            log(f"stopped: {reason} (see {folder}/crash.json)")
-            note_in_ledger(folder)
-        if isinstance(e, Stopped):
-            return code
-        raise
+        with its_end_noted(folder, log):
+            return train(cfg, preset, data, state, folder, log, world)
+    except Stopped as e:
+        return e.args[1]
     finally:
-        if folder:
-            draw_curve(folder)
         if world.size > 1:
             dist.destroy_process_group()
 
 
-def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World, padded: bool):
+def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World, compiled: bool):
     """Compile every graph and time calibration, on random tokens and untimed; leaves no trace. A row that does not fit
-    into memory is halved. -> (Config with the row_tokens that fit, seconds of calibration per chunk)."""
+    into memory is halved. -> (Config with the row_tokens that fit, seconds of calibration per row)."""
     params, states = list(model.parameters()), dict.fromkeys((looped_at(cfg, 0.0), True))
     initial = [p.detach().clone() for p in params]
 
-    def batch(seq_len):
-        row = torch.from_numpy(np.random.default_rng(world.rank).integers(0, cfg.vocab_size, cfg.row_tokens + 1))
-        starts = np.arange(0, cfg.row_tokens, 700)  # of documents of 700 tokens
-        seg = make_segments(starts, cfg.row_tokens, seq_len, world.device, padded, cfg.seq_len)
-        return row[:-1].to(world.device), row[1:].to(world.device), seg
+    def batch(n):
+        row = torch.from_numpy(np.random.default_rng(world.rank).integers(0, cfg.vocab_size, n + 1)).to(world.device)
+        starts = np.arange(0, n, 700)  # of documents of 700 tokens
+        return row[:-1], row[1:], make_segments(starts, n, cfg.seq_len, world.device, cfg.seq_len if compiled else 0)
 
     while True:
         out_of_memory = False
         try:
             for looped in states:
-                loss = losses(*batch(cfg.seq_len), looped).sum() / cfg.batch_tokens
+                loss = losses(*batch(cfg.row_tokens), looped).sum() / cfg.batch_tokens
                 loss.backward()
         except RuntimeError as e:
             if "out of memory" not in str(e):
@@ -1285,13 +1086,13 @@ def warm_up(cfg: Config, model: GPT, losses, optimizer: Optimizer, world: World,
     optimizer.step(loss, 1.0, cfg.momentum)
     with torch.no_grad():
         for looped in states:
-            losses(*batch(cfg.seq_len), looped)  # validation's graphs
+            losses(*batch(cfg.row_tokens), looped)  # validation's graphs
         torch._foreach_copy_(params, initial)
     optimizer.reset()
-    seconds = 0.0
+    rows, seconds = SimpleNamespace(next=lambda seq_len: batch(min(cfg.row_tokens, CALIB_ROW))), 0.0
     for _ in range(2 if cfg.calib_tokens else 0):  # the second is the one that counts
         since = time.perf_counter()
-        calibrate(model, SimpleNamespace(next=batch), 1, calib_chunk(cfg), cfg.seed)["tokens"].item()
+        calibrate(model, rows, 1, cfg.seed)["tokens"].item()
         seconds = time.perf_counter() - since
     return cfg, seconds
 
@@ -1315,7 +1116,7 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
 
     # ---- build and warm up
     attention, attend = pick_attention(device, dtype)
-    padded = attention == "sdpa"  # segments padded to shapes that change from row to row: nothing is compiled
+    compiled = attention != "sdpa"  # whose segments change their shapes from row to row
     model = GPT(cfg, attend, dtype, **pick_kernels(cfg, device, dtype, log))
     model.init_matrices()  # on the CPU: the same weights on any device
     model.to(device)
@@ -1323,15 +1124,16 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
     if world.size > 1:
         for p in params:
             dist.broadcast(p.data, 0)
-    optimizer = Optimizer(model, cfg, world.rank, world.size, compiled=not padded)
-    losses = model.losses if padded else torch.compile(model.losses, dynamic=False, fullgraph=True)
-    wanted, (cfg, chunk_seconds) = cfg.row_tokens, warm_up(cfg, model, losses, optimizer, world, padded)
+    optimizer = Optimizer(model, cfg, world, compiled=compiled)
+    losses = torch.compile(model.losses, dynamic=False, fullgraph=True) if compiled else model.losses
+    wanted, (cfg, calib_seconds) = cfg.row_tokens, warm_up(cfg, model, losses, optimizer, world, compiled)
     if cfg.row_tokens < wanted:
         log(f"--row_tokens={wanted} does not fit into this GPU: {cfg.row_tokens}, the same batch in more passes")
     n_rows = cfg.batch_tokens // cfg.row_tokens
-    n_chunks = -(-cfg.calib_tokens // (calib_chunk(cfg) * world.size))
+    calib_cfg = replace(cfg, row_tokens=min(cfg.row_tokens, CALIB_ROW), seed=cfg.seed + 1)
+    calib_rows = -(-cfg.calib_tokens // (calib_cfg.row_tokens * world.size))
     # Calibration is part of the budget: what it will take is set aside, by the slowest rank's estimate.
-    (reserve,) = world.largest(1.2 * chunk_seconds * n_chunks)
+    (reserve,) = world.largest(1.2 * calib_seconds * calib_rows)
     limit = cfg.max_seconds - reserve if cfg.max_seconds else math.inf
     if limit <= 0:
         raise Stopped(f"--max_seconds={cfg.max_seconds} leaves no time to train: calibration takes {reserve:.0f} s", 2)
@@ -1342,13 +1144,14 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
         model.load_state_dict(state["weights"])
         torch._foreach_copy_(ema, [state["ema"][name].to(device) for name, _ in model.named_parameters()])
         try:
-            optimizer.load(step, state["optimizer"])
-        except (RuntimeError, ValueError, TypeError) as e:
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise Stopped(f"--resume: the state of the optimizer does not fit: {e}", 2) from None
         log(kind="resume", step=step, train_seconds=clock.total, resumed=resumed)
-    loader = Loader(data, cfg, world.rank, world.size, device, padded, first_row=step * n_rows)
-    val = Validation(data, cfg, world.rank, world.size, device, padded)
-    log(f"attention:{attention} dtype:{str(dtype).split('.')[1]} compile:{'off' if padded else 'on'} "
+    loader = Loader(data, cfg, world, compiled, first_row=step * n_rows)
+    calib_loader = Loader(data, calib_cfg, world)
+    val = Validation(data, cfg, world, compiled)
+    log(f"attention:{attention} dtype:{str(dtype).split('.')[1]} compile:{'on' if compiled else 'off'} "
         f"parameters:{sum(p.numel() for p in params)} rows_per_step:{n_rows} rows_per_rank:{n_rows // world.size} "
         f"train_tokens:{data.meta.get('train_tokens', 0)} val_tokens:{val.n_tokens} val_docs:{val.n_docs}")
     if attention == "varlen_attn" and torch.cuda.get_device_capability(device)[0] == 9:
@@ -1395,11 +1198,11 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
             clock.start()
         if save:
             clock.stop()
-            buffers = optimizer.buffers()
+            memory, weights = optimizer.state_dict(), model.state_dict()
             if folder:  # rows and random numbers follow from the step
-                write_saved(folder / "state.pt", config=asdict(cfg), preset=preset, step=step, next_val=next_val,
-                            seconds=clock.total, resumed=resumed, optimizer=buffers, weights=model.state_dict(),
-                            ema=dict(zip(model.state_dict(), ema)))
+                write_tensors(folder / "state.pt", config=asdict(cfg), preset=preset, step=step, next_val=next_val,
+                              seconds=clock.total, resumed=resumed, optimizer=memory, weights=weights,
+                              ema=dict(zip(weights, ema)))
             saved = clock.total
             world.largest(0)
             clock.start()
@@ -1425,9 +1228,9 @@ def train(cfg: Config, preset: str, data: Dataset, state, folder: Path | None, l
     with torch.no_grad():
         torch._foreach_lerp_(params, ema, cfg.ema_share)
     late = lambda: cfg.max_seconds and clock.seconds() >= cfg.max_seconds  # the estimate was too low: fewer tokens do
-    stats = calibrate(model, loader, n_chunks, calib_chunk(cfg), cfg.seed + world.rank, late) if n_chunks else {}
-    for x in stats.values() if world.size > 1 else ():
-        dist.all_reduce(x)
+    stats = calibrate(model, calib_loader, calib_rows, cfg.seed + world.rank, late) if calib_rows else {}
+    for x in stats.values():
+        world.sum(x)
     clock.stop()
 
     # ---- save, validate, sum up

@@ -1,1 +1,0 @@
-"""Datasets: their file format (dataset.py), tokenizer (tokenizer.py), and the command that writes them (prepare.py)."""
