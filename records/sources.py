@@ -150,8 +150,9 @@ def scan(review, name, text, depth=0):
         matching(identifiers(i.context_expr), "^importerror$") for i in n.items)]
     guarded = {id(n) for t in optional for n in ast.walk(t)}
     runs_text = False
-    # What stands below the border of eval_bpb.py, and all of confine.py, is compared with the root's.
-    above = text.partition("\n# The judge")[0] if name == "eval_bpb.py" else text * (name != "data/confine.py")
+    # What stands below the border of eval_bpb.py is compared with the root's; strictly, so is all of confine.py.
+    above = text.partition("\n# The judge")[0] if name == "eval_bpb.py" else text
+    above = "" if name == "data/confine.py" and review.strict else above
     review.judge = above.count("\n") + 2 if above else 0
     # `from os import system as run` makes run() a call of os.system.
     review.aliases = {a.asname or a.name: f"{n.module}.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom)
