@@ -14,7 +14,6 @@ search, sets the size. All of it comes from the checkpoint: packing reads no dat
 import io
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -28,15 +27,14 @@ from itertools import product
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+from train_gpt import GPT, Config, block_order, load_checkpoint  # before torch: it sets what OpenMP reads
+from data.dataset import BadInput, Parser, Progress, atomic_write, command
+from data.tokenizer import Tokenizer
+
 import numpy as np
 import torch
 import zstandard
 from torch import Tensor
-
-from data.dataset import BadInput, Parser, Progress, atomic_write, command
-from data.tokenizer import Tokenizer
-from train_gpt import GPT, Config, block_order, config_from, load_checkpoint
 
 # --------------------------------------------------------------------------------------------------
 # Entropy coder. A value is k + half / 2 steps, kept as the integer 2 k + half; half is the lowest
@@ -174,16 +172,17 @@ def decode(words, escapes, sigmas):
 
 
 def exponent(x, times=4, limit=127):
-    """x > 0 -> n int8, within the limit: x ~= 2^(n / times)."""
-    return np.clip(np.round(times * np.log2(x)), -limit, limit).astype(np.int8)
+    """x -> n int8, within the limit: x ~= 2^(n / times)."""
+    n = np.round(times * np.log2(np.maximum(x, 1e-10)))
+    return np.clip(n, -limit, limit).astype(np.int8)
 
 
 def scales(values):
     """values (L, R, n) in half steps -> row (L, R, 1), col (L, 1, n): sigma ~ 2^((row + col) / 4) steps."""
     steps = values.astype(np.float32) / 2
-    col = exponent(np.maximum((steps * steps).mean(1, keepdims=True), 1e-9), 2, 60)
+    col = exponent((steps * steps).mean(1, keepdims=True), 2, 60)
     steps *= np.exp2(-col / 4, dtype=np.float32)
-    return exponent(np.maximum((steps * steps).mean(2, keepdims=True), 1e-9), 2, 60), col
+    return exponent((steps * steps).mean(2, keepdims=True), 2, 60), col
 
 
 # --------------------------------------------------------------------------------------------------
@@ -240,10 +239,10 @@ def plan(W, H, g):
     factor = torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2)
     U = torch.linalg.solve_triangular(factor, eye, upper=True)
     diagonal = U.diagonal(dim1=1, dim2=2)[:, None]
-    mean = g.double().mean(1, keepdim=True).clamp(min=1e-12)
+    mean = g.double().mean(1, True).clamp(min=1e-12)
     relative = (g.double() / mean).clamp(G_LEAST, G_MOST)
     share = relative ** -ROW_EXPONENT                       # scaled so that the mean of g share^2 is 1
-    share *= ((relative * share.square()).mean(1, keepdim=True) * mean) ** -0.5
+    share *= ((relative * share.square()).mean(1, True) * mean) ** -0.5
     row = exponent(share.cpu().numpy())
     col = exponent(diagonal.cpu().numpy())
     step = quarter(col).to(W.device)
@@ -346,7 +345,7 @@ def trace_back(residual, parity, metric, before):
 MATRICES = (*GPT.MATRICES, "embed.weight")      # what is quantised; all others are small vectors
 SMALL_STEP = 1 / 64     # steps of small vectors, of their spread; KL 6e-6, with 1/32 3e-5
 MAX_WEIGHTS = 1 << 27   # of a model
-MAX_BLOCKS = 64         # layers, and applications of them to a token
+MAX_BLOCKS = 64         # applications of its blocks to a token
 MAX_ROW = 1 << 30       # bytes of the activations of a row of tokens
 
 
@@ -366,9 +365,9 @@ def split(state):
 def table(state, n_escapes):
     """-> the sections (name, type, shapes of the arrays)."""
     matrices, vectors = split(state)
-    rows = [(*W.shape[:2], 1) for W in matrices.values()]
-    columns = [(len(W), 1, W.shape[2]) for W in matrices.values()]
-    heads = [(len(x), 1) for x in vectors.values()]
+    rows = [W[:, :, :1].shape for W in matrices.values()]
+    columns = [W[:, :1].shape for W in matrices.values()]
+    heads = [x[:, :1].shape for x in vectors.values()]
     return [
         ("steps of rows", "i1", rows),
         ("steps of columns", "i1", columns),
@@ -385,7 +384,7 @@ def encode_small(vectors):
     """(V, m) -> integers step (V, 1), mean (V, 1), rest (V, m): (mean + rest) 2^(step / 4)."""
     vectors = vectors.double().numpy()
     mean = vectors.mean(1, keepdims=True)
-    spread = np.maximum(vectors.std(1, keepdims=True), np.maximum(np.abs(mean) / 64, 1e-9))
+    spread = np.maximum(vectors.std(1, keepdims=True), np.abs(mean) / 64)
     step = exponent(spread * SMALL_STEP)
     size = quarter(step).numpy()
     mean = np.round(mean / size)
@@ -435,7 +434,6 @@ def pack_model(checkpoint, banks, constant, label=""):
 
 def check_limits(cfg):
     """ValueError for a config that asks whoever loads it for more than a model under the cap can use."""
-    need(cfg.n_layer <= MAX_BLOCKS, f"--n_layer={cfg.n_layer}: at most {MAX_BLOCKS} can be packed")
     visits = len(block_order(cfg, True))
     need(visits <= MAX_BLOCKS, f"{visits} block applications: at most {MAX_BLOCKS} can be packed")
     row = max(cfg.seq_len * visits * cfg.n_embd, cfg.row_tokens * cfg.n_embd, 8192 * cfg.mlp_dim)
@@ -448,7 +446,7 @@ def unpack_model(blob):
     need(at < 1 << 16, "its header is too long")
     header = json.loads(blob[4:at])
     constant, n_escapes = header["constant"], header["escapes"]
-    cfg = config_from(header["config"])
+    cfg = Config(**header["config"])
     check_limits(cfg)
     with torch.device("meta"):
         model = GPT(cfg).eval().requires_grad_(False)
@@ -491,7 +489,7 @@ def digest(state):
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py",    # of an artifact: all that scores it
-           "data/__init__.py", "data/confine.py", "data/dataset.py", "data/runs.py", "data/tokenizer.py")
+           "data/__init__.py", "data/dataset.py", "data/tokenizer.py")
 MAIN = b"""import sys, eval_bpb
 from data.dataset import command
 sys.exit(command(lambda: eval_bpb.main(sys.argv)))
@@ -564,21 +562,20 @@ LIVE = "9"              # when a run ends that is still in training: after all o
 
 
 def lifetime(run):
-    """-> when a run ended and when it began, ISO in UTC. The end is LIVE for one that is still in training,
-    by the trainer's lock on its metrics.jsonl, and "" for one that was killed."""
+    """-> when a run ended and when it began, ISO in UTC, by its metrics.jsonl. The end is LIVE for one in training,
+    which the trainer's lock tells, and "" for one that was killed."""
     end = begin = ""
-    with suppress(OSError, ValueError, LookupError, TypeError), open(run / "metrics.jsonl") as file:
-        try:
-            import fcntl  # not on Windows
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError:
+    with suppress(ImportError, OSError, ValueError, LookupError, TypeError):
+        with open(run / "metrics.jsonl", "rb") as file:
+            lines = file.read().splitlines()
+            begin = str(json.loads(lines[0])["time"])
+            last = json.loads(lines[-1])
+            if last["kind"] == "end":
+                return str(last["time"]), begin
+            import fcntl                                    # not on Windows
             end = LIVE
-        lines = file.read().splitlines()
-        begin = str(json.loads(lines[0])["time"])
-        last = json.loads(lines[-1])
-        end = str(last["time"]) if last["kind"] == "end" else end
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)        # an OSError while it is held
+            end = ""
     return end, begin
 
 
@@ -666,23 +663,23 @@ def search(checkpoint, banks, files, cap):
 
 def ledger(banks, state, sections, ideal, data, measure):
     """Where the artifact's bytes went, and what each bank of weights costs of `measure`: a table."""
-    line = "{:<26}{:>12}{:>11}{:>9}{:>14}".format
-    table = [line("", "weights", "bits each", "cost", "bytes")]
+    table = [f"{'weights':>38}{'bits each':>11}{'cost':>9}{'bytes':>14}"]
     costs = [expected_kl(bank, state[name]) for name, bank in zip(MATRICES, banks)]
-    counts = [bank.W.numel() for bank in banks]
     sizes = np.rint(ideal).astype(int)
-    for name, count, cost, size in zip(MATRICES, counts, costs, sizes):
+    n_weights = 0
+    for name, bank, cost, size in zip(MATRICES, banks, costs, sizes):
+        count = bank.W.numel()
+        n_weights += count
         share = cost / max(sum(costs), 1e-30)
-        table.append(line(name, f"{count:,}", f"{8 * size / count:.3f}", f"{share:.1%}", f"{size:,}"))
+        table.append(f"{name:<26}{count:>12,}{8 * size / count:>11.3f}{share:>9.1%}{size:>14,}")
     rest = {name: len(section) for name, section in sections.items()}
     rest["weights"] -= sizes.sum()                          # rounding and start-up
     with ZipFile(io.BytesIO(data)) as archive:
         rest |= {part.filename: part.compress_size for part in archive.infolist()}
-    model = rest.pop("model.bin")
+    bits = 8 * rest.pop("model.bin") / n_weights
     rest["zip directory, checksum"] = len(data) - sizes.sum() - sum(rest.values())
-    table += [line(name, "", "", "", f"{size:,}") for name, size in rest.items()]
-    bits = 8 * model / sum(counts)
-    table.append(line("artifact.pyz", f"{sum(counts):,}", f"{bits:.3f}", "", f"{len(data):,}"))
+    table += [f"{name:<26}{size:>46,}" for name, size in rest.items()]
+    table.append(f"{'artifact.pyz':<26}{n_weights:>12,}{bits:>11.3f}{len(data):>23,}")
     return "\n".join([*table, f"{measure}: {sum(costs):.5f}"])
 
 
