@@ -489,7 +489,7 @@ def digest(state):
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py",    # of an artifact: all that scores it
-           "data/__init__.py", "data/dataset.py", "data/tokenizer.py")
+           "data/__init__.py", "data/confine.py", "data/dataset.py", "data/runs.py", "data/tokenizer.py")
 MAIN = b"""import sys, eval_bpb
 from data.dataset import command
 sys.exit(command(lambda: eval_bpb.main(sys.argv)))
@@ -533,8 +533,8 @@ def load(path):
     what the limits above allow: nothing in it is executed, and every length is checked before it is used.
     """
     try:
-        with open(path, "rb") as file:
-            files = read_archive(file.read(MAX_FILE))
+        need(Path(path).stat().st_size <= MAX_FILE, "it is too large")
+        files = read_archive(Path(path).read_bytes())
         tokenizer = Tokenizer(files["tokenizer.json"])
         cfg, model = unpack_model(files["model.bin"])
         need(tokenizer.vocab_size == cfg.vocab_size, "its tokenizer is of another vocabulary than its model")
