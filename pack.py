@@ -27,7 +27,7 @@ from itertools import product
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
-from train_gpt import GPT, Config, block_order, load_checkpoint  # before torch: it sets what OpenMP reads
+from train_gpt import GPT, Config, block_order, load_checkpoint  # sets what OpenMP reads: before torch
 from data.dataset import BadInput, Parser, Progress, atomic_write, command
 from data.tokenizer import Tokenizer
 
@@ -53,31 +53,25 @@ LAPLACE = 96            # that of Laplace's with the same sigma: 95 % of one, 5 
 TRELLIS = np.array([(0, 2), (5, 7), (1, 3), (4, 6), (2, 0), (7, 5), (3, 1), (6, 4)], np.int32)
 
 
-def density(index, n):
-    """-> the mixture at 0, 1 ... n points of the grid, int64, where sigma = 2^(index / 4) steps.
-
-    By products, for those are rounded alike on every machine, and exp is not.
-    """
-    sigma = GRID * Decimal(2).sqrt().sqrt() ** index
-    normal = np.full(n, float((-1 / sigma ** 2).exp()))     # ratios of the ratios of neighbours
-    normal[0] = float((-1 / sigma ** 2 / 2).exp())
-    laplace = np.full(n, float((-Decimal(2).sqrt() / sigma).exp()))
-    mixture = NORMAL * np.cumprod(np.cumprod(normal)) + LAPLACE * np.cumprod(laplace)
-    return (np.append(NORMAL + LAPLACE, mixture) * UNIT).astype(np.int64)
-
-
 @lru_cache
 def tables():
-    """-> radius (contexts,) int32, freq and start (contexts, symbols) uint32, symbol (contexts << BITS,) uint16.
+    """-> radius (contexts,) int32, freq and start (contexts, symbols) uint32,
+    symbol (contexts << BITS,) uint16.
 
     Context 2 * (index - LOW) + half. Its symbols are k + radius for |k| <= radius, and last the
     escape. freq and their running sum start are in units of 2^-BITS, symbol is the inverse of start.
-    p(k) ~ 0.95 N(0, sigma) + 0.05 Laplace of the same variance, integrated at eight points a step.
+    p(k) ~ 0.95 N(0, sigma) + 0.05 Laplace of the same variance, integrated at eight points a step;
+    densities by products, for those are rounded alike on every machine, and exp is not.
     """
     radii = [int(6 * 2 ** (index / 4)) + 2 for index in range(LOW, HIGH + 1)]
     freq = np.zeros((2 * len(radii), 2 * radii[-1] + 2), np.uint32)
     for context, (radius, half) in enumerate(product(radii, (0, 1))):
-        mixture = density(context // 2 + LOW, GRID * (radius + 1))
+        sigma = GRID * Decimal(2).sqrt().sqrt() ** (context // 2 + LOW)
+        normal = np.full(GRID * (radius + 1), float((-1 / sigma ** 2).exp()))
+        normal[0] = math.sqrt(normal[0])                    # so it is squared ratios of neighbours
+        laplace = np.full(len(normal), float((-Decimal(2).sqrt() / sigma).exp()))
+        mixture = NORMAL * np.cumprod(np.cumprod(normal)) + LAPLACE * np.cumprod(laplace)
+        mixture = (np.append(NORMAL + LAPLACE, mixture) * UNIT).astype(np.int64)
         points = np.arange(-GRID * radius, GRID * (radius + 1), 2) + GRID // 2 * half - 7
         running = np.cumsum(mixture[np.abs(points)])[7::8]
         n = len(running)
@@ -140,9 +134,8 @@ def encode(values, sigmas):
 def decode(words, escapes, sigmas):
     """Inverse of encode() -> values. ValueError on a code that is not one."""
     radii, freq, begin, symbols = tables()
-    at = 2 * count_lanes(sigmas)                            # words that are read
-    escape = 0                                              # escapes that are read
-    lanes = words[:at].copy().view(np.uint32)
+    lanes, words = np.split(words, [2 * count_lanes(sigmas)])
+    lanes = lanes.copy().view(np.uint32)
     values = [np.empty(np.broadcast_shapes(row.shape, col.shape), np.int32) for row, col in sigmas]
     for bank, rows, value in pieces(sigmas):
         state = np.zeros(len(rows), np.int32)
@@ -157,17 +150,17 @@ def decode(words, escapes, sigmas):
             where = context * freq.shape[1] + symbol
             lane[:] = freq.take(where) * (lane >> BITS) + slot - begin.take(where)
             low = (lane < 1 << 16).nonzero()[0]
-            lane[low] = lane[low] << 16 | words[at:at + len(low)]
-            at += len(low)
+            lane[low] = lane[low] << 16 | words[:len(low)]
+            words = words[len(low):]
             outside = (k > radius).nonzero()[0]
-            k[outside] = escapes[escape:escape + len(outside)]
-            escape += len(outside)
+            k[outside] = escapes[:len(outside)]
+            escapes = escapes[len(outside):]
             context[:] = 2 * k + half
             state = TRELLIS[state, k & 1]
         values[bank].reshape(-1, len(value))[rows] = value.T
     # Where words or escapes were missing, numpy has refused to fill the places, or this does.
-    end = at == len(words) and escape == len(escapes) and (lanes == 1 << 16).all()
-    need(end, "the code does not end where it should")
+    left = len(words) + len(escapes) + np.count_nonzero(lanes != 1 << 16)
+    need(not left, "the code does not end where it should")
     return values
 
 
@@ -178,7 +171,8 @@ def exponent(x, times=4, limit=127):
 
 
 def scales(values):
-    """values (L, R, n) in half steps -> row (L, R, 1), col (L, 1, n): sigma ~ 2^((row + col) / 4) steps."""
+    """values (L, R, n) in half steps
+    -> row (L, R, 1), col (L, 1, n), int8: sigma ~ 2^((row + col) / 4) steps."""
     steps = values.astype(np.float32) / 2
     col = exponent((steps * steps).mean(1, keepdims=True), 2, 60)
     steps *= np.exp2(-col / 4, dtype=np.float32)
@@ -207,8 +201,9 @@ class Bank:
     g: Tensor               # (L, R, 1) float32, per token
     row: np.ndarray         # (L, R, 1) int8
     col: np.ndarray         # (L, 1, n) int8
-    feedback: Tensor        # (L, n, n) float32, upper: an error of one step in column i, in steps of column j
-    cost: Tensor            # (L, n) float32: of a squared error of one step, after what later columns make up for
+    feedback: Tensor        # (L, n, n) float32, upper: an error of a step in column i, in steps of j
+    cost: Tensor            # (L, n) float32: of a squared error of a step, after later columns' help
+    price: float            # 24 times the KL in nats per token, where constant is 1 and errors spread evenly
 
 
 def quarter(exponent):
@@ -219,7 +214,8 @@ def quarter(exponent):
 
 
 def dequantise(values, row, col, constant):
-    """values (L, R, n) int32 in half steps, exponents row (L, R, 1), col (L, 1, n) -> W float32, exactly."""
+    """values (L, R, n) int32 in half steps, exponents row (L, R, 1), col (L, 1, n) int8
+    -> W float32, the same bits everywhere."""
     row_step = (constant / 2 * quarter(row)).float()
     return torch.from_numpy(values).float() * row_step * quarter(col).float()
 
@@ -248,21 +244,16 @@ def plan(W, H, g):
     step = quarter(col).to(W.device)
     weight = step / diagonal
     feedback = (U * weight.mT / step).float()
-    return Bank(W, H, g, row, col, feedback, weight[:, 0].square().float())
-
-
-def constant_for(banks, kl):
-    """-> the constant at which errors spread evenly over the steps cost this KL in all, nats per token."""
-    price = 0.0
-    for bank in banks:
-        rows = bank.g.cpu().double() * quarter(bank.row).square()
-        price += (bank.cost.cpu().double().sum(1) * rows.sum((1, 2))).sum().item()
-    return math.sqrt(24 * kl / max(price, 1e-30))
+    cost = weight[:, 0].square().float()
+    rows = g.double() * quarter(row).square().to(W.device)
+    price = (cost.double().sum(1) * rows.sum((1, 2))).sum().item()
+    return Bank(W, H, g, row, col, feedback, cost, price)
 
 
 def expected_kl(bank, packed):
-    """The bank's weights as packed -> KL(full precision || packed): 1/2 sum_i g_i e_i H e_i^T, nats per token."""
-    E = bank.W - packed.view(bank.W.shape).to(bank.W.device)
+    """The bank's weights as packed -> KL(full precision || packed) in nats per token:
+    1/2 sum_i g_i e_i H e_i^T."""
+    E = bank.W - packed.to(bank.W.device)
     return 0.5 * ((E @ bank.H * E).sum(2, True).double() * bank.g.double()).sum().item()
 
 
@@ -297,14 +288,14 @@ def survivors(X, feedback, cost, state, before):
     -> residual (n, states, R): what a state before column j finds there, less its half;
     parity (n, states, R) bool of the k by which the survivor enters a state after column j;
     metric (states, R): what the survivors cost."""
-    n, R = X.shape
     even_before, odd_before = before.T.contiguous()
-    half = (torch.arange(len(before), device=X.device) & 1)[:, None] / 2
-    metric = torch.full((len(before), R), torch.inf, device=X.device).scatter_(0, state[None], 0.0)
+    states = torch.arange(len(before), device=X.device)[:, None]
+    half = (states & 1) / 2
+    metric = torch.where(states == state, 0.0, torch.inf)
     left = X[:, None].repeat(1, len(before), 1)             # of the columns from j on, by each survivor
     spare, residual = torch.empty_like(left), torch.empty_like(left)
     parity = torch.empty_like(left, dtype=torch.bool)
-    for j in range(n):
+    for j in range(len(X)):
         y = torch.sub(left[0], half, out=residual[j])
         even = y - 2 * (y / 2).round()                      # errors of the nearest even and odd k
         odd = even - torch.ones_like(even).copysign(even)
@@ -312,10 +303,11 @@ def survivors(X, feedback, cost, state, before):
         odd_metric = (metric + cost[j] * odd.square()).index_select(0, odd_before)
         is_odd = torch.lt(odd_metric, even_metric, out=parity[j])
         metric = torch.minimum(odd_metric, even_metric)
-        error = torch.where(is_odd, odd.index_select(0, odd_before), even.index_select(0, even_before))
+        error = torch.where(is_odd, odd.index_select(0, odd_before),
+                            even.index_select(0, even_before))
         left, spare = spare[1:], left[1:]
-        for state, (by_even, by_odd) in enumerate(before.tolist()):
-            torch.where(is_odd[state], spare[:, by_odd], spare[:, by_even], out=left[:, state])
+        for i, (by_even, by_odd) in enumerate(before.tolist()):
+            torch.where(is_odd[i], spare[:, by_odd], spare[:, by_even], out=left[:, i])
         left.addcmul_(feedback[j, j + 1:, None, None], error, value=-1)
     return residual, parity, metric
 
@@ -323,12 +315,10 @@ def survivors(X, feedback, cost, state, before):
 def trace_back(residual, parity, metric, before):
     """What survivors() found, from the cheapest end
     -> values int32 in half steps, their errors in steps, states after each column: all (n, R)."""
-    n, _, R = residual.shape
     y = torch.empty_like(residual[:, 0])
     odd = torch.empty_like(y, dtype=torch.int64)
-    path = torch.empty_like(odd[:1]).repeat(n + 1, 1)
-    path[n] = metric.argmin(0)
-    for j in reversed(range(n)):
+    path = torch.cat([odd, metric.argmin(0, True)])
+    for j in reversed(range(len(y))):
         odd[j] = parity[j].gather(0, path[j + 1:j + 2])
         path[j] = before[path[j + 1], odd[j]]
         y[j] = residual[j].gather(0, path[j:j + 1])
@@ -356,15 +346,14 @@ def need(fact, otherwise):
 
 
 def split(state):
-    """A model's tensors -> matrices {name: (L, R, n)}, a bank each, and small vectors {name: (V, m)}."""
+    """A model's tensors -> matrices {name: (L, R, n)}, a bank each; small vectors {name: (V, m)}."""
     matrices = {name: state[name].view(-1, *state[name].shape[-2:]) for name in MATRICES}
     vectors = {name: x.view(-1, x.shape[-1]) for name, x in state.items() if name not in matrices}
     return matrices, vectors
 
 
-def table(state, n_escapes):
-    """-> the sections (name, type, shapes of the arrays)."""
-    matrices, vectors = split(state)
+def table(matrices, vectors, n_escapes):
+    """Tensors from split() -> of each section its name, the type and the shapes of its arrays."""
     rows = [W[:, :, :1].shape for W in matrices.values()]
     columns = [W[:, :1].shape for W in matrices.values()]
     heads = [x[:, :1].shape for x in vectors.values()]
@@ -412,7 +401,8 @@ def quantise_all(banks, constant, label):
 
 def pack_model(checkpoint, banks, constant, label=""):
     """Quantise and code a model with one constant for all steps; banks as gather() plans them
-    -> {section: bytes} of model.bin, bytes of each bank by the coder's probabilities."""
+    -> model.bin, {bank or section: its bytes}: of the words each bank has what the coder's probabilities
+    say, and "weights" is the rest: rounding and the lanes' start-up."""
     weights = checkpoint["weights"]
     values = quantise_all(banks, constant, label)
     sigmas = [scales(value) for value in values]
@@ -420,32 +410,38 @@ def pack_model(checkpoint, banks, constant, label=""):
     rows = [bank.row for bank in banks]
     cols = [bank.col for bank in banks]
     spreads = zip(*((row + a, col + b) for row, col, (a, b) in zip(rows, cols, sigmas)))
-    small = zip(*map(encode_small, split(weights)[1].values()))
+    matrices, vectors = split(weights)
+    small = zip(*map(encode_small, vectors.values()))
     sections = {"weights": words.tobytes()}
-    for (name, dtype, _), arrays in zip(table(weights, 0), [rows, cols, *spreads, [escapes], *small]):
+    sides = [rows, cols, *spreads, [escapes], *small]
+    for (name, dtype, _), arrays in zip(table(matrices, vectors, len(escapes)), sides):
         flat = np.concatenate([x.ravel() for x in arrays]).astype(dtype)
         planes = flat[:, None].view(np.uint8).T             # the low bytes, then the high ones
         sections[name] = zstandard.ZstdCompressor(level=19).compress(planes.tobytes())
     header = {"config": vars(checkpoint["config"]), "constant": constant, "escapes": len(escapes),
               "sections": [*map(len, sections.values())]}
     header = json.dumps(header, separators=(",", ":")).encode()
-    return {"header": len(header).to_bytes(4, "little") + header, **sections}, ideal
+    sections = {"header": len(header).to_bytes(4, "little") + header, **sections}
+    sizes = dict(zip(MATRICES, np.rint(ideal).astype(int)))
+    rest = {name: len(section) for name, section in sections.items()}
+    rest["weights"] -= sum(sizes.values())
+    return b"".join(sections.values()), sizes | rest
 
 
 def check_limits(cfg):
-    """ValueError for a config that asks whoever loads it for more than a model under the cap can use."""
+    """ValueError for a config that asks for more than a model under the cap can use."""
     visits = len(block_order(cfg, True))
     need(visits <= MAX_BLOCKS, f"{visits} block applications: at most {MAX_BLOCKS} can be packed")
     row = max(cfg.seq_len * visits * cfg.n_embd, cfg.row_tokens * cfg.n_embd, 8192 * cfg.mlp_dim)
-    need(4 * row <= MAX_ROW, f"a row of tokens takes {4 * row:,} bytes: at most {MAX_ROW:,} can be packed")
+    need(4 * row <= MAX_ROW, f"a row of tokens takes {4 * row:,} bytes: at most {MAX_ROW:,}")
 
 
 def unpack_model(blob):
-    """model.bin -> (Config, GPT). Every size is checked before it is used. Errors of many kinds for bad bytes."""
+    """model.bin -> (Config, GPT). Every size is checked before it is used; bad bytes raise many errors."""
     at = 4 + int.from_bytes(blob[:4], "little")
     need(at < 1 << 16, "its header is too long")
     header = json.loads(blob[4:at])
-    constant, n_escapes = header["constant"], header["escapes"]
+    n_escapes = header["escapes"]
     cfg = Config(**header["config"])
     check_limits(cfg)
     with torch.device("meta"):
@@ -454,10 +450,12 @@ def unpack_model(blob):
     n_weights = sum(x.numel() for x in state.values())
     need(n_weights <= MAX_WEIGHTS, f"its config asks for more than {MAX_WEIGHTS:,} weights")
     need(n_escapes <= n_weights, "it has more escapes than weights")
+    matrices, vectors = split(state)
     ends = at + np.cumsum(header["sections"])
     words = np.frombuffer(blob[at:ends[0]], np.uint16)
     sides = []
-    for (name, dtype, shapes), at, end in zip(table(state, n_escapes), ends, ends[1:]):
+    sections = table(matrices, vectors, n_escapes)
+    for (name, dtype, shapes), at, end in zip(sections, ends, ends[1:]):
         bounds = np.cumsum([math.prod(shape) for shape in shapes])
         size = zstandard.get_frame_parameters(blob[at:end]).content_size
         itemsize = np.dtype(dtype).itemsize
@@ -468,26 +466,26 @@ def unpack_model(blob):
     rows, cols, row_spreads, col_spreads, (escapes,), *small = sides
     sigmas = map(np.subtract, row_spreads, rows), map(np.subtract, col_spreads, cols)
     values = decode(words, escapes, list(zip(*sigmas)))
-    matrices, vectors = split(state)
     arrays = {}
     for name, value, row, col in zip(matrices, values, rows, cols):
-        arrays[name] = dequantise(value, row, col, constant)
+        arrays[name] = dequantise(value, row, col, header["constant"])
     for name, step, mean, rest in zip(vectors, *small):
-        arrays[name] = torch.from_numpy(np.add(mean, rest, dtype=np.float32)) * quarter(step).float()
+        vector = torch.from_numpy(np.add(mean, rest, dtype=np.float32))
+        arrays[name] = vector * quarter(step).float()
     need(all(x.isfinite().all() for x in arrays.values()), "its weights are not finite")
-    model.load_state_dict({name: arrays[name].view(x.shape) for name, x in state.items()}, assign=True)
+    arrays = {name: arrays[name].view(x.shape) for name, x in state.items()}
+    model.load_state_dict(arrays, assign=True)
     return cfg, model
 
 
 def digest(state):
-    """sha256 over all weights: equal for two models of one config only if they are the same bit for bit."""
+    """sha256 of all weights: equal for two models of one config only if all their bits are."""
     return sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
 # The artifact: a zip that Python runs, whose archive comment is the sha256 of every byte before it.
 
-ROOT = Path(__file__).resolve().parent
 SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py",    # of an artifact: all that scores it
            "data/__init__.py", "data/confine.py", "data/dataset.py", "data/runs.py", "data/tokenizer.py")
 MAIN = b"""import sys, eval_bpb
@@ -495,12 +493,11 @@ from data.dataset import command
 sys.exit(command(lambda: eval_bpb.main(sys.argv)))
 """
 NAMES = ["__main__.py", *SOURCES, "tokenizer.json", "model.bin"]
-MAX_FILE = 1 << 28      # bytes of an artifact: more is refused unread
-MAX_CODE = 1 << 24      # bytes of its files, decompressed, beyond its own
+MAX_FILE = 1 << 28      # bytes of an artifact, and of all that is in it: more is refused unread
 
 
 def build_artifact(files, model):
-    """files {name: bytes} compressed, model.bin stored. The same input gives the same bytes at any time."""
+    """files {name: bytes} compressed, model.bin stored -> a zip, the same bytes at any time."""
     buffer = io.BytesIO()
     with ZipFile(buffer, "w", compresslevel=9) as archive:
         for name, data in {**files, "model.bin": model}.items():
@@ -514,30 +511,32 @@ def build_artifact(files, model):
 
 
 def read_archive(data):
-    """Inverse of build_artifact() -> {name: bytes}. ValueError, or an error of zipfile's, unless it has the known
-    files and no more."""
+    """Inverse of build_artifact() -> {name: bytes}. ValueError, or an error of zipfile's, unless it
+    has the known files and no more."""
     need(sha256(data[:-32]).digest() == data[-32:], "damaged, cut short or no artifact (checksum)")
     with ZipFile(io.BytesIO(data)) as archive:
         parts = archive.infolist()
-        need(sorted(part.filename for part in parts) == sorted(NAMES), "it has other files than an artifact")
-        need({part.compress_type for part in parts} == {ZIP_STORED, ZIP_DEFLATED}, "it is compressed in another way")
-        size = sum(part.file_size for part in parts)
-        need(size <= len(data) + MAX_CODE, "its files are larger than they can be")
+        names = sorted(part.filename for part in parts)
+        need(names == sorted(NAMES), "it has other files than an artifact, or one of them twice")
+        kinds = {part.compress_type for part in parts}
+        need(kinds == {ZIP_STORED, ZIP_DEFLATED}, "it is compressed in another way")
+        need(sum(part.file_size for part in parts) <= MAX_FILE, "its files are too large")
         return {part.filename: archive.open(part).read(part.file_size) for part in parts}
 
 
 def load(path):
-    """artifact.pyz -> (Config, GPT in eval mode on the CPU in float32, Tokenizer); the same bits in every process.
+    """artifact.pyz -> (Config, GPT in eval mode on the CPU in float32, Tokenizer); the same bits in
+    every process.
 
-    BadInput for any file that pack.py did not write whole. One that was made to harm can at most ask for
-    what the limits above allow: nothing in it is executed, and every length is checked before it is used.
+    BadInput for any file that pack.py did not write whole. One that was made to harm can at most ask
+    for what the limits above allow: nothing in it is executed, every length is checked before use.
     """
     try:
         need(Path(path).stat().st_size <= MAX_FILE, "it is too large")
         files = read_archive(Path(path).read_bytes())
         tokenizer = Tokenizer(files["tokenizer.json"])
         cfg, model = unpack_model(files["model.bin"])
-        need(tokenizer.vocab_size == cfg.vocab_size, "its tokenizer is of another vocabulary than its model")
+        need(tokenizer.vocab_size == cfg.vocab_size, "its tokenizer does not fit its model")
         return cfg, model, tokenizer
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror}: pack a run first, python pack.py") from None
@@ -547,12 +546,13 @@ def load(path):
 
 
 def verify(path, wanted):
-    """The artifact, loaded by its own code in another process, must be the packed model bit for bit: RuntimeError."""
+    """RuntimeError unless the artifact, loaded by its own code in another process, has that digest."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import pack\n"
             "print(pack.digest(pack.load(sys.argv[1])[1].state_dict()))")
     child = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     if child.stdout.split()[-1:] != [wanted]:
-        raise RuntimeError(f"the artifact does not load as it was packed: {child.stderr[-2000:] or child.stdout}")
+        said = child.stderr[-2000:] or child.stdout
+        raise RuntimeError(f"the artifact does not load as it was packed: {said}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -562,19 +562,19 @@ LIVE = "9"              # when a run ends that is still in training: after all o
 
 
 def lifetime(run):
-    """-> when a run ended and when it began, ISO in UTC, by its metrics.jsonl. The end is LIVE for one in training,
-    which the trainer's lock tells, and "" for one that was killed."""
+    """-> when a run ended and when it began, ISO in UTC, by its metrics.jsonl. The end is LIVE for one
+    in training, which the trainer's lock tells, and "" for one that was killed."""
     end = begin = ""
-    with suppress(ImportError, OSError, ValueError, LookupError, TypeError):
+    with suppress(Exception):                               # no file, half a line, or a lock that is held
         with open(run / "metrics.jsonl", "rb") as file:
             lines = file.read().splitlines()
-            begin = str(json.loads(lines[0])["time"])
+            begin = json.loads(lines[0])["time"]
             last = json.loads(lines[-1])
             if last["kind"] == "end":
-                return str(last["time"]), begin
+                return last["time"], begin
             import fcntl                                    # not on Windows
             end = LIVE
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)        # an OSError while it is held
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             end = ""
     return end, begin
 
@@ -582,7 +582,7 @@ def lifetime(run):
 def find_run(name=""):
     """A run's folder, its name in runs/, or "" for the newest that has ended -> its folder.
 
-    BadInput where there is none, or where another was in training beside the newest: either may be meant.
+    BadInput where there is none, or another was in training beside the newest: either may be meant.
     """
     for folder in (Path(name), Path("runs") / name):
         if name and folder.is_dir():
@@ -594,7 +594,7 @@ def find_run(name=""):
     end, begin, newest = ended[-1]
     for other_end, other_begin, other in runs:
         if other != newest and other_end > begin and other_begin < end:
-            raise BadInput(f"{newest} and {other} were in training at the same time: name the one that is meant")
+            raise BadInput(f"{newest} and {other} were in training at the same time: name one")
     return newest
 
 
@@ -602,50 +602,50 @@ def find_run(name=""):
 # Packing a run
 
 
-def gather(checkpoint, path, device="cpu"):
-    """Checkpoint -> its banks, planned. BadInput names what is not finite.
+def gather(checkpoint, device="cpu"):
+    """Checkpoint -> its banks, planned. ValueError names what is not finite; KeyError, RuntimeError where
+    the statistics do not fit the weights.
 
-    A looped layer makes the same error in each pass, so H and g, both sums over the passes, are not divided by their
-    number: the KL measured for such layers is 2 to 4 times that of passes that err independently. Without statistics
-    H and g make expected_kl() the mean squared error, relative to the mean square of the weight's row.
+    A looped layer makes the same error in each pass, so H and g, both sums over the passes, are not
+    divided by their number: the KL measured for such layers is 2 to 4 times that of passes that err
+    independently. Without statistics H and g make expected_kl() the mean squared error, relative to
+    the mean square of the weight's row.
     """
-    stats = checkpoint["stats"]
-    for name, x in {**checkpoint["weights"], **stats}.items():
-        if not (isinstance(x, Tensor) and x.isfinite().all()):
-            raise BadInput(f"{path}: {name} is not a tensor of finite numbers")
-    matrices = split(checkpoint["weights"])[0]
+    weights, stats = checkpoint["weights"], checkpoint["stats"]
+    for name, x in (weights | stats).items():
+        need(isinstance(x, Tensor) and x.isfinite().all(), f"{name} is not a tensor of finite numbers")
+    matrices, _ = split(weights)
     n_weights = sum(W.numel() for W in matrices.values())
     banks = []
     for name, W in matrices.items():
         L, R, n = W.shape
-        H = torch.eye(n).expand(L, n, n)
-        g = 2 / n_weights / W.square().mean(2, True).clamp(min=1e-12)
         key = name.removesuffix(".weight")
-        try:
-            if stats:
-                tokens = stats["tokens"].sum()
-                H = stats[f"{key}.H"].view(L, n, n) / tokens
-                g = stats[f"{key}.g"].view(L, R, 1) / tokens
-            if f"{key}.S" in stats:                         # tokens are inputs as often as targets
-                H = H + stats[f"{key}.S"] / tokens / g.sum().clamp(min=1e-12)
-            banks.append(plan(W.to(device), H.to(device), g.to(device)))
-        except (KeyError, RuntimeError) as e:
-            raise BadInput(f"{path}: the statistics of {name} do not fit it: {str(e).splitlines()[0]}") from None
+        if stats:
+            tokens = stats["tokens"].sum()
+            H = stats[f"{key}.H"].view(L, n, n) / tokens
+            g = stats[f"{key}.g"].view(L, R, 1) / tokens
+        else:
+            H = torch.eye(n).expand(L, n, n)
+            g = 2 / n_weights / W.square().mean(2, True).clamp(min=1e-12)
+        if f"{key}.S" in stats:                             # tokens are inputs as often as targets
+            H = H + stats[f"{key}.S"] / tokens / g.sum().clamp(min=1e-12)
+        banks.append(plan(W.to(device), H.to(device), g.to(device)))
     return banks
 
 
 def search(checkpoint, banks, files, cap):
-    """-> pack_model()'s answer and the artifact of a size within 0.05 % below cap, or with the finest steps."""
-    finest = constant_for(banks, BEST_KL)
+    """-> what pack_model() gives and the artifact: within 0.05 % below cap, or with the finest steps."""
+    price = sum(bank.price for bank in banks)
+    finest = math.sqrt(24 * BEST_KL / max(price, 1e-30))
     slope = sum(bank.W.numel() for bank in banks) / 8       # bytes an octave of the steps
     octave, low, high = 0.0, 0.0, math.inf                  # the cap is met between low and high
     best, last = None, None
     for number in range(1, 16):
-        packed = pack_model(checkpoint, banks, finest * 2 ** octave, f"pass {number}:")
-        data = build_artifact(files, b"".join(packed[0].values()))
+        blob, sizes = pack_model(checkpoint, banks, finest * 2 ** octave, f"pass {number}:")
+        data = build_artifact(files, blob)
         excess = len(data) - cap
         if excess <= 0:
-            best, high = (*packed, data), octave
+            best, high = (blob, sizes, data), octave
         else:
             low = octave
         if high == 0 or -0.0005 * cap <= excess <= 0:
@@ -657,35 +657,32 @@ def search(checkpoint, banks, files, cap):
         if not low < octave < high:
             octave = (low + high) / 2
     if best is None:
-        raise BadInput(f"--cap_bytes={cap}: this model does not fit; the smallest file tried has {len(data):,} bytes")
+        raise BadInput(f"--cap_bytes={cap}: this model does not fit; the last file tried has {len(data):,} bytes")
     return best
 
 
-def ledger(banks, state, sections, ideal, data, measure):
+def ledger(banks, state, sizes, data, measure):
     """Where the artifact's bytes went, and what each bank of weights costs of `measure`: a table."""
     table = [f"{'weights':>38}{'bits each':>11}{'cost':>9}{'bytes':>14}"]
     costs = [expected_kl(bank, state[name]) for name, bank in zip(MATRICES, banks)]
-    sizes = np.rint(ideal).astype(int)
-    n_weights = 0
-    for name, bank, cost, size in zip(MATRICES, banks, costs, sizes):
-        count = bank.W.numel()
-        n_weights += count
-        share = cost / max(sum(costs), 1e-30)
-        table.append(f"{name:<26}{count:>12,}{8 * size / count:>11.3f}{share:>9.1%}{size:>14,}")
-    rest = {name: len(section) for name, section in sections.items()}
-    rest["weights"] -= sizes.sum()                          # rounding and start-up
+    total = sum(costs)
+    n_weights = sum(bank.W.numel() for bank in banks)
     with ZipFile(io.BytesIO(data)) as archive:
-        rest |= {part.filename: part.compress_size for part in archive.infolist()}
-    bits = 8 * rest.pop("model.bin") / n_weights
-    rest["zip directory, checksum"] = len(data) - sizes.sum() - sum(rest.values())
-    table += [f"{name:<26}{size:>46,}" for name, size in rest.items()]
+        sizes |= {part.filename: part.compress_size for part in archive.infolist()}
+    bits = 8 * sizes.pop("model.bin") / n_weights
+    sizes["zip directory, checksum"] = len(data) - sum(sizes.values())
+    for name, bank, cost in zip(MATRICES, banks, costs):
+        size, n = sizes.pop(name), bank.W.numel()
+        share = cost / max(total, 1e-30)
+        table.append(f"{name:<26}{n:>12,}{8 * size / n:>11.3f}{share:>9.1%}{size:>14,}")
+    table += [f"{name:<26}{size:>46,}" for name, size in sizes.items()]
     table.append(f"{'artifact.pyz':<26}{n_weights:>12,}{bits:>11.3f}{len(data):>23,}")
-    return "\n".join([*table, f"{measure}: {sum(costs):.5f}"])
+    return "\n".join([*table, f"{measure}: {total:.5f}"])
 
 
 def sources(run):
-    """The artifact's code: the train_gpt.py that the run started with, and all else that is beside this pack.py."""
-    files = {name: (ROOT / name).read_bytes() for name in SOURCES}
+    """The artifact's code {name: bytes}: the train_gpt.py of the run, the rest from beside this file."""
+    files = {name: (Path(__file__).parent / name).read_bytes() for name in SOURCES}
     path = run / "source" / "train_gpt.py"
     if path.is_file() and path.read_bytes() != files["train_gpt.py"]:
         print(f"note: train_gpt.py is not the one beside this pack.py; the artifact gets {path}")
@@ -696,41 +693,47 @@ def sources(run):
 def main(argv=None):
     begin = time.perf_counter()
     parser = Parser(prog="pack.py", description=__doc__)
-    parser.add_argument("run", nargs="?", default="", metavar="RUN", help="folder, or name in runs/; empty: the newest that has ended")
-    parser.add_argument("--cap_bytes", type=int, default=16_000_000, metavar="N", help="bytes of the file, at most")
+    parser.add_argument("run", nargs="?", default="", metavar="RUN",
+                        help="folder, or name in runs/; empty: the newest that has ended")
+    parser.add_argument("--cap_bytes", type=int, default=16_000_000, metavar="N",
+                        help="bytes of the file, at most")
     args = parser.parse_args(argv)
     run, cap = find_run(args.run), args.cap_bytes
     path = run / "checkpoint.pt"
     try:
         checkpoint = load_checkpoint(path)
         check_limits(checkpoint["config"])
-    except ValueError as e:
-        raise BadInput(str(e)) from None
-    if lifetime(run)[0] in ("", LIVE):
+        banks = gather(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    except (ValueError, KeyError, RuntimeError) as e:
+        reason = str(e).splitlines()[0].removeprefix(f"{path} ")
+        raise BadInput(f"{path}: {reason}") from None
+    if not "" < lifetime(run)[0] < LIVE:
         print(f"{run} has not ended: packed as of step {checkpoint['run']['steps']}")
     if not checkpoint["tokenizer"]:
-        raise BadInput(f"{path}: trained on synthetic tokens, so there is no tokenizer and nothing to score")
-    measure = "expected KL(full precision || packed), nats per token, by the checkpoint's statistics"
+        raise BadInput(f"{path}: trained on synthetic tokens: no tokenizer, nothing to score")
+    measure = ("expected KL(full precision || packed), nats per token, "
+               "by the checkpoint's statistics")
     if not checkpoint["stats"]:
         measure = "mean squared error of a weight, relative to the mean square of its row"
-        print(f"{path} has NO STATISTICS (train with --calib_tokens above 0): at the same bytes it will lose more")
+        print(f"{path} has NO STATISTICS (train with --calib_tokens above 0): "
+              "at the same bytes it will lose more")
     files = {**sources(run), "tokenizer.json": checkpoint["tokenizer"].encode()}
     fixed = len(build_artifact(files, b""))
     if fixed > cap:
         raise BadInput(f"--cap_bytes={cap}: the code and the tokenizer alone take {fixed:,} bytes")
-    banks = gather(checkpoint, path, "cuda" if torch.cuda.is_available() else "cpu")
-    sections, ideal, data = search(checkpoint, banks, files, cap)
-    state = unpack_model(b"".join(sections.values()))[1].state_dict()
+    blob, sizes, data = search(checkpoint, banks, files, cap)
+    state = unpack_model(blob)[1].state_dict()
     with atomic_write(run / "artifact.pyz") as f:
         f.write(data)
         f.flush()
         verify(f.name, digest(state))                       # before it replaces the one that is there
-    quality = ": the best quality setting; finer steps buy nothing" if len(data) < 0.9995 * cap else ""
-    text = f"{ledger(banks, state, sections, ideal, data, measure)}\n{len(data) / cap:.2%} of the cap{quality}"
+    text = f"{ledger(banks, state, sizes, data, measure)}\n{len(data) / cap:.2%} of the cap"
+    if len(data) < 0.9995 * cap:
+        text += ": the best quality setting; finer steps buy nothing"
     with atomic_write(run / "pack.txt", "w") as f:
         f.write(text + "\n")
-    print(text, "---", f"artifact_bytes: {len(data)}", f"pack_seconds: {time.perf_counter() - begin:.1f}",
-          f"artifact: {run / 'artifact.pyz'}", sep="\n")
+    print(f"{text}\n---\nartifact_bytes: {len(data)}")
+    print(f"pack_seconds: {time.perf_counter() - begin:.1f}\nartifact: {run / 'artifact.pyz'}")
     return 0
 
 

@@ -929,14 +929,14 @@ def test_trellis_gains_at_least_0_8_dB_and_statistics_3_dB_more(monkeypatch):
     monkeypatch.setattr(pack, "TRELLIS", np.zeros((1, 2), np.int32))        # of one state: plain rounding
     kl, scalar = measure(known, 0.05)
     assert trellis < scalar - 0.8 and scalar < measure(blind, 0.3)[1] - 3
-    assert 0.6 < kl / (0.05 / pack.constant_for([known], 1.0)) ** 2 < 1.02  # uniform errors at the plan's price
+    assert 0.6 < kl / (known.price * 0.05 ** 2 / 24) < 1.02          # uniform errors at the plan's price
 
 
 def test_expected_kl_is_the_measured_one_for_every_bank(run_to_pack):
     checkpoint = train_gpt.load_checkpoint(run_to_pack / "checkpoint.pt")
-    banks = pack.gather(checkpoint, run_to_pack)
-    sections, _ = pack.pack_model(checkpoint, banks, 1e-3)
-    packed = pack.unpack_model(b"".join(sections.values()))[1].state_dict()
+    banks = pack.gather(checkpoint)
+    blob, _ = pack.pack_model(checkpoint, banks, 1e-3)
+    packed = pack.unpack_model(blob)[1].state_dict()
     model = GPT(checkpoint["config"]).requires_grad_(False)
     tokens = torch.from_numpy(train_gpt.synthetic_tokens(1024, 2048, 1).astype(np.int64))
     segments = make_segments(np.arange(0, 2048, 60), 2048, 24)
@@ -987,7 +987,7 @@ def test_newest_run_is_the_last_that_ended_unless_another_trained_beside_it(tmp_
         fcntl.flock(later, fcntl.LOCK_EX)                            # as if they were in training
         assert pack.find_run() == Path("runs/a")
         fcntl.flock(killed, fcntl.LOCK_EX)
-        with pytest.raises(BadInput, match="runs/a and runs/killed .* name the one"):
+        with pytest.raises(BadInput, match="runs/a and runs/killed .* name one"):
             pack.find_run()
     write_metrics("b", start=4, end=7)
     assert end(start(ROOT / "pack.py"), 2)[1].startswith("pack.py: runs/b and runs/a ")
@@ -1066,9 +1066,9 @@ def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path)
     sections = [blob[a:b] for a, b in zip(ends, ends[1:])]
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
 
-    def forge(sections=sections, **changes):
-        text = json.dumps(header | {"sections": [*map(len, sections)]} | changes).encode()
-        return pack.build_artifact(files, b"".join([len(text).to_bytes(4, "little"), text, *sections]))
+    def forge(parts=sections, **changes):
+        text = json.dumps(header | {"sections": [*map(len, parts)]} | changes).encode()
+        return pack.build_artifact(files, b"".join([len(text).to_bytes(4, "little"), text, *parts]))
 
     def patched(data, old=b"", new=b""):
         data = data[:-32].replace(old, new)
@@ -1084,8 +1084,8 @@ def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path)
     for key in ("n_layer", "n_embd", "mlp_dim", "vocab_size", "row_tokens", "seq_len"):
         refused.append(forge(config=header["config"] | {key: header["config"][key] << 24}))
     for i, section in enumerate(sections):
-        for bad in (bomb, section[:-2]):
-            refused.append(forge([*sections[:i], bad, *sections[i + 1:]]))
+        for part in (bomb, section[:-2]):
+            refused.append(forge([*sections[:i], part, *sections[i + 1:]]))
     for bad in refused:
         (tmp_path / "x").write_bytes(bad)
         tracemalloc.start()
