@@ -128,7 +128,7 @@ def encode(values, sigmas):
             lane[full] >>= 16
             lane[:] = (lane // share << BITS) + lane % share + start
     words.append(lanes.view(np.uint16))
-    return np.concatenate(words[::-1]), np.concatenate(escapes[::-1]), ideal
+    return np.concatenate(words[::-1]), np.concatenate(escapes[::-1]), np.rint(ideal).astype(int)
 
 
 def decode(words, escapes, sigmas):
@@ -401,19 +401,16 @@ def quantise_all(banks, constant, label):
 
 def pack_model(checkpoint, banks, constant, label=""):
     """Quantise and code a model with one constant for all steps; banks as gather() plans them
-    -> model.bin, {bank or section: its bytes}: of the words each bank has what the coder's probabilities
-    say, and "weights" is the rest: rounding and the lanes' start-up."""
-    weights = checkpoint["weights"]
+    -> {section: bytes} of model.bin, bytes of each bank by the coder's probabilities."""
     values = quantise_all(banks, constant, label)
     sigmas = [scales(value) for value in values]
     words, escapes, ideal = encode(values, sigmas)
-    rows = [bank.row for bank in banks]
-    cols = [bank.col for bank in banks]
-    spreads = zip(*((row + a, col + b) for row, col, (a, b) in zip(rows, cols, sigmas)))
-    matrices, vectors = split(weights)
+    steps = [(bank.row, bank.col) for bank in banks]
+    spreads = [map(np.add, *pair) for pair in zip(steps, sigmas)]
+    matrices, vectors = split(checkpoint["weights"])
     small = zip(*map(encode_small, vectors.values()))
+    sides = [*zip(*steps), *zip(*spreads), [escapes], *small]
     sections = {"weights": words.tobytes()}
-    sides = [rows, cols, *spreads, [escapes], *small]
     for (name, dtype, _), arrays in zip(table(matrices, vectors, len(escapes)), sides):
         flat = np.concatenate([x.ravel() for x in arrays]).astype(dtype)
         planes = flat[:, None].view(np.uint8).T             # the low bytes, then the high ones
@@ -421,11 +418,7 @@ def pack_model(checkpoint, banks, constant, label=""):
     header = {"config": vars(checkpoint["config"]), "constant": constant, "escapes": len(escapes),
               "sections": [*map(len, sections.values())]}
     header = json.dumps(header, separators=(",", ":")).encode()
-    sections = {"header": len(header).to_bytes(4, "little") + header, **sections}
-    sizes = dict(zip(MATRICES, np.rint(ideal).astype(int)))
-    rest = {name: len(section) for name, section in sections.items()}
-    rest["weights"] -= sum(sizes.values())
-    return b"".join(sections.values()), sizes | rest
+    return {"header": len(header).to_bytes(4, "little") + header, **sections}, ideal
 
 
 def check_limits(cfg):
@@ -641,11 +634,11 @@ def search(checkpoint, banks, files, cap):
     octave, low, high = 0.0, 0.0, math.inf                  # the cap is met between low and high
     best, last = None, None
     for number in range(1, 16):
-        blob, sizes = pack_model(checkpoint, banks, finest * 2 ** octave, f"pass {number}:")
-        data = build_artifact(files, blob)
+        packed = pack_model(checkpoint, banks, finest * 2 ** octave, f"pass {number}:")
+        data = build_artifact(files, b"".join(packed[0].values()))
         excess = len(data) - cap
         if excess <= 0:
-            best, high = (blob, sizes, data), octave
+            best, high = (*packed, data), octave
         else:
             low = octave
         if high == 0 or -0.0005 * cap <= excess <= 0:
@@ -661,23 +654,25 @@ def search(checkpoint, banks, files, cap):
     return best
 
 
-def ledger(banks, state, sizes, data, measure):
+def ledger(banks, state, sections, ideal, data, measure):
     """Where the artifact's bytes went, and what each bank of weights costs of `measure`: a table."""
     table = [f"{'weights':>38}{'bits each':>11}{'cost':>9}{'bytes':>14}"]
     costs = [expected_kl(bank, state[name]) for name, bank in zip(MATRICES, banks)]
-    total = sum(costs)
     n_weights = sum(bank.W.numel() for bank in banks)
+    for name, bank, cost, size in zip(MATRICES, banks, costs, ideal):
+        n = bank.W.numel()
+        share = cost / max(sum(costs), 1e-30)
+        table.append(f"{name:<26}{n:>12,}{8 * size / n:>11.3f}{share:>9.1%}{size:>14,}")
+    sizes = {name: len(section) for name, section in sections.items()}
+    bits = 8 * sum(sizes.values()) / n_weights
+    sizes["weights"] -= sum(ideal)                          # rounding and the lanes' start-up
     with ZipFile(io.BytesIO(data)) as archive:
         sizes |= {part.filename: part.compress_size for part in archive.infolist()}
-    bits = 8 * sizes.pop("model.bin") / n_weights
-    sizes["zip directory, checksum"] = len(data) - sum(sizes.values())
-    for name, bank, cost in zip(MATRICES, banks, costs):
-        size, n = sizes.pop(name), bank.W.numel()
-        share = cost / max(total, 1e-30)
-        table.append(f"{name:<26}{n:>12,}{8 * size / n:>11.3f}{share:>9.1%}{size:>14,}")
+    del sizes["model.bin"]
+    sizes["zip directory, checksum"] = len(data) - sum(ideal) - sum(sizes.values())
     table += [f"{name:<26}{size:>46,}" for name, size in sizes.items()]
     table.append(f"{'artifact.pyz':<26}{n_weights:>12,}{bits:>11.3f}{len(data):>23,}")
-    return "\n".join([*table, f"{measure}: {total:.5f}"])
+    return "\n".join([*table, f"{measure}: {sum(costs):.5f}"])
 
 
 def sources(run):
@@ -721,13 +716,13 @@ def main(argv=None):
     fixed = len(build_artifact(files, b""))
     if fixed > cap:
         raise BadInput(f"--cap_bytes={cap}: the code and the tokenizer alone take {fixed:,} bytes")
-    blob, sizes, data = search(checkpoint, banks, files, cap)
-    state = unpack_model(blob)[1].state_dict()
+    sections, ideal, data = search(checkpoint, banks, files, cap)
+    state = unpack_model(b"".join(sections.values()))[1].state_dict()
     with atomic_write(run / "artifact.pyz") as f:
         f.write(data)
         f.flush()
         verify(f.name, digest(state))                       # before it replaces the one that is there
-    text = f"{ledger(banks, state, sizes, data, measure)}\n{len(data) / cap:.2%} of the cap"
+    text = f"{ledger(banks, state, sections, ideal, data, measure)}\n{len(data) / cap:.2%} of the cap"
     if len(data) < 0.9995 * cap:
         text += ": the best quality setting; finer steps buy nothing"
     with atomic_write(run / "pack.txt", "w") as f:

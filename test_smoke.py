@@ -935,8 +935,8 @@ def test_trellis_gains_at_least_0_8_dB_and_statistics_3_dB_more(monkeypatch):
 def test_expected_kl_is_the_measured_one_for_every_bank(run_to_pack):
     checkpoint = train_gpt.load_checkpoint(run_to_pack / "checkpoint.pt")
     banks = pack.gather(checkpoint)
-    blob, _ = pack.pack_model(checkpoint, banks, 1e-3)
-    packed = pack.unpack_model(blob)[1].state_dict()
+    sections, _ = pack.pack_model(checkpoint, banks, 1e-3)
+    packed = pack.unpack_model(b"".join(sections.values()))[1].state_dict()
     model = GPT(checkpoint["config"]).requires_grad_(False)
     tokens = torch.from_numpy(train_gpt.synthetic_tokens(1024, 2048, 1).astype(np.int64))
     segments = make_segments(np.arange(0, 2048, 60), 2048, 24)
