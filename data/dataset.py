@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ META_KEYS = {"format": int, "name": str, "text_rule": str, "vocab_size": int, "t
              "val_docs": int, "val_bytes": int, "val_tokens": int, "val_docs_sha256": str, "files": dict}
 
 
-class BadInput(Exception):
+class BadInput(ValueError):
     """The user's flag or file is at fault: one line that names it. `command` prints it and exits 2."""
 
 
@@ -47,12 +48,18 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
+def printable(text, encoding="utf-8"):
+    """What may hold text of a stranger's -> one line of it: what is not printable, or not in the encoding, escaped."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
+    return shown.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
+
+
 def command(main):
     """Runs main() -> its exit code or None. BadInput -> "PROG: message" on stderr and 2; Ctrl-C -> 130."""
     try:
         return main() or 0
     except BadInput as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(printable(f"{Path(sys.argv[0]).name}: {error}", sys.stderr.encoding), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
@@ -86,28 +93,38 @@ class Progress:
     """
 
     def __init__(self, label, total, unit=""):
-        self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self.label = label
+        self.total = total
+        self.unit = unit
+        self.done = 0
         self.start = self.drawn = time.monotonic()
         self.live = bool(label) and sys.stderr.isatty()
 
     def add(self, n=1):
         self.done += n
-        now = time.monotonic()
-        if self.live and now - self.drawn >= 0.2:
-            self.drawn = now
-            left = int((now - self.start) / max(self.done, 1) * max(self.total - self.done, 0))
-            total = f"/{self.total:,}" if self.total else ""
-            clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left" if self.total else ""
-            sys.stderr.write(f"\r\x1b[K{self.label} {self.done:,}{total} {self.unit} {clock}")
-            sys.stderr.flush()
+        seconds = time.monotonic() - self.start
+        if self.live and self.start + seconds - self.drawn >= 0.2:
+            self.drawn = self.start + seconds
+            left = timedelta(seconds=int(seconds * max(self.total / max(self.done, 1) - 1, 0)))
+            end = f"/{self.total:,} {self.unit} {left} left" if self.total else f" {self.unit}"
+            self.draw(f"{self.label} {self.done:,}{end}")
+
+    def draw(self, line=""):
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()
+
+    def each(self, items):
+        """Yields the items, counting them."""
+        for item in items:
+            self.add()
+            yield item
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         if self.live:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            self.draw()
 
 
 def find_dataset(name_or_path):
@@ -134,6 +151,19 @@ def find_run(name=""):
     raise BadInput(f"{name or 'runs/latest'}: no such run; train one first, python train_gpt.py")
 
 
+def read_json(path):
+    """File -> the JSON object in it, a dict."""
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: not a JSON object")
+    return found
+
+
 def read_meta(folder):
     """Folder -> the dict of meta.json, checked, and every file on disk against it: sizes, shard headers, tokenizer.
 
@@ -141,14 +171,7 @@ def read_meta(folder):
     """
     folder = Path(folder)
     path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: not JSON ({error})") from error
-    if not isinstance(meta, dict):
-        raise BadInput(f"{path}: not a JSON object")
+    meta = read_json(path)
     for key, kind in META_KEYS.items():
         value = meta.get(key)
         if type(value) is not kind or (kind is int and value < 0):
