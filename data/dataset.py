@@ -12,10 +12,12 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -93,25 +95,20 @@ class Progress:
     """
 
     def __init__(self, label, total, unit=""):
-        self.label = label
+        self.line = f"\r\x1b[K{label} {{:,}}{f'/{total:,}' * bool(total)} {unit} {{}}"
         self.total = total
-        self.unit = unit
         self.done = 0
-        self.start = self.drawn = time.monotonic()
-        self.live = bool(label) and sys.stderr.isatty()
+        self.start = time.monotonic()
+        self.drawn = self.start if label and sys.stderr.isatty() else math.inf
 
     def add(self, n=1):
         self.done += n
-        seconds = time.monotonic() - self.start
-        if self.live and self.start + seconds - self.drawn >= 0.2:
-            self.drawn = self.start + seconds
-            left = timedelta(seconds=int(seconds * max(self.total / max(self.done, 1) - 1, 0)))
-            end = f"/{self.total:,} {self.unit} {left} left" if self.total else f" {self.unit}"
-            self.draw(f"{self.label} {self.done:,}{end}")
-
-    def draw(self, line=""):
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
+        now = time.monotonic()
+        if now - self.drawn >= 0.2:
+            self.drawn = now
+            left = (now - self.start) * (self.total / max(self.done, 1) - 1)
+            clock = f"{timedelta(seconds=int(left))} left" if left > 0 else ""
+            print(self.line.format(self.done, clock), end="", file=sys.stderr, flush=True)
 
     def each(self, items):
         """Yields the items, counting them."""
@@ -123,8 +120,8 @@ class Progress:
         return self
 
     def __exit__(self, *_):
-        if self.live:
-            self.draw()
+        if self.drawn < math.inf:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def find_dataset(name_or_path):
@@ -180,7 +177,7 @@ def read_meta(folder):
         raise BadInput(f"{path}: format {meta['format']}, this code reads format 1")
     if not 2 <= meta["vocab_size"] <= 65536:
         raise BadInput(f"{path}: vocab_size {meta['vocab_size']} does not fit uint16 tokens")
-    tokens = {"train": 0, "val": 0}
+    tokens = Counter()
     for name, entry in meta["files"].items():
         size = entry.get("bytes") if isinstance(entry, dict) else None
         if not re.fullmatch(r"[\w-][\w.-]*", name) or type(size) is not int:
@@ -192,7 +189,7 @@ def read_meta(folder):
         if found != size:
             raise BadInput(f"{folder / name}: {found:,} bytes, but meta.json says {size:,}")
         if name.endswith(".bin"):
-            tokens[name.split("_")[0]] = tokens.get(name.split("_")[0], 0) + read_shard(folder / name).size
+            tokens[name.partition("_")[0]] += read_shard(folder / name).size
     for split in ("train", "val"):
         if tokens[split] != meta[f"{split}_tokens"]:
             said = meta[f"{split}_tokens"]
@@ -207,27 +204,18 @@ def read_meta(folder):
 
 def read_shard(path, vocab_size=None):
     """Shard file -> uint16 (n_tokens,), memory-mapped. With vocab_size, reads it all: tokens must be below it."""
-    path = Path(path)
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = np.frombuffer(file.read(12), dtype="<i4")
+        words = np.memmap(path, dtype="<u2", mode="r")
+        header = words[:HEADER_BYTES // 2].view("<i4")
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or 'too short for a shard'}") from error
-    if size < HEADER_BYTES or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or 'not a token shard, or cut short'}") from error
+    if header.size < HEADER_BYTES // 4 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise BadInput(f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION})")
-    n_tokens = int(header[2])
-    if n_tokens < 0 or size != HEADER_BYTES + 2 * n_tokens:
-        held = (size - HEADER_BYTES) // 2
-        raise BadInput(f"{path}: header says {n_tokens:,} tokens, the file holds {held:,} (cut short?)")
-    if n_tokens == 0:
-        return np.empty(0, dtype="<u2")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
-    if vocab_size is not None:
-        for start in range(0, n_tokens, 1 << 24):
-            top = int(tokens[start:start + (1 << 24)].max())
-            if top >= vocab_size:
-                raise BadInput(f"{path}: token {top} is outside the vocabulary of {vocab_size}")
+    tokens = words[HEADER_BYTES // 2:]
+    if tokens.size != header[2]:
+        raise BadInput(f"{path}: header says {header[2]:,} tokens, the file holds {tokens.size:,} (cut short?)")
+    if vocab_size is not None and tokens.max(initial=0) >= vocab_size:
+        raise BadInput(f"{path}: token {tokens.max()} is outside the vocabulary of {vocab_size}")
     return tokens
 
 

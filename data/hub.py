@@ -3,6 +3,7 @@
 Their file has some 48 GB, and only what is asked for is fetched. Its sha256 is the hub's (its etag), compared with the
 sidecar's; what was read is checked by its length, and by the bytes and the sha256 of the validation documents.
 """
+import itertools
 import json
 import os
 import sys
@@ -106,8 +107,9 @@ def read_documents(source, start, end):
             return
 
 
-def fetch(source, start, end, path):
-    """The documents that begin in bytes [start, end) -> a file of theirs alone."""
-    with atomic_write(path) as file:
-        for line in read_documents(source, start, end):
-            file.write(line + b"\n")
+def fetch(source, start, end, path, limit=None):
+    """The first `limit` documents that begin in bytes [start, end) -> a file of theirs alone, unless it is there."""
+    if not path.exists():
+        with atomic_write(path) as file:
+            for line in itertools.islice(read_documents(source, start, end), limit):
+                file.write(line + b"\n")

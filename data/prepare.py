@@ -39,7 +39,7 @@ from data.dataset import (BadInput, DocsHash, Parser, Progress, atomic_write, co
                           printable, read_json, read_meta, read_shard, read_val_docs, write_shard)
 from data.text_rules import TEXT_RULES  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
-from data.train_bpe import train_tokenizer  # noqa: E402
+from data.train_bpe import at_most, train_tokenizer  # noqa: E402
 
 RANGE_BYTES = 1 << 27              # of documents, as JSON lines, that become one shard: some 27 M tokens
 BATCH_CHARACTERS = 1_000_000       # of text that is encoded at a time
@@ -61,7 +61,8 @@ ZSTD = b"\x28\xb5"
 UNPACKERS = {b"\x1f\x8b": lambda: zlib.decompressobj(wbits=31),
              ZSTD: lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()}
 NO_TEXT = "no text (it is read from the key that --text_key=NAME names)"
-NOT_UTF8 = "not UTF-8 (iconv -f LATIN1 -t UTF-8 may help, or -f UTF-16)"
+WRONG = {UnicodeDecodeError: "not UTF-8 (iconv -f LATIN1 -t UTF-8 may help, or -f UTF-16)",
+         UnicodeEncodeError: "lone surrogate"}
 
 
 def find_files(paths):
@@ -139,23 +140,9 @@ def read_text(raw, is_json=True, key="text"):
         if isinstance(text, str):
             text.encode()
             return text
-    except UnicodeDecodeError as error:
-        raise BadInput(NOT_UTF8) from error
-    except UnicodeEncodeError as error:
-        raise BadInput("lone surrogate") from error
     except (ValueError, RecursionError) as error:
-        raise BadInput("bad JSON") from error
+        raise BadInput(WRONG.get(type(error), "bad JSON")) from error
     raise BadInput(NO_TEXT)
-
-
-def read_lines(lines, where, text_rule="raw"):
-    """Lines of JSON -> their texts after the text rule, all good, or BadInput."""
-    for number, line in enumerate(lines, 1):
-        try:
-            text = read_text(line)
-        except BadInput as error:
-            raise BadInput(f"{where}:{number}: {error}") from error
-        yield TEXT_RULES[text_rule](text)
 
 
 def digest(text):
@@ -218,9 +205,14 @@ def write_ranges(texts, folder):
 
 
 def read_range(path, text_rule="raw"):
-    """Yields the texts in a file of JSON lines, after the text rule."""
+    """Yields the texts in a file of JSON lines, after the text rule; all are good, or BadInput."""
     with open(path, "rb") as file:
-        yield from read_lines(file, path, text_rule)
+        for number, line in enumerate(file, 1):
+            try:
+                text = read_text(line)
+            except BadInput as error:
+                raise BadInput(f"{path}:{number}: {error}") from error
+            yield TEXT_RULES[text_rule](text)
 
 
 def encode(texts, tokenizer):
@@ -234,8 +226,8 @@ def encode(texts, tokenizer):
 class Job(NamedTuple):
     """A shard to write: all that it depends on."""
     shard: Path
-    documents: Path          # the range
-    fetch: tuple | None      # what hub.fetch needs where that is not there
+    documents: Path          # of the range
+    source: tuple | None     # from which hub.fetch gets them where they are not there
     blob: bytes              # tokenizer.json
     text_rule: str
     left_out: frozenset      # digests of texts, those of validation
@@ -247,8 +239,8 @@ def make_shard(job):
     try:
         return read_shard(job.shard, tokenizer.vocab_size).size
     except BadInput:
-        if job.fetch and not job.documents.exists():
-            hub.fetch(*job.fetch, job.documents)
+        if job.source:
+            hub.fetch(*job.source, job.documents)
     texts = read_range(job.documents, job.text_rule)
     tokens = encode((text for text in texts if digest(text) not in job.left_out), tokenizer)
     write_shard(job.shard, tokens)
@@ -292,10 +284,12 @@ def write_val_docs(folder, texts):
     return {"val_docs": docs.docs, "val_bytes": docs.bytes, "val_docs_sha256": docs.hexdigest()}
 
 
-def write_val_shard(folder, val):
-    """What write_val_docs returned -> the number of tokens in the validation shard, which is written."""
-    tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
-    tokens = encode(read_val_docs(folder, val), tokenizer)
+def write_val_shard(folder, val, blob):
+    """What write_val_docs returned -> the number of tokens in the validation shard, which is written, and
+    tokenizer.json."""
+    with atomic_write(folder / "tokenizer.json") as file:
+        file.write(blob)
+    tokens = encode(read_val_docs(folder, val), Tokenizer(blob))
     write_shard(folder / "val_000000.bin", tokens)
     return tokens.size
 
@@ -310,11 +304,11 @@ def describe(folder, known):
         meta[f"{split}_docs"] = sum(int((tokens == tokenizer.boundary).sum()) for tokens in shards)
         meta[f"{split}_bytes"] = sum(int(tokenizer.text_bytes[tokens].sum()) for tokens in shards)
         meta[f"{split}_tokens"] = sum(tokens.size for tokens in shards)
-    others = map(folder.joinpath, ("tokenizer.json", "val_docs.jsonl.zst", "skipped.txt", "source.json"))
-    for path in sorted([*folder.glob("*_*.bin"), *filter(Path.exists, others)]):
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        meta["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256}
+    for path in sorted(folder.glob("[a-z]*.*")):
+        if path.name != "meta.json":
+            with open(path, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            meta["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256}
     return meta
 
 
@@ -347,14 +341,13 @@ def new_dataset(name):
 
 def write_new(folder, args, blob, val_texts, left_out):
     """The validation texts, and those of folder/documents/ but for the digests left_out -> the files of a dataset."""
-    (folder / "tokenizer.json").write_bytes(blob)
     val = write_val_docs(folder, val_texts)
-    write_val_shard(folder, val)
+    write_val_shard(folder, val, blob)
     jobs = [Job(folder / f"train_{path.stem}.bin", path, None, blob, "raw", frozenset(left_out))
             for path in (folder / "documents").iterdir()]
     with Progress("tokenizing", len(jobs), "shards") as progress:
-        for _ in make_shards(jobs, args.workers):
-            progress.add()
+        for _ in progress.each(make_shards(jobs, args.workers)):
+            pass
     shutil.rmtree(folder / "documents")
     shutil.rmtree(folder / "validation", ignore_errors=True)
     write_meta(folder, args, val["val_docs_sha256"])
@@ -381,15 +374,13 @@ def demo_documents():
                 texts.add(path.read_bytes().decode().replace("\r\n", "\n"))
             except (UnicodeDecodeError, OSError):
                 continue
-    val, train, sizes = [], [], Counter()
-    texts = [text for text in texts if len(text) >= 200]
-    for text in sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()):
-        split = val if sizes["val"] < DEMO_VAL_BYTES else train
-        sizes["val" if split is val else "train"] += len(text.encode())
-        split += cut(re.split(r"(?<=\n)(?=(?:@|class |def |async def )\S)", text), DEMO_PIECE_CHARACTERS)
-        if sizes["train"] >= DEMO_TRAIN_BYTES:
-            break
-    return val, train
+    texts = iter(sorted((text for text in texts if len(text) >= 200), key=digest))
+
+    def documents(size):
+        for text in at_most(size, texts):
+            yield from cut(re.split(r"(?<=\n)(?=(?:@|class |def |async def )\S)", text), DEMO_PIECE_CHARACTERS)
+
+    return [*documents(DEMO_VAL_BYTES)], [*documents(DEMO_TRAIN_BYTES)]
 
 
 def demo(args):
@@ -440,24 +431,19 @@ def docs(args):
         say(f"skipped {len(problems):,}{reasons(problems)}; each is named in data/{args.name}/skipped.txt")
 
 
-def begin_fineweb(folder, text_rule):
-    """-> what source.json holds, which the first call writes, and val_docs.jsonl.zst: what find_documents() says, the
-    text rule, what write_val_docs() says, and "train_start", the byte at which the validation documents end."""
+def fineweb_source(folder, documents, text_rule):
+    """-> what source.json holds; it and val_docs.jsonl.zst are written if they are not there. That is what
+    find_documents() says, the text rule, what write_val_docs() says, the byte "train_start" where validation ends."""
     path = folder / "source.json"
     if path.exists():
         return read_json(path)
-    source = hub.find_documents() | {"text_rule": text_rule, "train_start": 0}
-
-    def lines():
-        for line in itertools.islice(hub.read_documents(source, 0, source["bytes"]), FINEWEB_VAL_DOCS):
-            source["train_start"] += len(line) + 1
-            yield line
-
-    with Progress("reading", FINEWEB_VAL_DOCS, "documents of validation") as progress:
-        source |= write_val_docs(folder, progress.each(read_lines(lines(), source["file"], text_rule)))
+    source = hub.find_documents() | {"text_rule": text_rule}
+    val_path = documents / "val.jsonl"
+    hub.fetch(source, 0, source["bytes"], val_path, FINEWEB_VAL_DOCS)
+    source |= write_val_docs(folder, read_range(val_path, text_rule)) | {"train_start": val_path.stat().st_size}
     size = source["val_bytes"]
     if text_rule == "nmt_nfkc" and abs(size / FINEWEB_VAL_BYTES - 1) > 1e-4:
-        raise BadInput(f"{source['file']}: the validation documents have {size:,} bytes after nmt_nfkc, the challenge's "
+        raise BadInput(f"{val_path}: the validation documents have {size:,} bytes after nmt_nfkc, the challenge's "
                        f"have {FINEWEB_VAL_BYTES:,}: scores would not compare")
     with atomic_write(path, "w") as file:
         json.dump(source, file, indent=1)
@@ -472,45 +458,43 @@ def fineweb(args):
     that are missing, a finished dataset can be given more --train_tokens, and no other ranges are fetched.
     """
     folder = ROOT / "data" / args.name
-    folder.mkdir(parents=True, exist_ok=True)
+    documents = ROOT / "data/documents" if args.keep_documents else folder / "documents"
+    for path in (folder, documents):
+        path.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.rglob(".*.tmp"):
-        unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
     there = sum(path.stat().st_size for path in folder.glob("train_*.bin"))
     needed = int(args.train_tokens) * (8 if args.keep_documents else 2) - there
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise BadInput(f"{folder}: some {needed:,} bytes are needed, the disk has {free:,} left")
-    source = begin_fineweb(folder, args.text_rule)
+    source = fineweb_source(folder, documents, args.text_rule)
     path = folder / "tokenizer.json"
     begun = path.read_bytes() if path.exists() else None
     blob = read_tokenizer(args.tokenizer) or begun
     if begun not in (None, blob) or source["text_rule"] != args.text_rule:
         raise BadInput(f"{folder}: begun with another tokenizer or text rule; remove it or change --name")
-    documents = ROOT / "data/documents" / source["etag"] if args.keep_documents else folder / "documents"
-    documents.mkdir(parents=True, exist_ok=True)
     ends = [*range(source["train_start"], source["bytes"], RANGE_BYTES), source["bytes"]]
-    ranges = [(documents / f"{start}.jsonl", (source, start, end)) for start, end in itertools.pairwise(ends)]
+    ranges = [((source, start, end), documents / f"{start}.jsonl") for start, end in itertools.pairwise(ends)]
 
     def sample():
-        for path, fetch in ranges:
-            if not path.exists():
-                hub.fetch(*fetch, path)
+        for from_hub, path in ranges:
+            hub.fetch(*from_hub, path)
             yield from read_range(path, args.text_rule)
 
     blob = blob or train_tokenizer(sample, args.vocab_size, args.phrases, args.name)
-    with atomic_write(path) as file:
-        file.write(blob)
-    tokens_per_byte = write_val_shard(folder, source) / source["train_start"]
+    range_tokens = write_val_shard(folder, source, blob) / source["train_start"] * RANGE_BYTES
     left_out = frozenset(map(digest, read_val_docs(folder, source)))
-    jobs = [Job(folder / f"train_{number:06d}.bin", *range_, blob, args.text_rule, left_out)
-            for number, range_ in enumerate(ranges)]
-    # Of what is there nothing is taken away; what is missing is guessed, then ranges are added one by one.
+    jobs = [Job(folder / f"train_{number:06d}.bin", path, from_hub, blob, args.text_rule, left_out)
+            for number, (from_hub, path) in enumerate(ranges)]
+    # Of what is there nothing is taken away. What is missing is guessed, then added one by one.
     n_jobs = max((n for n, job in enumerate(jobs, 1) if job.shard.exists()), default=1)
-    n_jobs = max(n_jobs, round(args.train_tokens / tokens_per_byte / RANGE_BYTES))
+    n_jobs = max(n_jobs, round(args.train_tokens / range_tokens))
     done = []
     with Progress("tokenizing", int(args.train_tokens), "tokens") as progress:
         while len(done) < min(n_jobs, len(jobs)):
-            for job, n_tokens in zip(jobs[len(done):n_jobs], make_shards(jobs[len(done):n_jobs], args.workers)):
+            todo = jobs[len(done):n_jobs]
+            for job, n_tokens in zip(todo, make_shards(todo, args.workers), strict=True):
                 if not args.keep_documents:
                     job.documents.unlink(missing_ok=True)
                 done.append(n_tokens)
@@ -528,10 +512,10 @@ def verify(args):
         folder = find_dataset(name)
         meta = read_meta(folder)
         found = describe(folder, meta)
-        said = meta.pop("files") | meta
-        for key, value in (found.pop("files") | found).items():
-            if said.get(key) != value:
-                raise BadInput(f"{folder}: {key} is {said.get(key)} in meta.json, but {value} in the files")
+        found |= found.pop("files")
+        for key, value in (meta.pop("files") | meta).items():
+            if found.get(key, value) != value:
+                raise BadInput(f"{folder}: {key} is {value} in meta.json, but {found[key]} in the files")
         for _ in read_val_docs(folder, meta):
             pass  # at its end it has compared number, bytes and sha256
         say(f"{folder}: whole: {meta['train_docs']:,} training and {meta['val_docs']:,} validation documents, every "
@@ -588,10 +572,10 @@ def main():
             add.add_argument(f"--{name}", help=text, **how)
     args = parser.parse_args()
     if args.run in (docs, fineweb):
-        taken = {"demo", "documents", "fineweb", "synthetic"} - {args.run.__name__}
-        if args.name in taken or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name):
-            raise BadInput(f"--name={args.name}: a name of letters, digits, _ . - is expected, and none of "
-                           + ", ".join(sorted(taken)))
+        taken = args.name in {"demo", "documents", "fineweb", "synthetic"} - {args.run.__name__}
+        if taken or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name):
+            raise BadInput(f"--name={args.name}: a name of letters, digits, _ . - is expected, and not demo, documents, "
+                           "fineweb or synthetic")
         if not (args.vocab_size < 65536 and args.workers > 0 and 0 < getattr(args, "train_tokens", 1) < 1e15):
             raise BadInput("--workers and --train_tokens are at least 1, --vocab_size is at most 65535")
         if args.phrases < 0:

@@ -1,5 +1,7 @@
 """Training a tokenizer: texts -> the bytes of tokenizer.json. Needs the `tokenizers` package."""
+import itertools
 import json
+import re
 
 import numpy as np
 
@@ -25,10 +27,9 @@ def train_tokenizer(texts, vocab_size, n_phrases, name):
     n_pieces = vocab_size - 1 - n_bytes - n_phrases
     if n_pieces < 1:
         raise BadInput(f"--vocab_size={vocab_size}: too small for {n_bytes + 1} single tokens and {n_phrases} phrases")
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    # ByteLevel writes each byte as one of these characters.
-    byte_of = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    # ByteLevel writes a byte as the character that it is in Latin-1, or one from 256 on if that is not to be seen.
+    others = itertools.count(256)
+    byte_of = {chr(byte if chr(byte).isprintable() and chr(byte) != " " else next(others)): byte for byte in range(256)}
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(TRAINING_PATTERN), "isolated"),
@@ -54,18 +55,16 @@ def find_phrases(tokenizer, docs, n_phrases):
 
     Only whole chunks are counted: a phrase that ends in half a word ("of the" + "ory") would break up the word.
     """
-    def begins_chunk(piece):
-        return not (piece[:1].islower() or piece[:1].isdigit() or piece[:1] >= b"\x80" or piece[:1] == b"'")
-
     # Neighbours that both begin a chunk, before a third that does, are whole chunks.
-    begins = np.array([begins_chunk(piece) for piece in tokenizer.pieces] + [True] * n_phrases)
+    inside = re.compile(rb"[a-z0-9'\x80-\xff]")
+    begins = np.array([not inside.match(piece) for piece in tokenizer.pieces] + [True] * n_phrases)
     size = np.array([len(piece) for piece in tokenizer.pieces] + [0] * n_phrases)
+    size[tokenizer.boundary] = MAX_PHRASE_BYTES   # it is in no phrase
     tokens = np.concatenate([*docs, [tokenizer.boundary]]).astype(np.int64)
     phrases = []
     while len(phrases) < n_phrases:
         left, right = tokens[:-2], tokens[1:-1]
         whole = begins[left] & begins[right] & begins[tokens[2:]] & (left != right)
-        whole &= (left != tokenizer.boundary) & (right != tokenizer.boundary)
         whole &= size[left] + size[right] <= MAX_PHRASE_BYTES
         pairs, counts = np.unique(left[whole] << 16 | right[whole], return_counts=True)
         used = set()   # a round takes pairs without a common token, so that their counts stay true
