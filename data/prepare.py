@@ -14,6 +14,7 @@ import heapq
 import inspect
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -197,13 +198,6 @@ def to_line(text):
     return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
 
 
-def write_ranges(texts, folder):
-    """Texts -> files of JSON lines, RANGE_BYTES or a little more each, in a new folder."""
-    folder.mkdir()
-    for number, batch in enumerate(batches(map(to_line, texts), RANGE_BYTES)):
-        (folder / f"{number:06d}.jsonl").write_bytes(b"".join(batch))
-
-
 def read_range(path, text_rule="raw"):
     """Yields the texts in a file of JSON lines, after the text rule; all are good, or BadInput."""
     with open(path, "rb") as file:
@@ -223,28 +217,38 @@ def encode(texts, tokenizer):
     return np.concatenate(parts)
 
 
-class Job(NamedTuple):
-    """A shard to write: all that it depends on."""
-    shard: Path
-    documents: Path          # of the range
+class Range(NamedTuple):
+    """Documents that become a shard."""
+    path: Path               # JSON lines
     source: tuple | None     # from which hub.fetch gets them where they are not there
-    blob: bytes              # tokenizer.json
     text_rule: str
     left_out: frozenset      # digests of texts, those of validation
 
+    def texts(self):
+        if self.source:
+            hub.fetch(*self.source, self.path)
+        return (text for text in read_range(self.path, self.text_rule) if digest(text) not in self.left_out)
 
-def make_shard(job):
-    """Job -> the number of tokens in its shard, which is written unless it is there and whole."""
-    tokenizer = Tokenizer(job.blob)
+
+def make_shard(documents, path, blob):
+    """Range, tokenizer.json -> the number of tokens in its shard, which is written unless it is there and whole."""
+    tokenizer = Tokenizer(blob)
     try:
-        return read_shard(job.shard, tokenizer.vocab_size).size
+        return read_shard(path, tokenizer.vocab_size).size
     except BadInput:
-        if job.source:
-            hub.fetch(*job.source, job.documents)
-    texts = read_range(job.documents, job.text_rule)
-    tokens = encode((text for text in texts if digest(text) not in job.left_out), tokenizer)
-    write_shard(job.shard, tokens)
+        tokens = encode(documents.texts(), tokenizer)
+    write_shard(path, tokens)
     return tokens.size
+
+
+def write_ranges(texts, folder, left_out=()):
+    """Texts -> Ranges, of RANGE_BYTES or a little more each, in a new folder."""
+    folder.mkdir()
+    ranges = []
+    for batch in batches(map(to_line, texts), RANGE_BYTES):
+        ranges.append(Range(folder / f"{len(ranges)}.jsonl", None, "raw", frozenset(left_out)))
+        ranges[-1].path.write_bytes(b"".join(batch))
+    return ranges
 
 
 def start_worker():
@@ -257,14 +261,15 @@ def start_worker():
     threading.Thread(target=follow, daemon=True).start()
 
 
-def make_shards(jobs, workers):
-    """Yields make_shard(job) of each job, in order."""
-    if min(workers, len(jobs)) < 2:
-        yield from map(make_shard, jobs)
+def in_parallel(function, arguments, workers):
+    """Yields function(*arguments) of each, in order."""
+    workers = min(workers, len(arguments))
+    if workers < 2:
+        yield from itertools.starmap(function, arguments)
         return
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"), start_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     try:
-        yield from pool.map(make_shard, jobs)
+        yield from pool.map(function, *zip(*arguments, strict=True))
     finally:
         for child in multiprocessing.active_children():
             child.terminate()
@@ -284,14 +289,36 @@ def write_val_docs(folder, texts):
     return {"val_docs": docs.docs, "val_bytes": docs.bytes, "val_docs_sha256": docs.hexdigest()}
 
 
-def write_val_shard(folder, val, blob):
-    """What write_val_docs returned -> the number of tokens in the validation shard, which is written, and
-    tokenizer.json."""
-    with atomic_write(folder / "tokenizer.json") as file:
+def build(folder, args, val, ranges, wanted=sys.maxsize):
+    """What write_val_docs returned, ranges of training documents -> all else of a dataset, with `wanted` tokens or a
+    little more for training. What is there is kept, shards too of which so many are not wanted."""
+    path = folder / "tokenizer.json"
+    begun = path.read_bytes() if path.exists() else None
+    blob = args.blob or begun
+    if begun not in (None, blob):
+        raise BadInput(f"{path}: begun with another tokenizer; remove {folder} or change --name")
+    if not blob:
+        texts = itertools.chain.from_iterable
+        blob = train_tokenizer(lambda: texts(part.texts() for part in ranges), args.vocab_size, args.phrases, args.name)
+    with atomic_write(path) as file:
         file.write(blob)
     tokens = encode(read_val_docs(folder, val), Tokenizer(blob))
     write_shard(folder / "val_000000.bin", tokens)
-    return tokens.size
+    jobs = [(part, folder / f"train_{number:06d}.bin", blob) for number, part in enumerate(ranges)]
+    n_jobs = max((n for n, job in enumerate(jobs, 1) if job[1].exists()), default=1)
+    # The guess is a little low, for the range has JSON's marks too; then come those that are still missing.
+    n_jobs = max(n_jobs, wanted * val["val_bytes"] // (tokens.size * RANGE_BYTES))
+    done = []
+    with Progress("tokenizing", min(wanted, RANGE_BYTES * len(jobs)), "tokens") as progress:
+        while todo := jobs[len(done):n_jobs]:
+            for (part, *_), n_tokens in zip(todo, in_parallel(make_shard, todo, args.workers), strict=True):
+                if folder in part.path.parents:
+                    part.path.unlink(missing_ok=True)
+                done.append(n_tokens)
+                progress.add(n_tokens)
+            n_jobs = len(done) + math.ceil(len(done) * max(0, wanted / max(sum(done), 1) - 1))
+    shutil.rmtree(folder / "documents", ignore_errors=True)
+    write_meta(folder, args, val["val_docs_sha256"])
 
 
 def describe(folder, known):
@@ -339,20 +366,6 @@ def new_dataset(name):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_new(folder, args, blob, val_texts, left_out):
-    """The validation texts, and those of folder/documents/ but for the digests left_out -> the files of a dataset."""
-    val = write_val_docs(folder, val_texts)
-    write_val_shard(folder, val, blob)
-    jobs = [Job(folder / f"train_{path.stem}.bin", path, None, blob, "raw", frozenset(left_out))
-            for path in (folder / "documents").iterdir()]
-    with Progress("tokenizing", len(jobs), "shards") as progress:
-        for _ in progress.each(make_shards(jobs, args.workers)):
-            pass
-    shutil.rmtree(folder / "documents")
-    shutil.rmtree(folder / "validation", ignore_errors=True)
-    write_meta(folder, args, val["val_docs_sha256"])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The commands
 
@@ -386,10 +399,11 @@ def demo_documents():
 def demo(args):
     """Writes data/demo/ with the committed tokenizer, in place of an older one."""
     args.name, args.text_rule, args.workers = "demo", "raw", 1
+    args.blob = DEMO_TOKENIZER.read_bytes()
     val, train = map(dict.fromkeys, demo_documents())   # each text once
     with new_dataset("demo") as folder:
-        write_ranges(train, folder / "documents")
-        write_new(folder, args, DEMO_TOKENIZER.read_bytes(), val, map(digest, val))
+        ranges = write_ranges(train, folder / "documents", map(digest, val))
+        build(folder, args, write_val_docs(folder, val), ranges)
 
 
 def docs(args):
@@ -400,33 +414,27 @@ def docs(args):
     if args.val_docs < 0 or args.val_docs and args.val_path:
         raise BadInput("--val_docs is at least 1, and not with --val_path")
     files, problems = find_files(args.paths)
-    val_files, val_problems = find_files([args.val_path] if args.val_path else [])
-    problems += val_problems
-    blob = read_tokenizer(args.tokenizer)
+    val_files, unread = find_files([args.val_path] if args.val_path else [])
+    problems += unread
     with new_dataset(args.name) as folder:
         good, val = set(), set()
-        documents, validation = folder / "documents", folder / "validation"
         with Progress("reading", 0, "documents") as progress:
-            write_ranges(progress.each(good_documents(files, args, good, problems)), documents)
-            write_ranges(progress.each(good_documents(val_files, args, val, problems)), validation)
+            ranges = write_ranges(progress.each(good_documents(files, args, good, problems)), folder / "documents")
+            val_ranges = write_ranges(progress.each(good_documents(val_files, args, val, problems)), folder / "documents/val")
         if val_files:
             problems += [(args.val_path, "in the training files too, kept for validation only")] * len(good & val)
         else:
-            validation = documents
+            val_ranges = ranges
             val = {*heapq.nsmallest(args.val_docs or max(1, min(1000, len(good) // 10)), good)}
         if not val or not good - val or len(val) < args.val_docs:
             raise BadInput(f"{' '.join(args.paths)}: only {len(good):,} good documents, {len(val):,} for validation"
                            + reasons(problems))
-
-        def texts(folder, of_val):
-            for path in sorted(folder.iterdir()):
-                yield from (text for text in read_range(path) if (digest(text) in val) == of_val)
-
-        blob = blob or train_tokenizer(lambda: texts(documents, False), args.vocab_size, args.phrases, args.name)
         if problems:
             lines = [printable(f"{where}: {what}") + "\n" for where, what in problems]
             (folder / "skipped.txt").write_text("".join(lines), encoding="utf-8")
-        write_new(folder, args, blob, texts(validation, True), val)
+        texts = itertools.chain.from_iterable(part.texts() for part in val_ranges)
+        val_docs = write_val_docs(folder, (text for text in texts if digest(text) in val))
+        build(folder, args, val_docs, [part._replace(left_out=frozenset(val)) for part in ranges])
     if problems:
         say(f"skipped {len(problems):,}{reasons(problems)}; each is named in data/{args.name}/skipped.txt")
 
@@ -469,39 +477,13 @@ def fineweb(args):
     if free < needed:
         raise BadInput(f"{folder}: some {needed:,} bytes are needed, the disk has {free:,} left")
     source = fineweb_source(folder, documents, args.text_rule)
-    path = folder / "tokenizer.json"
-    begun = path.read_bytes() if path.exists() else None
-    blob = read_tokenizer(args.tokenizer) or begun
-    if begun not in (None, blob) or source["text_rule"] != args.text_rule:
-        raise BadInput(f"{folder}: begun with another tokenizer or text rule; remove it or change --name")
-    ends = [*range(source["train_start"], source["bytes"], RANGE_BYTES), source["bytes"]]
-    ranges = [((source, start, end), documents / f"{start}.jsonl") for start, end in itertools.pairwise(ends)]
-
-    def sample():
-        for from_hub, path in ranges:
-            hub.fetch(*from_hub, path)
-            yield from read_range(path, args.text_rule)
-
-    blob = blob or train_tokenizer(sample, args.vocab_size, args.phrases, args.name)
-    range_tokens = write_val_shard(folder, source, blob) / source["train_start"] * RANGE_BYTES
+    if source["text_rule"] != args.text_rule:
+        raise BadInput(f"{folder}: begun with another text rule; remove it or change --name")
     left_out = frozenset(map(digest, read_val_docs(folder, source)))
-    jobs = [Job(folder / f"train_{number:06d}.bin", path, from_hub, blob, args.text_rule, left_out)
-            for number, (from_hub, path) in enumerate(ranges)]
-    # Of what is there nothing is taken away. What is missing is guessed, then added one by one.
-    n_jobs = max((n for n, job in enumerate(jobs, 1) if job.shard.exists()), default=1)
-    n_jobs = max(n_jobs, round(args.train_tokens / range_tokens))
-    done = []
-    with Progress("tokenizing", int(args.train_tokens), "tokens") as progress:
-        while len(done) < min(n_jobs, len(jobs)):
-            todo = jobs[len(done):n_jobs]
-            for job, n_tokens in zip(todo, make_shards(todo, args.workers), strict=True):
-                if not args.keep_documents:
-                    job.documents.unlink(missing_ok=True)
-                done.append(n_tokens)
-                progress.add(n_tokens)
-            n_jobs += sum(done) < args.train_tokens
-    shutil.rmtree(folder / "documents", ignore_errors=True)
-    write_meta(folder, args, source["val_docs_sha256"])
+    ends = [*range(source["train_start"], source["bytes"], RANGE_BYTES), source["bytes"]]
+    ranges = [Range(documents / f"{start}.jsonl", (source, start, end), args.text_rule, left_out)
+              for start, end in itertools.pairwise(ends)]
+    build(folder, args, source, ranges, int(args.train_tokens))
     print("train and validation are disjoint by document hash")
 
 
@@ -580,6 +562,7 @@ def main():
             raise BadInput("--workers and --train_tokens are at least 1, --vocab_size is at most 65535")
         if args.phrases < 0:
             args.phrases = args.vocab_size // 16
+        args.blob = read_tokenizer(args.tokenizer)
         TEXT_RULES[args.text_rule]("")   # is its package there?
     args.run(args)
 
