@@ -11,6 +11,7 @@ The shard format is that of llm.c and modded-nanogpt.
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -255,9 +256,7 @@ def read_val_docs(folder, meta, limit=None):
     try:
         with open(path, "rb") as file:
             stream = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(file, read_across_frames=True)
-            for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
-                if limit is not None and seen.docs >= wanted:
-                    break
+            for line in itertools.islice(io.TextIOWrapper(stream, encoding="utf-8", newline="\n"), limit):
                 text = json.loads(line)["text"]
                 seen.add(text.encode())
                 yield text

@@ -230,6 +230,11 @@ class Range(NamedTuple):
         return (text for text in read_range(self.path, self.text_rule) if digest(text) not in self.left_out)
 
 
+def texts_in(ranges):
+    for part in ranges:
+        yield from part.texts()
+
+
 def make_shard(documents, path, blob):
     """Range, tokenizer.json -> the number of tokens in its shard, which is written unless it is there and whole."""
     tokenizer = Tokenizer(blob)
@@ -297,17 +302,14 @@ def build(folder, args, val, ranges, wanted=sys.maxsize):
     blob = args.blob or begun
     if begun not in (None, blob):
         raise BadInput(f"{path}: begun with another tokenizer; remove {folder} or change --name")
-    if not blob:
-        texts = itertools.chain.from_iterable
-        blob = train_tokenizer(lambda: texts(part.texts() for part in ranges), args.vocab_size, args.phrases, args.name)
+    blob = blob or train_tokenizer(lambda: texts_in(ranges), args.vocab_size, args.phrases, args.name)
     with atomic_write(path) as file:
         file.write(blob)
     tokens = encode(read_val_docs(folder, val), Tokenizer(blob))
     write_shard(folder / "val_000000.bin", tokens)
     jobs = [(part, folder / f"train_{number:06d}.bin", blob) for number, part in enumerate(ranges)]
-    n_jobs = max((n for n, job in enumerate(jobs, 1) if job[1].exists()), default=1)
-    # The guess is a little low, for the range has JSON's marks too; then come those that are still missing.
-    n_jobs = max(n_jobs, wanted * val["val_bytes"] // (tokens.size * RANGE_BYTES))
+    # The guess is a little low, for ranges hold JSON's marks too; then come those that are still missing.
+    n_jobs = max(1, len([*folder.glob("train_*.bin")]), wanted * val["val_bytes"] // (tokens.size * RANGE_BYTES))
     done = []
     with Progress("tokenizing", min(wanted, RANGE_BYTES * len(jobs)), "tokens") as progress:
         while todo := jobs[len(done):n_jobs]:
@@ -321,16 +323,17 @@ def build(folder, args, val, ranges, wanted=sys.maxsize):
     write_meta(folder, args, val["val_docs_sha256"])
 
 
-def describe(folder, known):
-    """A dataset's folder, {"name", "text_rule", "val_docs_sha256"} -> its meta.json, counted in its files."""
+def describe(folder, **known):
+    """A dataset's folder, its name, text_rule and val_docs_sha256 -> its meta.json, counted in its files."""
     tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
-    meta = {"format": 1, "name": known["name"], "text_rule": known["text_rule"], "vocab_size": tokenizer.vocab_size,
-            "tokenizer_sha256": tokenizer.sha256, "val_docs_sha256": known["val_docs_sha256"], "files": {}}
+    meta = {"format": 1, **known, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256, "files": {}}
     for split in ("train", "val"):
-        shards = [read_shard(path, tokenizer.vocab_size) for path in folder.glob(f"{split}_*.bin")]
-        meta[f"{split}_docs"] = sum(int((tokens == tokenizer.boundary).sum()) for tokens in shards)
-        meta[f"{split}_bytes"] = sum(int(tokenizer.text_bytes[tokens].sum()) for tokens in shards)
-        meta[f"{split}_tokens"] = sum(tokens.size for tokens in shards)
+        count = np.zeros(tokenizer.vocab_size, dtype=np.int64)   # of each token
+        for path in folder.glob(f"{split}_*.bin"):
+            count += np.bincount(read_shard(path, count.size), minlength=count.size)
+        meta[f"{split}_docs"] = int(count[tokenizer.boundary])
+        meta[f"{split}_bytes"] = int(count @ tokenizer.text_bytes)
+        meta[f"{split}_tokens"] = int(count.sum())
     for path in sorted(folder.glob("[a-z]*.*")):
         if path.name != "meta.json":
             with open(path, "rb") as file:
@@ -341,7 +344,7 @@ def describe(folder, known):
 
 def write_meta(folder, args, docs_sha256):
     """Writes meta.json, which makes the folder a dataset."""
-    meta = describe(folder, {"name": args.name, "text_rule": args.text_rule, "val_docs_sha256": docs_sha256})
+    meta = describe(folder, name=args.name, text_rule=args.text_rule, val_docs_sha256=docs_sha256)
     with atomic_write(folder / "meta.json", "w") as file:
         json.dump(meta, file, indent=1)
     read_meta(folder)
@@ -432,8 +435,7 @@ def docs(args):
         if problems:
             lines = [printable(f"{where}: {what}") + "\n" for where, what in problems]
             (folder / "skipped.txt").write_text("".join(lines), encoding="utf-8")
-        texts = itertools.chain.from_iterable(part.texts() for part in val_ranges)
-        val_docs = write_val_docs(folder, (text for text in texts if digest(text) in val))
+        val_docs = write_val_docs(folder, (text for text in texts_in(val_ranges) if digest(text) in val))
         build(folder, args, val_docs, [part._replace(left_out=frozenset(val)) for part in ranges])
     if problems:
         say(f"skipped {len(problems):,}{reasons(problems)}; each is named in data/{args.name}/skipped.txt")
@@ -493,7 +495,7 @@ def verify(args):
     for name in args.paths:
         folder = find_dataset(name)
         meta = read_meta(folder)
-        found = describe(folder, meta)
+        found = describe(folder)
         found |= found.pop("files")
         for key, value in (meta.pop("files") | meta).items():
             if found.get(key, value) != value:

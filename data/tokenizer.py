@@ -32,30 +32,23 @@ NO_TOKEN = {*b"ABDEFGHIJKMNOPQRSTVWXYZ", 0xC0, 0xC1, *range(0xF5, 0x100)}
 MAX_PIECE_BYTES = 64
 MAX_PHRASE_BYTES = 128
 
-_CAPITALS = re.compile(" ?[A-Z]+")
+_CAPITALS = re.compile("( ?)([A-Z]+)(s(?![a-z]))?(?=([a-z])?)")
 _MARKED = re.compile(r"C( ?[a-z])|U( ?[a-z]+)L?|[A-Z]")
 
 
-def lower_case(text):
-    """text -> the same without A-Z but for the markers C, U, L. restore_case gives it back, whatever it holds.
+def _mark(match):
+    space, run, plural, goes_on = match.groups(default="")
+    run = run.lower()
+    if len(run) == 1:
+        return f"C{space}{run}{plural}"
+    if goes_on:   # the last letter of the run belongs to the next word
+        return f"{'C' if len(run) == 2 else 'U'}{space}{run[:-1]}C{run[-1]}"
+    return f"U{space}{run}L{plural}" if plural else f"U{space}{run}"
 
-    20 MB/s; in numpy, over many texts at once, it was 150 MB/s in 32 lines, and encode_batch 1.4 times as fast.
-    """
-    parts, end = [], 0
-    for match in _CAPITALS.finditer(text):
-        parts.append(text[end:match.start()])
-        end = match.end()
-        word = match[0].lower()
-        n = len(word) - word.startswith(" ")
-        goes_on = "a" <= text[end:end + 1] <= "z"
-        plural = text[end:end + 1] == "s" and not "a" <= text[end + 1:end + 2] <= "z"
-        if n == 1 or not goes_on:
-            parts += ("C" if n == 1 else "U"), word
-        elif plural:
-            parts += "U", word, "L"
-        else:   # the last letter of the run belongs to the next word
-            parts += ("C" if n == 2 else "U"), word[:-1], "C", word[-1]
-    return "".join(parts) + text[end:]
+
+def lower_case(text):
+    """text -> the same without A-Z but for the markers C, U, L. restore_case gives it back, whatever it holds."""
+    return _CAPITALS.sub(_mark, text)
 
 
 def restore_case(text):
