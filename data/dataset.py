@@ -1,12 +1,13 @@
-"""The dataset folder, and the few things that every command shares: bad input, flags, atomic files, progress.
+"""The dataset folder, and the few things that every command shares: bad input, flags, atomic files,
+progress.
 
 data/<name>/    meta.json               what the folder holds; META_KEYS below; the sha256 and size of every other file
                 tokenizer.json          data/tokenizer.py
                 train_000000.bin ...    256 little-endian int32 (20240520, 1, number of tokens, 0 ...), uint16 tokens
                 val_000000.bin ...      the tokens of val_docs.jsonl.zst, in order; each document after a boundary
                 val_docs.jsonl.zst      the documents that are judged, one {"text": ...} a line
-*_bytes are the UTF-8 bytes of the documents' text after the text rule; *_tokens include a boundary token a document.
-The shard format is that of llm.c and modded-nanogpt.
+*_bytes are the UTF-8 bytes of the documents' text after the text rule; *_tokens include a boundary
+token a document. The shard format is that of llm.c and modded-nanogpt.
 """
 import argparse
 import hashlib
@@ -34,7 +35,7 @@ META_KEYS = {"format": int, "name": str, "text_rule": str, "vocab_size": int, "t
 
 
 class BadInput(ValueError):
-    """The user's flag or file is at fault: one line that names it. `command` prints it and exits 2."""
+    """The user's flag or file is at fault: one line that names it. `command` prints it; exit 2."""
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -42,7 +43,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviated flags; a wrong flag raises BadInput instead of printing the whole usage."""
+    """argparse without abbreviated flags; a wrong flag raises BadInput instead of printing the
+    whole usage."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
@@ -52,13 +54,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def printable(text, encoding="utf-8"):
-    """What may hold text of a stranger's -> one line of it: what is not printable, or not in the encoding, escaped."""
+    """What may hold text of a stranger's -> one line of it: what is not printable, or not in the
+    encoding, escaped."""
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
     return shown.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
 
 
 def command(main):
-    """Runs main() -> its exit code or None. BadInput -> "PROG: message" on stderr and 2; Ctrl-C -> 130."""
+    """Runs main() -> its exit code. BadInput -> "PROG: message" on stderr and 2; Ctrl-C -> 130."""
     try:
         return main() or 0
     except BadInput as error:
@@ -71,9 +74,11 @@ def command(main):
 
 @contextmanager
 def atomic_write(path, mode="wb"):
-    """A file whose content replaces `path` in one step when the block ends well; otherwise `path` stays as it is.
+    """A file whose content replaces `path` in one step when the block ends well; otherwise `path`
+    stays as it is.
 
-    Writes to a temporary name beside it, fsync, rename. OSError (full disk, no permission) -> BadInput with the name.
+    Writes to a temporary name beside it, fsync, rename. OSError (full disk, no permission) ->
+    BadInput with the name.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -90,7 +95,8 @@ def atomic_write(path, mode="wb"):
 
 
 class Progress:
-    """One redrawn line on a terminal, `label 12,345/50,000 docs 0:00:41 left`; nothing in a pipe or without a label.
+    """One redrawn line on a terminal, `label 12,345/50,000 docs 0:00:41 left`; nothing in a pipe or
+    without a label.
 
     With total 0 it only counts. It is drawn on stderr.
     """
@@ -126,9 +132,11 @@ class Progress:
 
 
 def find_dataset(name_or_path):
-    """Name under data/, or path of a folder with a meta.json -> Path. BadInput names the command that prepares it."""
+    """Name under data/, or path of a folder with a meta.json -> Path. BadInput names the command
+    that prepares it."""
     name = str(name_or_path)
-    # Inside artifact.pyz ROOT is a zip file, so the data folder is looked for where the command runs too.
+    # Inside artifact.pyz ROOT is a zip file, so the data folder is looked for where the command
+    # runs too.
     for folder in (Path(name), ROOT / "data" / name, Path("data") / name):
         if (folder / "meta.json").is_file():
             return folder
@@ -139,7 +147,8 @@ def find_dataset(name_or_path):
 
 
 def find_run(name=""):
-    """A run's folder, its name under runs/, or empty for the newest run -> Path. BadInput where there is none."""
+    """A run's folder, its name under runs/, or empty for the newest run -> Path. BadInput where
+    there is none."""
     for folder in (Path(name or "runs/latest"), Path("runs") / (name or "latest")):
         if folder.name == "latest" and folder.is_file():  # where no link may be made
             newest = folder.read_bytes().decode(errors="replace").strip()
@@ -163,9 +172,11 @@ def read_json(path):
 
 
 def read_meta(folder):
-    """Folder -> the dict of meta.json, checked, and every file on disk against it: sizes, shard headers, tokenizer.
+    """Folder -> the dict of meta.json, checked, and every file on disk against it: sizes, shard
+    headers, tokenizer.
 
-    Reads headers and tokenizer.json only, so it costs milliseconds; the files' sha256 are for whoever copies a dataset.
+    Reads headers and tokenizer.json only, so it costs milliseconds; the files' sha256 are for
+    whoever copies a dataset.
     """
     folder = Path(folder)
     path = folder / "meta.json"
@@ -198,18 +209,21 @@ def read_meta(folder):
     for name in ("tokenizer.json", "val_docs.jsonl.zst"):
         if name not in meta["files"]:
             raise BadInput(f"{path}: {name} is not among the files")
-    if hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
+    blob = (folder / "tokenizer.json").read_bytes()
+    if hashlib.sha256(blob).hexdigest() != meta["tokenizer_sha256"]:
         raise BadInput(f"{folder / 'tokenizer.json'}: sha256 is not the tokenizer_sha256 of meta.json")
     return meta
 
 
 def read_shard(path, vocab_size=None):
-    """Shard file -> uint16 (n_tokens,), memory-mapped. With vocab_size, reads it all: tokens must be below it."""
+    """Shard file -> uint16 (n_tokens,), memory-mapped. With vocab_size, reads it all: tokens must
+    be below it."""
     try:
         words = np.memmap(path, dtype="<u2", mode="r")
         header = words[:HEADER_BYTES // 2].view("<i4")
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or 'not a token shard, or cut short'}") from error
+        what = getattr(error, "strerror", None) or "not a token shard, or cut short"
+        raise BadInput(f"{path}: {what}") from error
     if header.size < HEADER_BYTES // 4 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise BadInput(f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION})")
     tokens = words[HEADER_BYTES // 2:]
@@ -230,7 +244,8 @@ def write_shard(path, tokens):
 
 
 class DocsHash:
-    """sha256 over documents in order: for each, the number of its UTF-8 bytes (8 bytes, little-endian), then they."""
+    """sha256 over documents in order: for each, the number of its UTF-8 bytes (8 bytes,
+    little-endian), then they."""
 
     def __init__(self):
         self.sha, self.docs, self.bytes = hashlib.sha256(), 0, 0
@@ -248,15 +263,18 @@ class DocsHash:
 def read_val_docs(folder, meta, limit=None):
     """Streams the text of the validation documents, the first `limit` if given.
 
-    Read whole, their number, bytes and sha256 must be those of meta, or BadInput at the end; with a limit, the number.
+    Read whole, their number, bytes and sha256 must be those of meta, or BadInput at the end; with a
+    limit, the number.
     """
     path = Path(folder) / "val_docs.jsonl.zst"
     wanted = meta["val_docs"] if limit is None else min(limit, meta["val_docs"])
     seen = DocsHash()
     try:
         with open(path, "rb") as file:
-            stream = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(file, read_across_frames=True)
-            for line in itertools.islice(io.TextIOWrapper(stream, encoding="utf-8", newline="\n"), limit):
+            unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+            stream = unpacker.stream_reader(file, read_across_frames=True)
+            lines = io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
+            for line in itertools.islice(lines, limit):
                 text = json.loads(line)["text"]
                 seen.add(text.encode())
                 yield text

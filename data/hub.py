@@ -1,7 +1,9 @@
-"""The challenge's documents on the Hugging Face hub, read by ranges of bytes. Needs the `huggingface_hub` package.
+"""The challenge's documents on the Hugging Face hub, read by ranges of bytes. Needs the
+`huggingface_hub` package.
 
-Their file has some 48 GB, and only what is asked for is fetched. Its sha256 is the hub's (its etag), compared with the
-sidecar's; what was read is checked by its length, and by the bytes and the sha256 of the validation documents.
+Their file has some 48 GB, and only what is asked for is fetched. Its sha256 is the hub's (its
+etag), compared with the sidecar's; what was read is checked by its length, and by the bytes and the
+sha256 of the validation documents.
 """
 import itertools
 import json
@@ -41,7 +43,8 @@ def insist(ask, name):
 
 
 def find_documents():
-    """-> {"commit", "file", "bytes", "etag"} of the documents, once the hub and the sidecar agree on them."""
+    """-> {"commit", "file", "bytes", "etag"} of the documents, once the hub and the sidecar agree
+    on them."""
     endpoint = os.environ.get("HF_ENDPOINT")   # another server of the hub's kind
     api = hub().HfApi(endpoint=endpoint)
     files = hub().HfFileSystem(endpoint=endpoint)
@@ -62,7 +65,8 @@ def find_documents():
 
 
 def read_blocks(source, start, end):
-    """Yields the bytes of the documents from start to end, then, in small blocks, to the end of the file."""
+    """Yields the bytes of the documents from start to end, then, in small blocks, to the end of the
+    file."""
     files = hub().HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))
     at = start
 
@@ -108,7 +112,8 @@ def read_documents(source, start, end):
 
 
 def fetch(source, start, end, path, limit=None):
-    """The first `limit` documents that begin in bytes [start, end) -> a file of theirs alone, unless it is there."""
+    """The first `limit` documents that begin in bytes [start, end) -> a file of theirs alone,
+    unless it is there."""
     if not path.exists():
         with atomic_write(path) as file:
             for line in itertools.islice(read_documents(source, start, end), limit):

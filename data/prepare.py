@@ -1,13 +1,15 @@
-"""Documents -> data/<name>/: tokenizer, token shards, and the validation documents that are judged (see dataset.py).
+"""Documents -> data/<name>/: tokenizer, token shards, and the validation documents that are judged
+(see dataset.py).
 
     python data/prepare.py demo                         the standard library's own source and documentation, in seconds
     python data/prepare.py docs PATH... --name=NAME     your .jsonl, .txt and .md files, or folders of them
     python data/prepare.py fineweb                      the challenge's FineWeb documents, from the Hugging Face hub
     python data/prepare.py verify NAME                  every hash and every count of a dataset
 
-A .jsonl file holds a document a line, {"text": ...}; a .txt or .md file is one document, but a single one is cut into
-many. Each may be packed as .gz or .zst. Validation documents are chosen by document hash (docs, demo) or are the first
-50,000 (fineweb). A stopped `fineweb` continues where it was; the others write a new folder at once or not at all.
+A .jsonl file holds a document a line, {"text": ...}; a .txt or .md file is one document, but a
+single one is cut into many. Each may be packed as .gz or .zst. Validation documents are chosen by
+document hash (docs, demo) or are the first 50,000 (fineweb). A stopped `fineweb` continues where it
+was; the others write a new folder at once or not at all.
 """
 import hashlib
 import heapq
@@ -36,8 +38,9 @@ import zstandard
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in [str(ROOT)] if path not in sys.path]
 from data import hub  # noqa: E402
-from data.dataset import (BadInput, DocsHash, Parser, Progress, atomic_write, command, find_dataset,  # noqa: E402
-                          printable, read_json, read_meta, read_shard, read_val_docs, write_shard)
+from data.dataset import (  # noqa: E402
+    BadInput, DocsHash, Parser, Progress, atomic_write, command, find_dataset, printable, read_json,
+    read_meta, read_shard, read_val_docs, write_shard)
 from data.text_rules import TEXT_RULES  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.train_bpe import at_most, train_tokenizer  # noqa: E402
@@ -53,11 +56,10 @@ FINEWEB_VAL_DOCS = 50_000
 FINEWEB_VAL_BYTES = 151_078_222    # of those documents after nmt_nfkc, as the public scorer counts them
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Documents
 
 READABLE = re.compile(r"\.(jsonl|txt|md)(\.gz|\.zst)?$", re.IGNORECASE)
-UTF8_MARK = b"\xef\xbb\xbf"
 ZSTD = b"\x28\xb5"
 UNPACKERS = {b"\x1f\x8b": lambda: zlib.decompressobj(wbits=31),
              ZSTD: lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()}
@@ -67,15 +69,17 @@ WRONG = {UnicodeDecodeError: "not UTF-8 (iconv -f LATIN1 -t UTF-8 may help, or -
 
 
 def find_files(paths):
-    """Files and folders -> files to read, a folder's sorted by path; [(path, why)] of those that are not read."""
+    """Files and folders -> files to read, a folder's sorted by path; [(path, why)] of those that
+    are not read."""
     files, unread = [], []
     for path in map(Path, paths):
         inside = {path}
         if path.is_dir():
-            walk = os.walk(path, onerror=lambda error: unread.append((error.filename, error.strerror)))
+            walk = os.walk(path, onerror=lambda e: unread.append((e.filename, e.strerror)))
             inside = {Path(folder, name) for folder, _, names in walk for name in names}
         found = {file for file in inside if READABLE.search(file.name) and file.is_file()}
-        unread += [(file, f"{file.suffix or 'other'} files, not read") for file in sorted(inside - found)]
+        for file in sorted(inside - found):
+            unread.append((file, f"{file.suffix or 'other'} files, not read"))
         if not found:
             raise BadInput(f"{path}: no .jsonl, .txt or .md file is there" + reasons(unread))
         files += sorted(found)
@@ -83,7 +87,8 @@ def find_files(paths):
 
 
 def unpacked(path):
-    """Yields a file's bytes, those inside where it is gzip or zstd. BadInput where they are damaged or cut short."""
+    """Yields a file's bytes, those inside where it is gzip or zstd. BadInput where they are damaged
+    or cut short."""
     frame = None
     try:
         with open(path, "rb") as file:
@@ -104,7 +109,8 @@ def unpacked(path):
 
 
 def cut(parts, size):
-    """Parts of a text -> documents of parts that follow each other, at most `size` long unless one part is longer."""
+    """Parts of a text -> documents of parts that follow each other, at most `size` long unless one
+    part is longer."""
     documents = [parts[0]]
     for part in parts[1:]:
         if len(documents[-1]) + len(part) > size:
@@ -125,10 +131,12 @@ def raw_documents(files):
             documents = [b"".join(unpacked(path))]
         if not is_json and len(files) == 1:
             parts = re.split(rb"(?<=\n)(?=\r?\n)", documents[0])
-            documents = cut(parts if len(parts) > 1 else re.split(rb"(?<=\n)", parts[0]), PIECE_BYTES)
-            say(f"{path}: a single text, cut at blank lines into {len(documents):,} documents of some 8 kB")
+            if len(parts) == 1:
+                parts = re.split(rb"(?<=\n)", documents[0])
+            documents = cut(parts, PIECE_BYTES)
+            say(f"{path}: a single text, cut at blank lines into {len(documents):,} documents")
         for number, raw in enumerate(documents, 1):
-            yield f"{path}:{number}", raw.removeprefix(UTF8_MARK), is_json
+            yield f"{path}:{number}", raw.removeprefix(b"\xef\xbb\xbf"), is_json   # a byte order mark
 
 
 def read_text(raw, is_json=True, key="text"):
@@ -151,8 +159,8 @@ def digest(text):
 
 
 def good_documents(files, args, seen, problems):
-    """Yields the texts in the files, after the text rule, each once; their digests go to `seen`, (where, what is wrong)
-    of the others to `problems`."""
+    """Yields the texts in the files, after the text rule, each once; their digests go to `seen`,
+    (where, what is wrong) of the others to `problems`."""
     for where, raw, is_json in raw_documents(files):
         try:
             text = TEXT_RULES[args.text_rule](read_text(raw, is_json, args.text_key))
@@ -160,7 +168,7 @@ def good_documents(files, args, seen, problems):
                 raise BadInput("duplicate" if text.strip() else "empty")
         except BadInput as error:
             if args.on_bad == "refuse":
-                raise BadInput(f"{where}: {error} (--on_bad=skip leaves such documents out)") from error
+                raise BadInput(f"{where}: {error} (--on_bad=skip leaves it out)") from error
             problems.append((where, str(error)))
         else:
             seen.add(digest(text))
@@ -171,18 +179,20 @@ def reasons(problems):
     """[(where, what)] -> ": 5 not UTF-8, first in.txt; ..."; empty where there are none."""
     first = {what: where for where, what in reversed(problems)}
     counts = Counter(what for _, what in problems).most_common()
-    return ": " * bool(counts) + "; ".join(f"{n:,} {what}, first {first[what]}" for what, n in counts)
+    parts = [f"{n:,} {what}, first {first[what]}" for what, n in counts]
+    return ": " * bool(parts) + "; ".join(parts)
 
 
 def say(line):
     print(printable(line, sys.stdout.encoding))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ranges of the documents, files of JSON lines, become shards
 
 def batches(items, size):
-    """Items -> lists of items that follow each other, their lengths `size` or a little more in all."""
+    """Items -> lists of items that follow each other, their lengths `size` or a little more in
+    all."""
     batch, room = [], size
     for item in items:
         batch.append(item)
@@ -227,7 +237,9 @@ class Range(NamedTuple):
     def texts(self):
         if self.source:
             hub.fetch(*self.source, self.path)
-        return (text for text in read_range(self.path, self.text_rule) if digest(text) not in self.left_out)
+        for text in read_range(self.path, self.text_rule):
+            if digest(text) not in self.left_out:
+                yield text
 
 
 def texts_in(ranges):
@@ -236,7 +248,8 @@ def texts_in(ranges):
 
 
 def make_shard(documents, path, blob):
-    """Range, tokenizer.json -> the number of tokens in its shard, which is written unless it is there and whole."""
+    """Range, tokenizer.json -> the number of tokens in its shard, which is written unless it is
+    there and whole."""
     tokenizer = Tokenizer(blob)
     try:
         return read_shard(path, tokenizer.vocab_size).size
@@ -257,7 +270,8 @@ def write_ranges(texts, folder, left_out=()):
 
 
 def start_worker():
-    """Ctrl-C ends a worker without a word, and so does the end of the process that started it, however it ends."""
+    """Ctrl-C ends a worker without a word, and so does the end of the process that started it,
+    however it ends."""
     def follow():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -280,42 +294,46 @@ def in_parallel(function, arguments, workers):
             child.terminate()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing a dataset
 
 def write_val_docs(folder, texts):
     """Texts -> val_docs.jsonl.zst, and what meta.json says of it."""
     docs = DocsHash()
-    compressor = zstandard.ZstdCompressor(12)
-    with atomic_write(folder / "val_docs.jsonl.zst") as file, compressor.stream_writer(file, closefd=False) as out:
-        for text in texts:
-            docs.add(text.encode())
-            out.write(to_line(text))
+    with atomic_write(folder / "val_docs.jsonl.zst") as file:
+        with zstandard.ZstdCompressor(12).stream_writer(file, closefd=False) as packed:
+            for text in texts:
+                docs.add(text.encode())
+                packed.write(to_line(text))
     return {"val_docs": docs.docs, "val_bytes": docs.bytes, "val_docs_sha256": docs.hexdigest()}
 
 
 def build(folder, args, val, ranges, wanted=sys.maxsize):
-    """What write_val_docs returned, ranges of training documents -> all else of a dataset, with `wanted` tokens or a
-    little more for training. What is there is kept, shards too of which so many are not wanted."""
+    """What write_val_docs returned, ranges of training documents -> all else of a dataset, with
+    `wanted` tokens or a little more for training. What is there is kept, shards too of which so
+    many are not wanted."""
     path = folder / "tokenizer.json"
     begun = path.read_bytes() if path.exists() else None
     blob = args.blob or begun
     if begun not in (None, blob):
         raise BadInput(f"{path}: begun with another tokenizer; remove {folder} or change --name")
-    blob = blob or train_tokenizer(lambda: texts_in(ranges), args.vocab_size, args.phrases, args.name)
+    if not blob:
+        blob = train_tokenizer(lambda: texts_in(ranges), args.vocab_size, args.phrases, args.name)
     with atomic_write(path) as file:
         file.write(blob)
     tokens = encode(read_val_docs(folder, val), Tokenizer(blob))
     write_shard(folder / "val_000000.bin", tokens)
     jobs = [(part, folder / f"train_{number:06d}.bin", blob) for number, part in enumerate(ranges)]
-    # The guess is a little low, for ranges hold JSON's marks too; then come those that are still missing.
-    n_jobs = max(1, len([*folder.glob("train_*.bin")]), wanted * val["val_bytes"] // (tokens.size * RANGE_BYTES))
+    # The guess is a little low, for ranges hold JSON's marks too; what is missing then comes last.
+    guess = wanted * val["val_bytes"] // (tokens.size * RANGE_BYTES)
+    n_jobs = max(1, guess, len([*folder.glob("train_*.bin")]))
     done = []
     with Progress("tokenizing", min(wanted, RANGE_BYTES * len(jobs)), "tokens") as progress:
         while todo := jobs[len(done):n_jobs]:
-            for (part, *_), n_tokens in zip(todo, in_parallel(make_shard, todo, args.workers), strict=True):
-                if folder in part.path.parents:
-                    part.path.unlink(missing_ok=True)
+            for n_tokens in in_parallel(make_shard, todo, args.workers):
+                documents = ranges[len(done)].path
+                if folder in documents.parents:
+                    documents.unlink(missing_ok=True)
                 done.append(n_tokens)
                 progress.add(n_tokens)
             n_jobs = len(done) + math.ceil(len(done) * max(0, wanted / max(sum(done), 1) - 1))
@@ -324,9 +342,11 @@ def build(folder, args, val, ranges, wanted=sys.maxsize):
 
 
 def describe(folder, **known):
-    """A dataset's folder, its name, text_rule and val_docs_sha256 -> its meta.json, counted in its files."""
+    """A dataset's folder, its name, text_rule and val_docs_sha256 -> its meta.json, counted in its
+    files."""
     tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
-    meta = {"format": 1, **known, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256, "files": {}}
+    meta = {"format": 1, **known, "vocab_size": tokenizer.vocab_size,
+            "tokenizer_sha256": tokenizer.sha256, "files": {}}
     for split in ("train", "val"):
         count = np.zeros(tokenizer.vocab_size, dtype=np.int64)   # of each token
         for path in folder.glob(f"{split}_*.bin"):
@@ -350,12 +370,14 @@ def write_meta(folder, args, docs_sha256):
     read_meta(folder)
     for split in ("train", "val"):
         docs, size, tokens = (meta[f"{split}_{unit}"] for unit in ("docs", "bytes", "tokens"))
-        print(f"{split:5} {docs:>11,} documents {size:>15,} bytes {tokens:>14,} tokens {size / tokens:.3f} bytes/token")
+        print(f"{split:5} {docs:>11,} documents {size:>15,} bytes {tokens:>14,} tokens "
+              f"{size / tokens:.3f} bytes/token")
 
 
 @contextmanager
 def new_dataset(name):
-    """-> an empty folder, which becomes data/<name>/ when the block ends well, and otherwise leaves nothing."""
+    """-> an empty folder, which becomes data/<name>/ when the block ends well, and otherwise leaves
+    nothing."""
     target = ROOT / "data" / name
     folder = target.with_name(f".{name}.{os.getpid()}.tmp")
     try:
@@ -369,15 +391,17 @@ def new_dataset(name):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The commands
 
 def demo_documents():
-    """The standard library -> val texts, train texts: the language reference that pydoc carries, the modules' source.
+    """The standard library -> val texts, train texts: the language reference that pydoc carries,
+    the modules' source.
 
-    A document is a topic, or a file cut before top-level definitions into pieces of about 6 kB. Files go to a split
-    whole, so that no validation file is seen in training: the first by sha256 of their text are validation. Tests,
-    tables of encodings, and what the build of Python wrote (it names paths of the machine) are left out.
+    A document is a topic, or a file cut before top-level definitions into pieces of about 6 kB.
+    Files go to a split whole, so that no validation file is seen in training: the first by sha256
+    of their text are validation. Tests, tables of encodings, and what the build of Python wrote (it
+    names paths of the machine) are left out.
     """
     from pydoc_data.topics import topics
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -394,7 +418,8 @@ def demo_documents():
 
     def documents(size):
         for text in at_most(size, texts):
-            yield from cut(re.split(r"(?<=\n)(?=(?:@|class |def |async def )\S)", text), DEMO_PIECE_CHARACTERS)
+            parts = re.split(r"(?<=\n)(?=(?:@|class |def |async def )\S)", text)
+            yield from cut(parts, DEMO_PIECE_CHARACTERS)
 
     return [*documents(DEMO_VAL_BYTES)], [*documents(DEMO_TRAIN_BYTES)]
 
@@ -410,10 +435,10 @@ def demo(args):
 
 
 def docs(args):
-    """Writes data/<name>/ from your files: the good documents are collected, some of them chosen for validation, a
-    tokenizer is trained on the others, all are tokenized."""
+    """Writes data/<name>/ from your files: the good documents are collected, some of them chosen
+    for validation, a tokenizer is trained on the others, all are tokenized."""
     if (ROOT / "data" / args.name).exists():
-        raise BadInput(f"--name={args.name}: data/{args.name} is there already; remove it or choose another name")
+        raise BadInput(f"--name={args.name}: data/{args.name} is there already; remove it, or another name")
     if args.val_docs < 0 or args.val_docs and args.val_path:
         raise BadInput("--val_docs is at least 1, and not with --val_path")
     files, problems = find_files(args.paths)
@@ -422,50 +447,57 @@ def docs(args):
     with new_dataset(args.name) as folder:
         good, val = set(), set()
         with Progress("reading", 0, "documents") as progress:
-            ranges = write_ranges(progress.each(good_documents(files, args, good, problems)), folder / "documents")
-            val_ranges = write_ranges(progress.each(good_documents(val_files, args, val, problems)), folder / "documents/val")
+            texts = progress.each(good_documents(files, args, good, problems))
+            ranges = write_ranges(texts, folder / "documents")
+            texts = progress.each(good_documents(val_files, args, val, problems))
+            val_ranges = write_ranges(texts, folder / "documents/val")
         if val_files:
-            problems += [(args.val_path, "in the training files too, kept for validation only")] * len(good & val)
+            problems += [(args.val_path, "also for training, now for validation only")] * len(good & val)
         else:
             val_ranges = ranges
             val = {*heapq.nsmallest(args.val_docs or max(1, min(1000, len(good) // 10)), good)}
         if not val or not good - val or len(val) < args.val_docs:
-            raise BadInput(f"{' '.join(args.paths)}: only {len(good):,} good documents, {len(val):,} for validation"
-                           + reasons(problems))
+            raise BadInput(f"{' '.join(args.paths)}: only {len(good):,} good documents, {len(val):,} "
+                           f"for validation{reasons(problems)}")
         if problems:
             lines = [printable(f"{where}: {what}") + "\n" for where, what in problems]
             (folder / "skipped.txt").write_text("".join(lines), encoding="utf-8")
-        val_docs = write_val_docs(folder, (text for text in texts_in(val_ranges) if digest(text) in val))
+        texts = (text for text in texts_in(val_ranges) if digest(text) in val)
+        val_docs = write_val_docs(folder, texts)
         build(folder, args, val_docs, [part._replace(left_out=frozenset(val)) for part in ranges])
     if problems:
-        say(f"skipped {len(problems):,}{reasons(problems)}; each is named in data/{args.name}/skipped.txt")
+        say(f"skipped {len(problems):,}{reasons(problems)}; all are in data/{args.name}/skipped.txt")
 
 
 def fineweb_source(folder, documents, text_rule):
-    """-> what source.json holds; it and val_docs.jsonl.zst are written if they are not there. That is what
-    find_documents() says, the text rule, what write_val_docs() says, the byte "train_start" where validation ends."""
+    """-> what source.json holds; it and val_docs.jsonl.zst are written if they are not there. That
+    is what find_documents() says, the text rule, what write_val_docs() says, the byte "train_start"
+    where validation ends."""
     path = folder / "source.json"
     if path.exists():
         return read_json(path)
     source = hub.find_documents() | {"text_rule": text_rule}
-    val_path = documents / "val.jsonl"
+    val_path = documents / f"{source['etag']}_val.jsonl"
     hub.fetch(source, 0, source["bytes"], val_path, FINEWEB_VAL_DOCS)
-    source |= write_val_docs(folder, read_range(val_path, text_rule)) | {"train_start": val_path.stat().st_size}
+    source["train_start"] = val_path.stat().st_size
+    source |= write_val_docs(folder, read_range(val_path, text_rule))
     size = source["val_bytes"]
     if text_rule == "nmt_nfkc" and abs(size / FINEWEB_VAL_BYTES - 1) > 1e-4:
-        raise BadInput(f"{val_path}: the validation documents have {size:,} bytes after nmt_nfkc, the challenge's "
-                       f"have {FINEWEB_VAL_BYTES:,}: scores would not compare")
+        raise BadInput(f"{val_path}: the validation documents have {size:,} bytes after nmt_nfkc, "
+                       f"the challenge's {FINEWEB_VAL_BYTES:,}: scores would not compare")
     with atomic_write(path, "w") as file:
         json.dump(source, file, indent=1)
     return source
 
 
 def fineweb(args):
-    """Writes data/fineweb/: validation is the first 50,000 documents as they are, training is of those after them.
+    """Writes data/fineweb/: validation is the first 50,000 documents as they are, training is of
+    those after them.
 
-    The documents are cut at every 128 MiB, and a range becomes a shard, into which nothing goes but its bytes, the
-    tokenizer, the text rule, and the validation documents, which are left out. So a stopped run goes on with the shards
-    that are missing, a finished dataset can be given more --train_tokens, and no other ranges are fetched.
+    The documents are cut at every 128 MiB, and a range becomes a shard, into which nothing goes but
+    its bytes, the tokenizer, the text rule, and the validation documents, which are left out. So a
+    stopped run goes on with the shards that are missing, a finished dataset can be given more
+    --train_tokens, and no other ranges are fetched.
     """
     folder = ROOT / "data" / args.name
     documents = ROOT / "data/documents" if args.keep_documents else folder / "documents"
@@ -483,15 +515,18 @@ def fineweb(args):
         raise BadInput(f"{folder}: begun with another text rule; remove it or change --name")
     left_out = frozenset(map(digest, read_val_docs(folder, source)))
     ends = [*range(source["train_start"], source["bytes"], RANGE_BYTES), source["bytes"]]
-    ranges = [Range(documents / f"{start}.jsonl", (source, start, end), args.text_rule, left_out)
-              for start, end in itertools.pairwise(ends)]
+    ranges = []
+    for start, end in itertools.pairwise(ends):
+        path = documents / f"{source['etag']}_{start}_{end}.jsonl"
+        ranges.append(Range(path, (source, start, end), args.text_rule, left_out))
     build(folder, args, source, ranges, int(args.train_tokens))
     print("train and validation are disjoint by document hash")
 
 
 def verify(args):
-    """All of a dataset against its meta.json, of which readers leave most out: sha256 of every file, every token below
-    the vocabulary, documents and bytes of the shards, the validation documents' own hash."""
+    """All of a dataset against its meta.json, of which readers leave most out: sha256 of every
+    file, every token below the vocabulary, documents and bytes of the shards, the validation
+    documents' own hash."""
     for name in args.paths:
         folder = find_dataset(name)
         meta = read_meta(folder)
@@ -499,11 +534,11 @@ def verify(args):
         found |= found.pop("files")
         for key, value in (meta.pop("files") | meta).items():
             if found.get(key, value) != value:
-                raise BadInput(f"{folder}: {key} is {value} in meta.json, but {found[key]} in the files")
+                raise BadInput(f"{folder}: {key} is {value} in meta.json, and not {found[key]}")
         for _ in read_val_docs(folder, meta):
             pass  # at its end it has compared number, bytes and sha256
-        say(f"{folder}: whole: {meta['train_docs']:,} training and {meta['val_docs']:,} validation documents, every "
-            "hash and every count as in meta.json")
+        say(f"{folder}: whole: {meta['train_docs']:,} training and {meta['val_docs']:,} validation "
+            "documents, every hash and every count as in meta.json")
 
 
 def read_tokenizer(path):
@@ -518,7 +553,8 @@ def read_tokenizer(path):
     return blob
 
 
-# Flags of a command: {name: (default, help)}; a default gives the type, a tuple the choices, its first is the default.
+# Flags of a command: {name: (default, help)}; a default gives the type, a tuple the choices, its
+# first is the default.
 TRAINED = {"tokenizer": ("", "a tokenizer.json; without it one is trained"),
            "phrases": (-1, "of a trained tokenizer: phrases; -1: a 16th of --vocab_size"),
            "workers": (os.cpu_count(), "processes")}
@@ -535,7 +571,7 @@ FLAGS = {demo: {}, verify: {}, docs: TRAINED | {
     "vocab_size": (16384, "of a trained tokenizer: tokens in all"),
     "text_rule": (("nmt_nfkc", "raw"), "what is done to the text before anything is counted"),
     "train_tokens": (8e9, "training tokens to write, at least"),
-    "keep_documents": (False, "the text stays in data/documents, where it is found for another --name and tokenizer"),
+    "keep_documents": (False, "the text stays in data/documents, for another --name and tokenizer"),
 }}
 
 
@@ -558,10 +594,11 @@ def main():
     if args.run in (docs, fineweb):
         taken = args.name in {"demo", "documents", "fineweb", "synthetic"} - {args.run.__name__}
         if taken or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name):
-            raise BadInput(f"--name={args.name}: a name of letters, digits, _ . - is expected, and not demo, documents, "
-                           "fineweb or synthetic")
-        if not (args.vocab_size < 65536 and args.workers > 0 and 0 < getattr(args, "train_tokens", 1) < 1e15):
-            raise BadInput("--workers and --train_tokens are at least 1, --vocab_size is at most 65535")
+            raise BadInput(f"--name={args.name}: a name of letters, digits, _ . - is expected, "
+                           "and not demo, documents, fineweb or synthetic")
+        enough = args.workers > 0 and 0 < getattr(args, "train_tokens", 1) < 1e15
+        if not (enough and args.vocab_size < 65536):
+            raise BadInput("--workers, --train_tokens: at least 1; --vocab_size: at most 65535")
         if args.phrases < 0:
             args.phrases = args.vocab_size // 16
         args.blob = read_tokenizer(args.tokenizer)

@@ -1,4 +1,4 @@
-"""Text rules: text -> text, before anything is counted. `raw` changes nothing, `nmt_nfkc` is the leaderboard's."""
+"""Text rules: text -> text, before anything is counted: `raw`, or the leaderboard's `nmt_nfkc`."""
 import functools
 
 from data.dataset import BadInput
@@ -9,9 +9,10 @@ def _normalizer():
     try:
         import sentencepiece
     except ImportError as error:
-        raise BadInput("--text_rule=nmt_nfkc needs: pip install sentencepiece   (or give --text_rule=raw)") from error
+        raise BadInput("nmt_nfkc needs: pip install sentencepiece   (or --text_rule=raw)") from error
     return sentencepiece.SentencePieceNormalizer(
-        rule_name="nmt_nfkc", add_dummy_prefix=False, escape_whitespaces=False, remove_extra_whitespaces=True)
+        rule_name="nmt_nfkc", add_dummy_prefix=False, escape_whitespaces=False,
+        remove_extra_whitespaces=True)
 
 
 def raw(text):
@@ -19,8 +20,8 @@ def raw(text):
 
 
 def nmt_nfkc(text):
-    """text -> SentencePiece's nmt_nfkc of it: NFKC and more, no controls, white space is single spaces within."""
-    return _normalizer().normalize(text).strip(" ")   # one space is all that it leaves of a text of spaces
+    """text -> SentencePiece's nmt_nfkc of it: NFKC and more, no controls, single spaces within."""
+    return _normalizer().normalize(text).strip(" ")   # of spaces alone it leaves one
 
 
 TEXT_RULES = {"raw": raw, "nmt_nfkc": nmt_nfkc}

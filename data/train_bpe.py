@@ -10,26 +10,34 @@ from data.tokenizer import MAX_PHRASE_BYTES, MAX_PIECE_BYTES, NO_TOKEN, PATTERN,
 
 SAMPLE_BYTES = 1_000_000_000   # of text that the pieces are trained on, at most
 PHRASE_BYTES = 60_000_000      # of text that the phrases are counted on, at most
-# Training takes time with the square of a chunk's length (a word of 100 kB: 10 s), so that a longer one is cut here.
+# Training takes time with the square of a chunk's length (a word of 100 kB: 10 s), so that a longer
+# one is cut here.
 TRAINING_PATTERN = PATTERN.replace("+", "{1,256}")
 
 
 def train_tokenizer(texts, vocab_size, n_phrases, name):
-    """Function () -> iterator of texts (after the text rule) -> tokenizer.json of vocab_size tokens, phrases included.
+    """Function () -> iterator of texts (after the text rule) -> tokenizer.json of vocab_size
+    tokens, phrases included.
 
-    The pieces come from a BPE within chunks, then the phrases from counting neighbours. The same texts, the same bytes.
+    The pieces come from a BPE within chunks, then the phrases from counting neighbours. The same
+    texts, the same bytes.
     """
     try:
         import tokenizers
     except ImportError as error:
-        raise BadInput("training a tokenizer needs: pip install tokenizers   (or give --tokenizer=FILE)") from error
+        raise BadInput("training a tokenizer needs: pip install tokenizers   (or --tokenizer=FILE)") from error
     n_bytes = 256 - len(NO_TOKEN)
     n_pieces = vocab_size - 1 - n_bytes - n_phrases
     if n_pieces < 1:
-        raise BadInput(f"--vocab_size={vocab_size}: too small for {n_bytes + 1} single tokens and {n_phrases} phrases")
-    # ByteLevel writes a byte as the character that it is in Latin-1, or one from 256 on if that is not to be seen.
+        raise BadInput(f"--vocab_size={vocab_size}: too small for {n_bytes + 1} single tokens and "
+                       f"{n_phrases} phrases")
+    # ByteLevel writes a byte as the character that it is in Latin-1, or one from 256 on if that is
+    # not to be seen.
     others = itertools.count(256)
-    byte_of = {chr(byte if chr(byte).isprintable() and chr(byte) != " " else next(others)): byte for byte in range(256)}
+    byte_of = {}
+    for byte in range(256):
+        shown = chr(byte).isprintable() and byte != ord(" ")
+        byte_of[chr(byte if shown else next(others))] = byte
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(TRAINING_PATTERN), "isolated"),
@@ -39,21 +47,24 @@ def train_tokenizer(texts, vocab_size, n_phrases, name):
         show_progress=False)
     bpe.train_from_iterator(map(lower_case, at_most(SAMPLE_BYTES, texts())), trainer)
     vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-    pieces = [bytes(byte_of[char] for char in piece).decode("latin-1") for piece, _ in vocab if len(piece) > 1]
+    pieces = [bytes(map(byte_of.get, piece)).decode("latin-1") for piece, _ in vocab if len(piece) > 1]
     if len(pieces) != n_pieces:
         raise BadInput(f"--vocab_size={vocab_size}: the text gives only {len(pieces):,} of {n_pieces:,} pieces")
     spec = {"format": 2, "name": name, "pieces": pieces, "phrases": []}
     tokenizer = Tokenizer(to_json(spec))
-    spec["phrases"] = find_phrases(tokenizer, tokenizer.encode_batch([*at_most(PHRASE_BYTES, texts())]), n_phrases)
+    docs = tokenizer.encode_batch(at_most(PHRASE_BYTES, texts()))
+    spec["phrases"] = find_phrases(tokenizer, docs, n_phrases)
     if len(spec["phrases"]) < n_phrases:
         raise BadInput(f"--phrases={n_phrases}: the text gives only {len(spec['phrases'])}")
     return to_json(spec)
 
 
 def find_phrases(tokenizer, docs, n_phrases):
-    """Token arrays of documents -> [[left, right], ...]: the most frequent pairs of whole chunks, greedily as in BPE.
+    """Token arrays of documents -> [[left, right], ...]: the most frequent pairs of whole chunks,
+    greedily as in BPE.
 
-    Only whole chunks are counted: a phrase that ends in half a word ("of the" + "ory") would break up the word.
+    Only whole chunks are counted: a phrase that ends in half a word ("of the" + "ory") would break
+    up the word.
     """
     # Neighbours that both begin a chunk, before a third that does, are whole chunks.
     inside = re.compile(rb"[a-z0-9'\x80-\xff]")
