@@ -1903,7 +1903,7 @@ def test_the_leaderboard_is_up_to_date_and_nothing_breaks_out_of_its_cells(tmp_p
     with_json(val_bpb=1.1, author="A|<b>\n[x](y)")(make_record(tmp_path, "best"))
     text = submit.leaderboard(tmp_path / "records")
     assert text.index("[best]") < text.index("[worse]")
-    assert ("\n| 1.1 | 0.0001 | [best](track_10min_16mb/2026-01-02_best/README.md) "
+    assert ("\n| 1.1 | 0.0001 | 3 | [best](track_10min_16mb/2026-01-02_best/README.md) "
             "| A?&lt;b&gt; ?x?(y) | 2026-01-02 | ") in text
 
 

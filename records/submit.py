@@ -30,10 +30,17 @@ HEAD = """# Records
 Made by `python records/submit.py --leaderboard` from the folders below, not edited by hand. Scores
 are bits per byte: lower is better, and only scores on one dataset compare. For scale: on fineweb the
 public challenge began at 1.2244 and ended at 1.05651. [LOOP.md](LOOP.md) says how to make a record,
-[rules.py](rules.py) what is checked.
+[rules.py](rules.py) what is checked; [dead_ends.md](dead_ends.md), [measured.md](measured.md).
+
+For organisers. `python records/check.py FOLDER... --json=FILE` reviews any number of folders and
+executes nothing in them; `--rescore=ARTIFACT` has the root's judge score one again. Two ways for an
+artifact's processes to tell each other something are not closed by the judge's sandbox: how long
+they take, and what they leave in the memory of a GPU. What was memorised no judge of public
+documents can see: score the artifact on documents of your own, `python eval_bpb.py ARTIFACT
+--data=mine`, next to a record that is known to be honest.
 """
-COLUMNS = ("val_bpb", "val_bpb_std", "name", "author", "date", "bytes_total", "data", "hardware",
-           "parent")
+COLUMNS = ("val_bpb", "val_bpb_std", "seeds", "name", "author", "date", "bytes_total", "data",
+           "hardware", "parent")
 
 
 def load_run(name):
@@ -132,10 +139,11 @@ def leaderboard(records=ROOT / "records"):
         for name in known:
             s = read_json(known[name] / "submission.json")
             s["data"] = part(s, "dataset").get("name")
+            s["seeds"] = len(part(s, "seed_results"))
             cells = [f"{s[key]:,.6g}" if is_number(s.get(key)) else s.get(key) for key in COLUMNS]
             cells = [escape(" ".join(str(c or "-").split())[:80]) for c in cells]   # one line each
             cells = [re.sub(r"[|\[\]`\\]", "?", c) for c in cells]   # and no way out of its cell
-            cells[2] = f"[{cells[2]}]({track}/{name}/README.md)"
+            cells[3] = f"[{cells[3]}]({track}/{name}/README.md)"
             if known[name].parent.name == track:
                 rows.append((s["data"], cells[0], f"| {' | '.join(cells)} |\n"))
         text += f"\n## {track}\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
