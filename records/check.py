@@ -93,13 +93,14 @@ def check_files(r):
     for path in sorted(paths):
         name = path.relative_to(r.folder).as_posix()
         size = path.lstat().st_size
+        limit = rules.SOURCE_LIMIT if name.endswith(".py") else rules.FILE_LIMIT
         if not re.fullmatch(r"[A-Za-z0-9._+-]+", path.name):
             yield "file-name", "letters, digits and ._+- only", name
         if rules.FORBIDDEN.search(name):
             yield "forbidden-file", "does not belong in a record", name
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             yield "link", "a link or a special file; not followed, not opened", name
-        elif path.is_file() and size > min(room, rules.FILE_LIMIT):
+        elif path.is_file() and size > min(room, limit):
             yield "file-size", f"{size:,} bytes are too many; not read", name
         elif path.is_file():
             r.files.append(name)
@@ -128,42 +129,12 @@ def check_json(r):
 
 
 def check_texts(r):
-    """Keys and paths of one machine in any file, and in sources code that is not written there."""
+    """Keys and paths of one machine in any file."""
     for name in r.files:
         text = r.text(name)
         for rule, pattern in (("secret", rules.SECRET), ("machine-path", rules.MACHINE_PATH)):
             if m := pattern.search(text):
                 yield rule, f"{m[0][:8]}...", name, text.count("\n", 0, m.start()) + 1
-        if name.endswith(".py"):
-            for line, what in hidden_code(r.read(name)):
-                yield "plain-source", what, name, line
-
-
-def hidden_code(data):
-    """Source bytes -> (line, what) of all that would run or load code which is not written there.
-
-    By words alone, under whatever alias: a name, a part of a module's name, an attribute, an
-    argument, a whole string. What is put together at run time is the business of the sandbox.
-    """
-    head = b"\n".join(data.splitlines()[:2])
-    cookie = re.search(rb"coding[:=][ \t]*([-\w.]+)", head)
-    if cookie and cookie[1].lower() != b"utf-8":
-        yield 1, f"{cookie[0].decode()}: comments may be code"
-        return
-    try:
-        tree = ast.parse(data.decode("utf-8-sig"))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        yield 1, f"does not parse: {e!r}"
-        return
-    for node in ast.walk(tree):
-        bad = rules.HIDING
-        if isinstance(node, ast.Name):
-            bad = bad | rules.BUILTINS
-        if isinstance(node, ast.keyword) and f"{node.arg}={ast.unparse(node.value)}" in rules.SAFE:
-            continue
-        for _, value in ast.iter_fields(node):
-            for word in bad.intersection(value.split(".") if isinstance(value, str) else ()):
-                yield getattr(node, "lineno", 1), f"{word}: what runs is not written here"
 
 
 # ---- the seeds
@@ -246,7 +217,7 @@ def check_summary(r):
     if not r.seeds:
         return
     expected = summarise([*r.seeds.values()])
-    for key in expected.keys() - SHARED:
+    for key in sorted(expected.keys() - SHARED):
         if r.json.get(key) != expected[key]:
             yield "log-score", f"{key} is {r.json.get(key)}, by the logs {expected[key]}"
     if len(r.seeds) > 2 and expected["val_bpb_std"] < 5e-5:
@@ -292,8 +263,43 @@ def check_parent(r):
                                    f"{c['p_written']:.2g} for {rules.RULE_NATS} or more")
 
 
+def hidden_code(data):
+    """Source bytes -> (line, what) of all that would run or load code which is not written there.
+
+    By words alone, under whatever alias: a name, a part of a module's name, an attribute, an
+    argument, a whole string. What is put together at run time is the business of the sandbox.
+    """
+    head = b"\n".join(data.splitlines()[:2])
+    cookie = re.search(rb"coding[:=][ \t]*([-\w.]+)", head)
+    if cookie and cookie[1].lower() != b"utf-8":
+        yield 1, f"{cookie[0].decode()}: comments may be code"
+        return
+    try:
+        tree = ast.parse(data.decode("utf-8-sig"))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        yield 1, f"does not parse: {e!r}"
+        return
+    for node in ast.walk(tree):
+        bad = rules.HIDING
+        if isinstance(node, ast.Name):
+            bad = bad | rules.BUILTINS
+        value = getattr(node, "value", None)   # of an argument
+        if isinstance(node, ast.keyword) and rules.SAFE.get(node.arg) is getattr(value, "value", 0):
+            continue
+        for _, value in ast.iter_fields(node):
+            for word in bad.intersection(value.split(".") if isinstance(value, str) else ()):
+                yield getattr(node, "lineno", 1), f"{word}: what runs is not written here"
+
+
+def check_code(r):
+    """No code that is not written there. The only check that takes seconds, so the last."""
+    for name in r.files:
+        for line, what in hidden_code(r.read(name)) if name.endswith(".py") else ():
+            yield "plain-source", what, name, line
+
+
 CHECKS = (check_files, check_json, check_texts, check_sources, check_logs, check_seeds,
-          check_summary, check_parent)
+          check_summary, check_parent, check_code)
 
 
 def review(folder, report):
@@ -355,8 +361,8 @@ def review_in_child(folder):
 def find_copies(hashes):
     """{folder: {hash: rule}} -> findings, one for each group of folders that share something."""
     holders = {}
-    for folder, mine in hashes.items():
-        for key, rule in mine.items():
+    for folder in sorted(hashes):
+        for key, rule in hashes[folder].items():
             holders.setdefault((rule, key), []).append(folder)
     found = {}
     for (rule, key), folders in holders.items():

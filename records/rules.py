@@ -14,6 +14,7 @@ FINEWEB_DOCS = 50_000
 FINEWEB_BYTES = 151_078_222     # of those documents (#1916)
 
 FILE_LIMIT = 4 << 20            # bytes of one file
+SOURCE_LIMIT = 1 << 19          # bytes of one source
 FOLDER_LIMIT = 16 << 20         # bytes of all
 ENTRY_LIMIT = 400               # files and folders
 SHOWN_LIMIT = 12                # findings of one rule in one folder
@@ -80,4 +81,4 @@ BUILTINS = {"eval", "compile"}
 HIDING = {"exec", "__import__", "importlib", "pickle", "_pickle", "cloudpickle", "dill", "joblib",
           "marshal", "ctypes", "_ctypes", "cffi", "builtins", "__builtins__", "runpy", "zipimport",
           "weights_only", "allow_pickle"}
-SAFE = {"weights_only=True", "allow_pickle=False"}
+SAFE = {"weights_only": True, "allow_pickle": False}
