@@ -45,9 +45,8 @@ JUDGE = b"\n# The judge. Below this line nothing may be changed"
 
 
 def printable(text):
-    """One line whatever is in it: control characters, line ends and lone surrogates escaped."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[:300])
-    return "".join(shown)
+    """One line of ASCII, whatever is in it."""
+    return str(text)[:300].encode("unicode_escape").decode()
 
 
 def sha256(data):
@@ -442,20 +441,18 @@ def rescore(folder, artifact, data):
         artifact = os.path.join(artifact, "artifact.pyz")
     submission = read_json(Path(folder, "submission.json"))
     data = data or part(submission, "dataset").get("name")
-    rows = part(submission, "seed_results").values()
     with tempfile.TemporaryDirectory() as work:
         out = Path(work, "score.json")
         judge = [ROOT / "eval_bpb.py", artifact, f"--data={data}", f"--out={out}"]
-        judge += ["--audit"] if any(row["audit"] for row in rows) else []
-        ended = subprocess.run([sys.executable, *judge], stdout=sys.stderr)
+        code = subprocess.run([sys.executable, *judge], stdout=sys.stderr).returncode
         score = read_json(out) if out.exists() else {}
     found = score.get("val_bpb")
-    digest = score.get("artifact_sha256")
-    claims = [row["val_bpb"] for row in rows if row["artifact_sha256"] == digest]
-    if not claims or not is_number(found) or abs(claims[0] - found) > 5e-4:   # other kernels
-        return [finding("rescore", f"the record claims {claims} of this artifact; the judge exits "
-                        f"{ended.returncode} and finds {found}", artifact)]
-    return []
+    for row in part(submission, "seed_results").values():
+        if row["artifact_sha256"] == score.get("artifact_sha256") and is_number(found):
+            if abs(row["val_bpb"] - found) < 5e-4:   # another machine's kernels
+                return []
+    return [finding("rescore", f"the judge exits {code} and finds {found}; no seed of the record "
+                    "claims that of this artifact", artifact)]
 
 
 def main():

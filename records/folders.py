@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 from data.dataset import BadInput
-from records.rules import FOLDER_NAME, TRACKS
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_RUN = {"seed", "run"}   # in which two runs of one experiment may differ
@@ -60,16 +59,11 @@ def nats_per_bit(dataset):
 def read_metrics(folder):
     """A run's metrics.jsonl -> its rows, dicts with a kind. Lines that a kill cut are left out."""
     rows = []
-    try:
-        lines = (Path(folder) / "metrics.jsonl").read_bytes().splitlines()
-    except OSError as e:
-        raise BadInput(f"{folder}/metrics.jsonl: {e.strerror}") from None
-    for line in lines:
+    path = Path(folder, "metrics.jsonl")
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            row = json.loads(line)
-            row["kind"]
-            rows.append(row)
-        except (ValueError, KeyError, TypeError):
+            rows.append({"kind": "", **json.loads(line)})
+        except (ValueError, TypeError):
             continue
     return rows
 
@@ -119,8 +113,7 @@ def summarise(seeds):
 
 def find_entry(name):
     """A run or a record, by its folder or its name -> its folder. BadInput without one."""
-    places = [Path(name), Path("runs", name)]
-    for folder in places + [ROOT / "records" / track / name for track in TRACKS]:
+    for folder in (Path(name), Path("runs", name), known_records().get(name, Path(name))):
         if (folder / "metrics.jsonl").is_file() or (folder / "submission.json").is_file():
             return folder.resolve()
     raise BadInput(f"{name}: no such run and no such record")
@@ -139,13 +132,8 @@ def read_entry(name):
 
 def known_records(records=ROOT / "records"):
     """{name: folder} of the records of this repository."""
-    found = {}
-    for track in TRACKS:
-        for path in sorted((records / track).glob("*/submission.json")):
-            linked = path.is_symlink() or path.parent.is_symlink()
-            if FOLDER_NAME.fullmatch(path.parent.name) and not linked:
-                found[path.parent.name] = path.parent
-    return found
+    paths = [*records.glob("track_*/*/submission.json")]
+    return {path.parent.name: path.parent for path in sorted(paths)}
 
 
 def git(*args):

@@ -15,8 +15,9 @@ from records.folders import find_entry, is_number, read_metrics
 
 PANELS = {"train_loss": "training loss, nats per token", "val_bpb": "validation, bits per byte",
           "lr": "learning rate, of its peak"}
-LEFT, RIGHT, HEIGHT = 64, 700, 150    # px, of a panel
-HUES = (212, 24, 140, 270, 330, 180)  # of the runs, by turns
+COLORS = [f"hsl({hue} 75% 50%)" for hue in (212, 24, 140, 270, 330, 180)]   # of the runs, by turns
+STYLE = """<style>text{font:12px sans-serif;fill:#6e7781}path,polyline{fill:none;stroke:#8c959f;stroke-width:2;
+vector-effect:non-scaling-stroke}</style>"""
 
 
 def read_points(folder, key):
@@ -29,48 +30,39 @@ def read_points(folder, key):
     return points
 
 
-def text(x, y, words, more=""):
-    return f'<text x="{x}" y="{y}" {more}>{escape(str(words))}</text>'
-
-
 def panel(title, lines, top):
-    """A frame with a line for each run, each [(train_seconds, value)] -> SVG elements."""
+    """A frame with a line for each run, each [(train_seconds, value)] -> SVG."""
     # The first tenth of a run falls from so high that it would flatten the rest: it is cut off.
     values = [v for line in lines for at, v in line if at >= line[-1][0] / 10] or [0.0]
     low = min(values)
     high = max(max(values), low + 1e-6)
     end = max([line[-1][0] for line in lines if line] or [1.0])
-    bottom = top + HEIGHT
-    parts = [text(LEFT, top - 8, title), text(4, top + 10, f"{high:.5g}"), text(4, bottom, f"{low:.5g}"),
-             text(LEFT, bottom + 14, "0 s"), text(RIGHT - 40, bottom + 14, f"{end:.5g} s"),
-             f'<path d="M{LEFT} {top}V{bottom}H{RIGHT}"/>']
-    for n, line in enumerate(lines):
-        points = ""
-        for at, value in line:
-            y = bottom - HEIGHT * (min(value, high) - low) / (high - low)
-            points += f" {LEFT + (RIGHT - LEFT) * at / end:.1f},{y:.1f}"
-        parts.append(f'<polyline stroke="hsl({HUES[n % len(HUES)]} 75% 50%)" points="{points}"/>')
-    return parts
+    out = f"""<text x="64" y="{top - 6}">{title}</text><path d="M64 {top}v150h640"/>
+<text x="4" y="{top + 10}">{high:.5g}</text><text x="4" y="{top + 150}">{low:.5g}</text>
+<text x="64" y="{top + 165}">0 s</text><text x="650" y="{top + 165}">{end:.5g} s</text>
+<svg x="64" y="{top}" width="640" height="150" viewBox="0 {-high} {end} {high - low}"
+preserveAspectRatio="none">
+"""
+    for color, line in zip(COLORS * len(lines), lines):
+        points = " ".join(f"{at:.6g},{-value:.6g}" for at, value in line)
+        out += f'<polyline style="stroke:{color}" points="{points}"/>\n'
+    return out + "</svg>\n"
 
 
 def write(path, folders):
     """Run folders -> a picture: their names with the last val_bpb, below them PANELS."""
-    parts = []
-    for n, folder in enumerate(folders):
+    out = ""
+    top = 16
+    for color, folder in zip(COLORS * len(folders), folders):
         last = [f"{value:.4f}" for _, value in read_points(folder, "val_bpb")[-1:]]
-        color = f'style="fill:hsl({HUES[n % len(HUES)]} 75% 50%)"'
-        parts.append(text(LEFT, 16 * n + 16, " ".join([Path(folder).name, *last]), color))
-    top = 16 * len(folders) + 40
+        name = escape(" ".join([Path(folder).name, *last]))
+        out += f'<text x="64" y="{top}" style="fill:{color}">{name}</text>\n'
+        top += 16
     for key, title in PANELS.items():
-        parts += panel(title, [read_points(folder, key) for folder in folders], top)
-        top += HEIGHT + 48
+        out += panel(title, [read_points(folder, key) for folder in folders], top + 16)
+        top += 205
     with atomic_write(path, "w") as f:
-        f.write(f'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 {top - 20}">
-<style>text{{font:12px sans-serif;fill:#6e7781}}path{{stroke:#8c959f}}polyline{{stroke-width:2}}
-path,polyline{{fill:none}}</style>
-{chr(10).join(parts)}
-</svg>
-''')
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {top}">{STYLE}{out}</svg>')
 
 
 def main():

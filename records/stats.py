@@ -34,18 +34,13 @@ def welch(gain, va, na, vb, nb):
 
 
 def smallest_gain(scores):
-    """The gain that as many runs a side, of the spread of these, would show at RULE_P, unpaired."""
+    """The gain, within 1 %, that as many runs a side of this spread would show, unpaired."""
     n = len(scores)
     variance = statistics.variance(scores)
-    low = 0.0
-    high = 100 * variance ** 0.5   # above the t of one degree of freedom, 31.8
-    for _ in range(40):
-        middle = (low + high) / 2
-        if welch(middle, variance, n, variance, n) < RULE_P:
-            high = middle
-        else:
-            low = middle
-    return high
+    gain = max(variance ** 0.5, 1e-9)
+    while welch(gain, variance, n, variance, n) >= RULE_P:
+        gain *= 1.01
+    return gain
 
 
 def comparison(ours, theirs, nats):
@@ -79,10 +74,10 @@ def comparison(ours, theirs, nats):
 
 
 def load_side(names):
-    """Runs, turns or records -> ({seed: val_bpb}, what must be alike for scores to compare, nats
-    per bit). BadInput without whole scores."""
+    """Runs or records -> ({seed: val_bpb}, what must be alike for scores to compare, nats per bit).
+    BadInput without whole scores."""
     scores = {}
-    alike = []
+    alike = set()
     for name in names:
         entry = read_entry(name)
         for seed, bpb in entry["scores"].items():
@@ -93,8 +88,9 @@ def load_side(names):
                 raise BadInput(f"{name}: seed {seed} stands twice on one side")
             scores[seed] = bpb
         config = entry["config"]
-        alike.append(("documents", entry["dataset"]["val_docs_sha256"][:12], "budget",
-                      config.get("max_steps") or f"{config.get('max_seconds')} s"))
+        steps = config.get("max_steps")
+        alike.add(f"documents {entry['dataset'].get('val_docs_sha256')}, "
+                  f"budget {steps or config.get('max_seconds')} {'steps' if steps else 's'}")
     return scores, alike, nats_per_bit(entry["dataset"])
 
 
@@ -106,20 +102,18 @@ def compare(argv):
     cut = names.index("--")
     ours, alike, _ = load_side(names[:cut])
     theirs, others, nats = load_side(names[cut + 1:])
-    if len({*alike, *others}) > 1:
-        raise BadInput(f"such runs do not compare: {sorted({*alike, *others}, key=str)}")
+    if len(alike | others) > 1:
+        raise BadInput(f"such runs do not compare: {' | '.join(alike | others)}")
     c = comparison(ours, theirs, nats)
     if "--json" in argv:
         print(json.dumps({"candidate": ours, "baseline": theirs, "nats_per_bit": nats, **c}))
         return 0
-    for title, scores in (("candidate", ours), ("baseline", theirs)):
-        print(f"{title:<10} val_bpb {statistics.fmean(scores.values()):.5f}  "
+    for title, scores in (("candidate ", ours), ("baseline  ", theirs)):
+        print(f"{title} val_bpb {statistics.fmean(scores.values()):.5f}  "
               f"std {statistics.stdev(scores.values()):.5f}  n {len(scores)}")
-    print(f"gain       {c['gain_nats']:+.5f} nats per token = {c['gain_bpb']:+.5f} bits per byte, "
-          f"above 0 is better; 1 bit per byte is {nats:.4f} nats per token of the baseline's")
-    how = "paired by seed" if c["paired"] else "Welch's test: the seeds differ"
-    print(f"test       {how}: one-sided p {c['p']:.3g}")
-    met = "met" if c["p_written"] < RULE_P else "not met"
-    print(f"written    {RULE_NATS} nats at p < {RULE_P}: {met}, p {c['p_written']:.3g}")
-    print(f"verdict    {c['verdict']}")
+    print(f"""\
+gain       {c['gain_nats']:+.5f} nats per token = {c['gain_bpb']:+.5f} bits per byte, above 0 is better
+test       {'paired by seed' if c['paired'] else 'Welch, for the seeds differ'}: one-sided p {c['p']:.3g}
+written    {RULE_NATS} nats at p < {RULE_P}: {c['p_written'] < RULE_P}, p {c['p_written']:.3g}
+verdict    {c['verdict']}""")
     return 0

@@ -12,7 +12,6 @@ where it stood. runs/turns/<side>/ keeps a side's sources, what its commands pri
 the curves; its runs are runs/<side>_s<seed>/.
 """
 import hashlib
-import io
 import json
 import os
 import re
@@ -21,7 +20,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,22 +36,23 @@ TURNS = Path("runs/turns")
 AXES = {"model": "model", "kernels": "model", "batch": "data", "data": "data",
         "optimizer": "optimizer", "schedules": "optimizer", "training": "optimizer",
         "calibration": "packer", "pack.py": "packer", "eval_bpb.py": "predictor"}
+STOPPED = "stopped early as asked"   # so ends a run that may go on
 ON_GPU = shutil.which("nvidia-smi")
+if not ON_GPU:
+    os.environ["OMP_NUM_THREADS"] = "1"
 CHILDREN = []   # processes; a turn that is stopped takes along those that run
 
 
 def files_in(folder):
     """{name: bytes} of the sources in a folder."""
-    paths = [*folder.glob("*.py"), *folder.glob("data/*.py")]
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    return {name: data for name, data in files.items() if SOURCE_NAME.fullmatch(name)}
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
+    return {name: paths[name].read_bytes() for name in paths if SOURCE_NAME.fullmatch(name)}
 
 
 def files_at(commit):
     """{name: bytes} of the sources at a commit."""
-    archive = tarfile.open(fileobj=io.BytesIO(git("archive", "--format=tar", commit)))
-    members = [m for m in archive if SOURCE_NAME.fullmatch(m.name)]
-    return {m.name: archive.extractfile(m).read() for m in members}
+    names = git("ls-tree", "-r", "--name-only", commit).decode().split()
+    return {name: git("show", f"{commit}:{name}") for name in names if SOURCE_NAME.fullmatch(name)}
 
 
 def parent_of(name):
@@ -63,9 +62,8 @@ def parent_of(name):
         folder = find_entry(name)
     except BadInput:
         return git("rev-parse", "--short", name).decode().strip(), files_at(name), {}, None
-    turn = read_turn(folder)
-    if turn:
-        side = folder.name.rpartition("_s")[0]
+    side = folder.name.rpartition("_s")[0]
+    if turn := read_turn(folder):
         return side, files_in(TURNS / side), turn["settings"], turn.get("record")
     entry = read_entry(folder)
     files = files_at(entry.get("commit", "HEAD")) | files_in(folder) | files_in(folder / "source")
@@ -94,44 +92,40 @@ def make_side(name, files, settings, **about):
     for file, data in files.items():
         (home / file).parent.mkdir(parents=True, exist_ok=True)
         (home / file).write_bytes(data)
-    path = home / "turn.json"
-    if about or not path.exists():
-        path.write_text(json.dumps({"settings": settings, **about}, indent=1))
+    about = {**read_turn(f"{home.name}_s1"), "settings": settings, **about}
+    (home / "turn.json").write_text(json.dumps(about, indent=1))
     return home
 
 
-def call(home, run, words):
-    """Runs a side's command to its end -> the last that it printed, "" where it ended well."""
-    path = home / f"{run.name}.out"
-    with open(path, "ab") as out:
-        # A session of its own: Ctrl-C is for the turn, a trainer would end early and save.
-        child = subprocess.Popen([sys.executable, *words], stdout=out, stderr=out,
-                                 start_new_session=True)
-        CHILDREN.append(child)
-        return path.read_text(errors="replace").strip()[-300:] if child.wait() else ""
-
-
-def finish(home, seed, settings):
+def finish(home, seed):
     """Trains, packs and scores one run, as far as that is still to be done; says how it went."""
     run = Path("runs", f"{home.name}_s{seed}")
-    score = run / "score.json"
-    why = "scored" if score.exists() else ""
-    end = read_run(run)["end"] if (run / "metrics.jsonl").exists() else None
-    commands = [[home / "pack.py", run],
-                # The parent's code is not the root's, but ours: no proof, which takes minutes.
-                [ROOT / "eval_bpb.py", run / "artifact.pyz", f"--data={settings['data']}",
-                 f"--out={score}", "--trust"]]
+    settings = read_turn(run)["settings"]
+    end = read_run(run)["end"]
+    train = [f"--{k}={v}" for k, v in {**settings, "seed": seed, "run": run.name}.items()]
     if (run / "state.pt").exists():
-        commands.insert(0, [home / "train_gpt.py", f"--resume={run}"])
+        train = [f"--resume={run}"]
     elif end is None:
         shutil.rmtree(run, ignore_errors=True)   # killed before it had saved anything
-        flags = {**settings, "seed": seed, "run": run.name}.items()
-        commands.insert(0, [home / "train_gpt.py", *(f"--{k}={v}" for k, v in flags)])
-    elif end != "finished":
-        why = end
+    judge = [f"--data={settings['data']}", f"--out={run / 'score.json'}", "--trust"]   # ours
+    commands = [[home / "train_gpt.py", *train], [home / "pack.py", run],
+                [ROOT / "eval_bpb.py", run / "artifact.pyz", *judge]]
+    if end == "finished":
+        commands = commands[1:]
+    if (run / "score.json").exists() or end not in (None, "finished", STOPPED):
+        commands = []
     for words in commands:
-        why = why or call(home, run, words)
-    print(f"{run}: {why or 'scored'}", file=sys.stderr, flush=True)
+        with open(home / f"{run.name}.out", "a") as out:
+            # A session of its own: Ctrl-C is for the turn, a trainer would end early and save.
+            child = subprocess.Popen([sys.executable, *words], stdout=out, stderr=out,
+                                     start_new_session=True)
+            CHILDREN.append(child)
+            if child.wait():
+                break
+    words = "scored"
+    if not (run / "score.json").exists():
+        words = f"no score, {read_run(run)['end']}; see {home / run.name}.out"
+    print(f"{run}: {words}", file=sys.stderr, flush=True)
 
 
 def scores_of(side):
@@ -162,21 +156,18 @@ def list_ideas():
 
 def run_all(home, parent, seeds, jobs):
     """Both sides' runs, the parent's first and then its noise."""
-    sides = {side: read_json(side / "turn.json")["settings"] for side in (parent, home)}
     pool = ThreadPoolExecutor(jobs)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # through the finally below
     try:
-        waiting = {}
-        for side, settings in sides.items():
-            waiting[side] = [pool.submit(finish, side, seed, settings) for seed in seeds]
-        for side, runs in waiting.items():
-            for future in runs:
-                future.result()
-            scores = [*scores_of(side.name).values()]
-            if side == parent and len(scores) > 1:
-                print(f"noise      {side.name}: std {statistics.stdev(scores):.5f}, n {len(scores)}; "
-                      f"unpaired, a gain under {smallest_gain(scores):.5f} bits per byte does not "
-                      "show", flush=True)
+        theirs = pool.map(finish, [parent] * len(seeds), seeds)
+        ours = pool.map(finish, [home] * len(seeds), seeds)
+        list(theirs)   # waits
+        scores = [*scores_of(parent.name).values()]
+        if len(scores) > 1:
+            print(f"noise      {parent.name}: std {statistics.stdev(scores):.5f}, n {len(scores)}; "
+                  f"unpaired, a gain under {smallest_gain(scores):.5f} bits per byte does not show",
+                  flush=True)
+        list(ours)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in CHILDREN:
@@ -184,33 +175,38 @@ def run_all(home, parent, seeds, jobs):
                 os.killpg(child.pid, signal.SIGKILL)
 
 
-def main():
-    argv = sys.argv[1:]
-    cut = argv.index("--") if "--" in argv else len(argv)
+def parse(argv):
+    """-> the turn's own flags, {setting: value} of both sides, {setting: value} of the idea."""
     p = Parser(description=__doc__)
     p.add_argument("--idea", help="what differs from the parent; empty: list the ideas so far")
     p.add_argument("--parent", default="HEAD", help="a run, a record or a commit")
     p.add_argument("--seeds", type=int, default=3, help="seeds 1 to this on both sides")
     p.add_argument("--jobs", type=int, default=1 if ON_GPU else os.cpu_count(), help="runs at once")
-    args, both = p.parse_known_args(argv[:cut])
-    if not args.idea:
-        return list_ideas()
-    for word in (*both, *argv[cut + 1:]):
-        if not re.match(r"--\w+=", word):
-            raise BadInput(f"{word}: settings of train_gpt.py are written --name=value")
-    both, own = (dict(word[2:].split("=", 1) for word in words) for words in (both, argv[cut + 1:]))
+    cut = [*argv, "--"].index("--")
+    args, words = p.parse_known_args(argv[:cut])
+    found = []
+    for words in (words, argv[cut + 1:]):
+        settings = dict(re.findall(r"--(\w+)=(.*)", "\n".join(words)))
+        if len(settings) < len(words):
+            raise BadInput(f"{words}: settings of train_gpt.py are written --name=value, each once")
+        found.append(settings)
     if args.seeds < 2 or args.jobs < 1:
         raise BadInput("--seeds=2 at least: one run says nothing about noise; --jobs=1 at least")
-    if not ON_GPU:
-        os.environ["OMP_NUM_THREADS"] = "1"
+    return args, *found
+
+
+def main():
+    args, both, own = parse(sys.argv[1:])
+    if not args.idea:
+        return list_ideas()
     name, old, settings, record = parent_of(args.parent)
+    preset = "proxy" if Path("data/proxy").is_dir() else "demo"
     # Steps, for what a busy machine does in so many seconds is a lottery.
-    settings = {"preset": "proxy" if Path("data/proxy").is_dir() else "demo", "max_seconds": 0,
+    settings = {"preset": preset, "data": both.get("preset", preset), "max_seconds": 0,
                 "max_steps": 300, **settings, **both}
-    data = settings.get("data", settings["preset"])
-    if data == "demo" and not (ROOT / "data/demo/meta.json").exists():
+    if settings["data"] == "demo" and not (ROOT / "data/demo/meta.json").exists():
         subprocess.run([sys.executable, ROOT / "data/prepare.py", "demo"], check=True)
-    settings["data"] = os.path.relpath(find_dataset(data))
+    settings["data"] = os.path.relpath(find_dataset(settings["data"]))
     new = files_in(ROOT)
     if new == old and own.items() <= settings.items():
         raise BadInput(f"nothing differs from {args.parent}: edit, or give settings behind --")
