@@ -15,9 +15,8 @@ from records.folders import find_entry, is_number, read_metrics
 
 PANELS = {"train_loss": "training loss, nats per token", "val_bpb": "validation, bits per byte",
           "lr": "learning rate, of its peak"}
-COLORS = [f"hsl({hue} 75% 50%)" for hue in (212, 24, 140, 270, 330, 180)]   # of the runs, by turns
-STYLE = """<style>text{font:12px sans-serif;fill:#6e7781}path,polyline{fill:none;stroke:#8c959f;stroke-width:2;
-vector-effect:non-scaling-stroke}</style>"""
+COLORS = ("#0a84ff", "#d9730d", "#2da44e", "#a371f7", "#e0569b", "#768390")   # of the runs, by turns
+STYLE = "<style>text{font:12px sans-serif;fill:#768390}path,polyline{fill:none;stroke:#768390}</style>"
 
 
 def read_points(folder, key):
@@ -40,12 +39,13 @@ def panel(title, lines, top):
     out = f"""<text x="64" y="{top - 6}">{title}</text><path d="M64 {top}v150h640"/>
 <text x="4" y="{top + 10}">{high:.5g}</text><text x="4" y="{top + 150}">{low:.5g}</text>
 <text x="64" y="{top + 165}">0 s</text><text x="650" y="{top + 165}">{end:.5g} s</text>
-<svg x="64" y="{top}" width="640" height="150" viewBox="0 {-high} {end} {high - low}"
-preserveAspectRatio="none">
+<svg x="64" y="{top}" width="640" height="150">
 """
     for color, line in zip(COLORS * len(lines), lines):
-        points = " ".join(f"{at:.6g},{-value:.6g}" for at, value in line)
-        out += f'<polyline style="stroke:{color}" points="{points}"/>\n'
+        points = ""
+        for at, value in line:
+            points += f" {640 * at / end:.1f},{150 * (high - value) / (high - low):.1f}"
+        out += f'<polyline style="stroke:{color};stroke-width:1.5" points="{points}"/>\n'
     return out + "</svg>\n"
 
 
