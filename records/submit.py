@@ -90,8 +90,8 @@ def readme(record):
 ## Run it
 
 Settings stand under `config` in submission.json; sources that are not here are the repository's at
-commit {record['commit'][:12]}. Against the parent, {record['parent'] or 'which it has not'}:
-`git diff --no-index PARENT .` and `python records/check.py compare . -- PARENT`.
+commit {record['commit'][:12]}. What differs from the parent ({record['parent'] or 'there is none'}),
+and how it compares: `git diff --no-index PARENT .`, `python records/check.py compare . -- PARENT`.
 """
 
 

@@ -12,6 +12,7 @@ where it stood. runs/turns/<side>/ keeps a side's sources, what its commands pri
 the curves; its runs are runs/<side>_s<seed>/.
 """
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -35,7 +36,7 @@ from records.stats import compare, comparison, smallest_gain
 TURNS = Path("runs/turns")
 AXES = {"model": "model", "kernels": "model", "batch": "data", "data": "data",
         "optimizer": "optimizer", "schedules": "optimizer", "training": "optimizer",
-        "calibration": "packer", "pack.py": "packer", "eval_bpb.py": "predictor"}
+        "calibration": "packer", "train_gpt.py": "model", "pack.py": "packer", "eval_bpb.py": "predictor"}
 STOPPED = "stopped early as asked"   # so ends a run that may go on
 ON_GPU = shutil.which("nvidia-smi")
 if not ON_GPU:
@@ -75,10 +76,12 @@ def axes(files):
     """{name: bytes} of sources -> {axis: text}, by file and by the words that head a part."""
     found = {}
     for name in sorted(files):
-        axis = AXES.get(name, "data" if "/" in name else "model")
-        for line in files[name].decode().splitlines():
-            if heading := re.match(r"(?:    )?# (\w+)", line):
-                axis = AXES.get(heading[1].lower(), axis)
+        axis = AXES.get(name, "data")
+        for previous, line in itertools.pairwise(["", *files[name].decode().splitlines()]):
+            heading = re.match(r"(?:    )?# (\w+)", line)
+            if heading and name == "train_gpt.py":
+                ruled = previous.startswith("# ---")
+                axis = AXES.get(heading[1].lower(), "optimizer" if ruled else axis)
             found[axis] = found.get(axis, "") + f"\n{line}"
     return found
 
