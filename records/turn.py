@@ -37,6 +37,7 @@ TURNS = Path("runs/turns")
 AXES = {"model": "model", "kernels": "model", "batch": "data", "data": "data",
         "optimizer": "optimizer", "schedules": "optimizer", "training": "optimizer",
         "calibration": "packer", "train_gpt.py": "model", "pack.py": "packer", "eval_bpb.py": "predictor"}
+DATA = ("demo", "proxy")   # the presets with a dataset of their name
 STOPPED = "stopped early as asked"   # so ends a run that may go on
 ON_GPU = shutil.which("nvidia-smi")
 if not ON_GPU:
@@ -103,32 +104,35 @@ def make_side(name, files, settings, **about):
 def finish(home, seed):
     """Trains, packs and scores one run, as far as that is still to be done; says how it went."""
     run = Path("runs", f"{home.name}_s{seed}")
+    score = run / "score.json"
     settings = read_turn(run)["settings"]
+    flags = [f"--{k}={v}" for k, v in {**settings, "seed": seed, "run": run.name}.items()]
+    commands = [
+        [home / "train_gpt.py", *flags], [home / "pack.py", run],
+        # The parent's code is not the root's, but ours: no proof, which takes minutes.
+        [ROOT / "eval_bpb.py", run / "artifact.pyz", f"--data={settings['data']}", f"--out={score}",
+         "--trust"]]
     end = read_run(run)["end"]
-    train = [f"--{k}={v}" for k, v in {**settings, "seed": seed, "run": run.name}.items()]
-    if (run / "state.pt").exists():
-        train = [f"--resume={run}"]
-    elif end is None:
-        shutil.rmtree(run, ignore_errors=True)   # killed before it had saved anything
-    judge = [f"--data={settings['data']}", f"--out={run / 'score.json'}", "--trust"]   # ours
-    commands = [[home / "train_gpt.py", *train], [home / "pack.py", run],
-                [ROOT / "eval_bpb.py", run / "artifact.pyz", *judge]]
     if end == "finished":
         commands = commands[1:]
-    if (run / "score.json").exists() or end not in (None, "finished", STOPPED):
-        commands = []
-    for words in commands:
+    elif end not in (None, STOPPED):
+        commands = []   # it failed, and would again
+    elif (run / "state.pt").exists():
+        commands[0][1:] = [f"--resume={run}"]
+    else:
+        shutil.rmtree(run, ignore_errors=True)   # killed before it had saved anything
+    for words in () if score.exists() else commands:
         with open(home / f"{run.name}.out", "a") as out:
             # A session of its own: Ctrl-C is for the turn, a trainer would end early and save.
             child = subprocess.Popen([sys.executable, *words], stdout=out, stderr=out,
                                      start_new_session=True)
-            CHILDREN.append(child)
-            if child.wait():
-                break
-    words = "scored"
-    if not (run / "score.json").exists():
-        words = f"no score, {read_run(run)['end']}; see {home / run.name}.out"
-    print(f"{run}: {words}", file=sys.stderr, flush=True)
+        CHILDREN.append(child)
+        if child.wait():
+            break
+    state = "scored"
+    if not score.exists():
+        state = f"no score, {read_run(run)['end']}; see {home / run.name}.out"
+    print(f"{run}: {state}", file=sys.stderr, flush=True)
 
 
 def scores_of(side):
@@ -205,8 +209,8 @@ def main():
     name, old, settings, record = parent_of(args.parent)
     preset = "proxy" if Path("data/proxy").is_dir() else "demo"
     # Steps, for what a busy machine does in so many seconds is a lottery.
-    settings = {"preset": preset, "data": both.get("preset", preset), "max_seconds": 0,
-                "max_steps": 300, **settings, **both}
+    settings = {"preset": preset, "max_seconds": 0, "max_steps": 300, **settings, **both}
+    settings.setdefault("data", settings["preset"] if settings["preset"] in DATA else "fineweb")
     if settings["data"] == "demo" and not (ROOT / "data/demo/meta.json").exists():
         subprocess.run([sys.executable, ROOT / "data/prepare.py", "demo"], check=True)
     settings["data"] = os.path.relpath(find_dataset(settings["data"]))
