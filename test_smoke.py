@@ -1581,31 +1581,33 @@ DATASET = {"name": "fineweb", "val_docs_sha256": "d" * 64, "val_docs": 50_000,
            "val_tokens": 40_540_160, "val_bytes": 151_078_222}
 NATS = math.log(2) * 151_078_222 / 40_540_160
 TRAINER = "import torch\n\n# Model\nLR = 0.02\n"
+RUN = {  # what train_gpt.py and pack.py leave, without weights
+    "metrics.jsonl": """{"kind": "start", "config": {"seed": SEED, "run": "NAME", "max_seconds": 600.0},
+ "environment": {"device": "8 x NVIDIA H100", "torch": "2.13.0"}, "dataset": DATASET}
+{"kind": "cut
+{"kind": "summary", "val_bpb": 1.3, "train_seconds": 599.5, "steps": 5000, "tokens": 9999}
+{"kind": "end", "reason": "END", "exit_code": 0}
+""".replace(",\n", ","),
+    "log.txt": "step:5000 val_loss:3.1255 val_bpb:1.2100 train_seconds:599.0\n", "pack.txt": "8 bits"}
 
 
 def fake_run(folder, seed=1, val_bpb=1.2, end="finished", source=TRAINER, **score):
-    """A run folder as train_gpt.py, pack.py and eval_bpb.py leave it, without weights."""
-    folder.mkdir(parents=True)
+    """A run folder, trained, packed and scored."""
+    words = {"SEED": seed, "NAME": folder.name, "END": end, "DATASET": json.dumps(DATASET)}
+    for name, text in RUN.items():
+        for word, value in words.items():
+            text = text.replace(word, str(value))
+        write(folder / name, text)
     with zipfile.ZipFile(folder / "artifact.pyz", "w") as archive:
         archive.writestr("train_gpt.py", source)
         archive.write(ROOT / "eval_bpb.py", "eval_bpb.py")
         archive.write(ROOT / "data/tokenizer.py", "data/tokenizer.py")
         archive.writestr("model.bin", folder.name)
     artifact = (folder / "artifact.pyz").read_bytes()
-    rows = [
-        {"kind": "start", "config": {"seed": seed, "run": folder.name, "max_seconds": 600.0},
-         "environment": {"device": "8 x NVIDIA H100", "torch": "2.13.0"}, "dataset": DATASET},
-        {"kind": "summary", "val_bpb": 1.3, "train_seconds": 599.5, "steps": 5000, "tokens": 9999},
-        {"kind": "end", "reason": end, "exit_code": 0}]
-    lines = [json.dumps(row) + "\n" for row in rows]
-    (folder / "metrics.jsonl").write_text('{"kind": "cut\n'.join(lines))
-    (folder / "log.txt").write_text(f"step:5000 val_loss:{1.21 * NATS:.4f} val_bpb:1.2100 "
-                                    "train_seconds:599.0\n")
-    (folder / "pack.txt").write_text("q 8 bits\n")
-    digest = hashlib.sha256(artifact).hexdigest()
-    (folder / "score.json").write_text(json.dumps({
+    write(folder / "score.json", json.dumps({
         "val_bpb": val_bpb, "val_loss": NATS * val_bpb, "dataset": DATASET, "mode": "own",
-        "artifact_bytes": len(artifact), "artifact_sha256": digest, "phases": {"total": 400.0},
+        "artifact_bytes": len(artifact), "phases": {"total": 400.0},
+        "artifact_sha256": hashlib.sha256(artifact).hexdigest(),
         "audit": {"replay": "pass: 9,200 places"}, **score}))
     return folder
 
@@ -1760,11 +1762,10 @@ def test_a_source_hides_no_code_and_plain_sources_hide_none():
 def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):
     folder = make_record(tmp_path)
     source = (ROOT / "eval_bpb.py").read_text()
-    mine = "\ndef mine():\n    return 1\n"
-    for changed, expected in ((source.replace(check.JUDGE.decode(), mine + check.JUDGE.decode()),
-                               {"source-hash"}), (source + mine, {"source-hash", "judge"})):
-        write(folder / "eval_bpb.py", changed)
-        assert {f["rule"] for f in review(folder)} == expected
+    write(folder / "eval_bpb.py", source.replace(check.JUDGE.decode(), "\nA = 1" + check.JUDGE.decode()))
+    assert [f["rule"] for f in review(folder)] == ["source-hash"]
+    write(folder / "eval_bpb.py", source + "A = 1\n")
+    assert [f["rule"] for f in review(folder)] == ["source-hash", "judge"]
 
 
 def test_a_record_holds_what_differs_and_says_what_the_runs_said(tmp_path):
@@ -1773,9 +1774,8 @@ def test_a_record_holds_what_differs_and_says_what_the_runs_said(tmp_path):
     assert " ".join(sorted(path.name for path in folder.iterdir())) == (
         "README.md submission.json train_gpt.py train_seed1.log train_seed2.log train_seed3.log")
     said = json.loads((folder / "submission.json").read_text())
-    assert [said[key] for key in ("val_bpb", "val_bpb_std", "parent", "blurb", "github_id")] == [
-        pytest.approx(1.2002), pytest.approx(1e-4), None, "faster", "Ann"]
-    assert (folder / "train_gpt.py").read_text() == TRAINER + "#\n"
+    assert [said[key] for key in ("val_bpb", "parent", "blurb", "github_id")] == [
+        pytest.approx(1.2002), None, "faster", "Ann"]
     assert "**val_bpb 1.200200** (std 0.000100, n 3) on fin" in (folder / "README.md").read_text()
     with pytest.raises(BadInput, match="exists; nothing is overwritten"):
         submit_runs(tmp_path, (tmp_path / "runs").iterdir())
@@ -1783,16 +1783,17 @@ def test_a_record_holds_what_differs_and_says_what_the_runs_said(tmp_path):
 
 def test_submit_refuses_runs_that_are_not_one_record(tmp_path):
     good = [fake_run(tmp_path / f"good{seed}", seed) for seed in (1, 2)]
-    bad = {
-        "seeds .*: another source_sha256": {"source": TRAINER + "#\n"}, "a seed of its own": {"seed": 1},
-        "trained until: a reason": {"end": "a reason"}, "val_bpb is -1": {"val_bpb": -1},
-        "proof .*: mode trusted": {"mode": "trusted"}, "not what was": {"artifact_sha256": "x"}}
-    for n, (words, how) in enumerate(bad.items()):
+    for n, (words, how) in enumerate({
+            "seeds .*: another source_sha256": {"source": ""}, "a seed of its own": {"seed": 1},
+            "trained until: a reason": {"end": "a reason"}, "val_bpb is -1": {"val_bpb": -1},
+            "proof .*: mode trusted": {"mode": "trusted"}, "not what was": {"artifact_sha256": "x"},
+            "same artifact_sha256": {}}.items()):
         run = fake_run(tmp_path / f"bad{n}", **{"seed": 3, **how})
+        if not how:
+            shutil.copy(good[0] / "artifact.pyz", run)
+            shutil.copy(good[0] / "score.json", run)
         with pytest.raises(BadInput, match=words):
             submit_runs(tmp_path, [*good, run])
-    with pytest.raises(BadInput, match="2 logs of seeds; a record needs 3"):
-        submit_runs(tmp_path, good)
     assert not [*tmp_path.glob("records/*/*")]
 
 
@@ -1801,10 +1802,9 @@ def test_hostile_folders_end_in_bounded_time_and_nothing_of_them_runs(tmp_path, 
     marker = tmp_path / "executed"
     evil = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n"
     for name, text in {
-            "a.py": "x = " + "-" * 200_000 + "1", "b.py": "x = a" + ".b" * 100_000,
-            "c.sh": "trainX=" * 500_000, "json.py": evil, "numpy/__init__.py": evil,
-            "name\nFAIL forged rule.py": evil, os.fsdecode(b"\xff\x1b[31m.txt"): "x",
-            "z.log": "---\n" * 9999 + "x: " + "[" * 99_999, "submission.json": "[" * 99_999}.items():
+            "a.py": "x = a" + ".b" * 100_000, "c.sh": "trainX=" * 500_000, "json.py": evil,
+            "numpy/__init__.py": evil, "a\nFAIL forged": "", os.fsdecode(b"\xff\x1b[31m"): "",
+            "z.log": "---\n" * 9999, "submission.json": "[" * 99_999}.items():
         write(folder / name, text)
     (folder / "up").symlink_to("..")
     os.mkfifo(folder / "pipe.log")
@@ -1854,14 +1854,12 @@ def test_the_p_value_is_students():
         assert stats.t_upper(t, df) == pytest.approx(p, abs=1e-6) == 1 - stats.t_upper(-t, df)
     # sqrt(1 + 1) and (1 + 1)^2 / (1/3 + 1/8) by hand
     assert stats.welch(2.0, 4.0, 4, 9.0, 9) == pytest.approx(stats.t_upper(2 ** 0.5, 96 / 11))
-    assert stats.welch(-1.0, 0, 3, 0, 3) == 1
     # The same seeds are paired: gains of 0.001, 0.002, 0.003, whatever the seeds' own spread.
-    ours = {1: 1.0, 2: 1.2, 3: 1.4}
     theirs = {1: 1.001, 2: 1.202, 3: 1.403}
-    c = stats.comparison(ours, theirs, 1.0)
+    c = stats.comparison({1: 1.0, 2: 1.2, 3: 1.4}, theirs, 1.0)
     assert c["p"] == pytest.approx(stats.t_upper(12 ** 0.5, 2))
     assert c["verdict"] == "run 2 more a side"
-    apart = stats.comparison(ours, {seed + 3: bpb for seed, bpb in theirs.items()}, 1.0)
+    apart = stats.comparison({4: 1.0, 5: 1.2, 6: 1.4}, theirs, 1.0)
     assert apart["p"] > 0.4 and apart["verdict"] == "drop"
     gain = stats.smallest_gain([1.0, 1.2, 1.4])
     assert 0.0097 < stats.welch(gain, 0.04, 3, 0.04, 3) < 0.01
@@ -1871,18 +1869,16 @@ def test_compare_takes_nats_from_the_dataset_and_refuses_what_does_not_compare(t
     ours = [fake_run(tmp_path / f"a{s}", s, 1.19 + s / 1e4) for s in (1, 2, 3)]
     theirs = [fake_run(tmp_path / f"b{s}", s, 1.2 + s / 5e3) for s in (1, 2, 3)]
     out = check_command("compare", *ours, "--", *theirs, code=0)
-    for words in ("candidate  val_bpb 1.19020  std 0.00010  n 3", "verdict    keep",
-                  "gain       +0.02635 nats per token = +0.01020 bits per byte", ": True, p 2.44e-05",
-                  "paired by seed: one-sided p 1.6e-05"):
+    for words in ("candidate  val_bpb 1.19020  std 0.00010  n 3", "verdict    keep", "True, p 2.44e-05",
+                  "+0.02635 nats per token = +0.01020 bits per byte", "paired by seed: one-sided p 1.6e-05"):
         assert words in out
     found = check_command("compare", *theirs, "--", *ours, "--json", code=0)
     assert json.loads(found)["verdict"] == "drop"
     other = fake_run(tmp_path / "c", 4, dataset={"val_docs_sha256": "f" * 64})
-    (ours[2] / "score.json").unlink()
-    for args, words in (((*ours[:2], "--", *theirs, other), "such runs do not compare"),
-                        ((*ours, "--", *theirs), f"python pack.py {ours[2]} && "),
+    for args, words in (((*ours, "--", other), "such runs do not compare"),
                         ((ours[0], "--", theirs[0]), "each side needs two"),
-                        ((ours[0], ours[0], "--", *theirs), "stands twice on one side")):
+                        ((ours[0], ours[0], "--", *theirs), "stands twice on one side"),
+                        ((*ours, "--", fake_run(tmp_path / "d", val_bpb=-math.inf)), "python pack.py ")):
         assert words in check_command("compare", *args, code=2)
 
 
@@ -1900,17 +1896,15 @@ def test_the_leaderboard_is_up_to_date_and_nothing_breaks_out_of_its_cells(tmp_p
 
 
 def test_a_picture_holds_every_point_of_every_run_once(tmp_path):
-    row = '{"kind": "%s", "train_seconds": %s, "%s": %s}\n'
-    text = "".join(row % ("step", at, "train_loss", loss) for at, loss in (
-        (1.0, 9.0), (2.0, 3.0), (3.0, 2.5), (2.5, 2.4), (4.0, "null")))
-    write(tmp_path / "a<b>/metrics.jsonl", text + row % ("val", 2.0, "val_bpb", 1.5) + '{"kin')
+    text = ""
+    for at, loss in ((1.0, 9.0), (2.0, 3.0), (3.0, 2.5), (2.5, 2.4), (4.0, "null")):
+        text += f'{{"kind": "step", "train_seconds": {at}, "train_loss": {loss}}}\n'
+    write(tmp_path / "a<b>/metrics.jsonl", text + '{"kin')
     write(tmp_path / "empty/metrics.jsonl", "")
-    folders = [tmp_path / "a<b>", tmp_path / "empty"]
-    assert plot.read_points(folders[0], "train_loss") == [(1.0, 9.0), (2.0, 3.0), (2.5, 2.4)]
-    plot.write(tmp_path / "curves.svg", folders)
+    points = plot.read_points(tmp_path / "a<b>", "train_loss")
+    assert points == [(1.0, 9.0), (2.0, 3.0), (2.5, 2.4)]
+    plot.write(tmp_path / "curves.svg", [tmp_path / "a<b>", tmp_path / "empty"])
     picture = minidom.parse(str(tmp_path / "curves.svg"))
-    words = [t.firstChild.data for t in picture.getElementsByTagName("text")]
-    assert words[:2] == ["a<b> 1.5000", "empty"]
     assert len(picture.getElementsByTagName("polyline")) == 6
 
 
@@ -1969,21 +1963,22 @@ def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_its_verdict(tmp_
     wider, rate = turn().split("; n ")[:2]
     assert wider.startswith("keep: +0.009") and "moved model; a-wider" in rate
     assert "drop: {'a nan'}" in rate and "moved optimizer; a-rate" in turn()
-    assert "written --name=value" in turn("--idea=x", "--", "lr", code=2)
 
 
 def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "ROOT", tmp_path)
     write(tmp_path / "train_gpt.py", "")
     commit(tmp_path)
-    write(tmp_path / "records/track_10min_16mb/2026-01-02_x/README.md", "")
+    readme = "records/track_10min_16mb/2026-01-02_x/README.md"
+    write(tmp_path / readme, "")
     write(tmp_path / "records/README.md", "the leaderboard")
     commit(tmp_path)
     write(tmp_path / "train_gpt.py", "changed")   # the next idea, not committed
-    record = str(ROOT / "records/track_10min_16mb/2026-01-02_x")
+    record = str((ROOT / readme).parent)
     assert check.change_set("HEAD~1") == ([], [record])
+    write(tmp_path / readme, "changed")
     commit(tmp_path)
     assert [f["file"] for f in check.change_set("HEAD~2")[0]] == ["train_gpt.py"]
-    assert [f["file"] for f in check.change_set("HEAD~1")[0]] == ["train_gpt.py", "records"]
+    assert [f["file"] for f in check.change_set("HEAD~1")[0]] == [readme, "train_gpt.py", "records"]
     with pytest.raises(BadInput, match="git merge-base"):
         check.change_set("--output=x")
