@@ -359,10 +359,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.confine import Refused, Remote, failure, reachable
-from data.dataset import Parser, Progress, atomic_write, command, find_dataset, find_run, read_meta, read_val_docs
+from data.dataset import Parser, Progress, atomic_write, command, find_dataset, read_meta, read_val_docs
 from data.runs import World, environment, note_in_ledger
 from data.tokenizer import Tokenizer
-from pack import SOURCES
+from pack import SOURCES, find_run
 
 PLACE_TOLERANCE = {"cpu": 1e-4, "cuda": 0.05, "mps": 0.05}  # nats that one place may move in a replay: rounding
 MEAN_TOLERANCE = {"cpu": 1e-6, "cuda": 1e-4, "mps": 1e-4}  # nats a place by which a replay may cost more, on average
