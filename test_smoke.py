@@ -46,8 +46,7 @@ from data.runs import World
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
-from records import check, ledger, plot, rules, sources, stats, submit, turn
-from records.evidence import ladder
+from records import check, folders, plot, rules, stats, submit
 from train_gpt import Config, GPT, Loader, make_segments
 
 
@@ -1738,573 +1737,408 @@ def test_an_artifact_or_a_flag_that_is_not_right_is_refused(dataset, packed_run,
 # Records
 
 
-DELETE, AUDIT = object(), dict.fromkeys(check.PROOFS, "pass")
-DATASET = {"val_docs_sha256": "d" * 64, "val_tokens": 40_540_160, "val_bytes": 151_078_222}
-NATS_PER_BIT = math.log(2) * 151_078_222 / 40_540_160
-TRAINER = """import torch
-
-LR = 0.02
-
-
-def train(model, loader):
-    for x, y in loader:
-        model(x, y).backward()
-"""
-
-
-def wrap(source):
-    raw = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])
-    return f'import lzma, base64\nexec(lzma.decompress(base64.b85decode("{base64.b85encode(raw).decode()}")))\n'
+DATASET = {"name": "fineweb", "val_docs_sha256": "d" * 64, "val_docs": 50_000,
+           "val_tokens": 40_540_160, "val_bytes": 151_078_222}
+NATS = math.log(2) * 151_078_222 / 40_540_160
+TRAINER = "import torch\n\n# Model\nLR = 0.02\n"
+RUN = {  # what train_gpt.py and pack.py leave, without weights
+    "metrics.jsonl": """{"kind": "start", "config": {"seed": SEED, "run": "NAME", "max_seconds": 600.0},
+ "environment": {"device": "8 x NVIDIA H100", "torch": "2.13.0"}, "dataset": DATASET}
+{"kind": "cut
+{"kind": "summary", "val_bpb": 1.3, "train_seconds": 599.5, "steps": 5000, "tokens": 9999}
+{"kind": "end", "reason": "END", "exit_code": 0}
+""".replace(",\n", ","),
+    "log.txt": "step:5000 val_loss:3.1255 val_bpb:1.2100 train_seconds:599.0\n", "pack.txt": "8 bits"}
 
 
-def fake_run(folder, seed=1, val_bpb=1.2, data="fineweb", device="8 x NVIDIA H100", source=TRAINER, seconds=599.5,
-             score={}, **config):
-    """A run folder as train_gpt.py, pack.py and eval_bpb.py leave it, without the weights."""
-    (folder / "source").mkdir(parents=True)
-    (folder / "source/train_gpt.py").write_text(source)
-    start = {"config": {"seed": seed, "run": folder.name, "lr": 0.02, "max_seconds": 600.0, "parent": "", **config},
-             "environment": {"device": device}, "dataset": {"name": data, **DATASET},
-             "source_sha256": {"train_gpt.py": hashlib.sha256(source.encode()).hexdigest()}}
-    lines = {"kind": "start", **start}, {"kind": "summary", "steps": 5000, "tokens": 10 ** 9, "train_seconds": seconds}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "log.txt").write_text("step:1 train_loss:9.0\n---\nval_bpb: 1.0\n")
-    (folder / "score.json").write_text(json.dumps({
-        "val_bpb": val_bpb, "val_loss": val_bpb * NATS_PER_BIT, **DATASET, "val_docs": 50_000, "limit_docs": None,
-        "artifact_bytes": 15_900_000, "artifact_sha256": f"{seed:064d}", "phases": {"total": 400.0},
-        "audit": AUDIT, **score}))
+def fake_run(folder, seed=1, val_bpb=1.2, end="finished", source=TRAINER, **score):
+    """A run folder, trained, packed and scored."""
+    words = {"SEED": seed, "NAME": folder.name, "END": end, "DATASET": json.dumps(DATASET)}
+    for name, text in RUN.items():
+        for word, value in words.items():
+            text = text.replace(word, str(value))
+        write(folder / name, text)
+    with zipfile.ZipFile(folder / "artifact.pyz", "w") as archive:
+        archive.writestr("train_gpt.py", source)
+        archive.write(ROOT / "eval_bpb.py", "eval_bpb.py")
+        archive.write(ROOT / "data/tokenizer.py", "data/tokenizer.py")
+        archive.writestr("model.bin", folder.name)
+    artifact = (folder / "artifact.pyz").read_bytes()
+    write(folder / "score.json", json.dumps({
+        "val_bpb": val_bpb, "val_loss": NATS * val_bpb, "dataset": DATASET, "mode": "own",
+        "artifact_bytes": len(artifact), "phases": {"total": 400.0},
+        "artifact_sha256": hashlib.sha256(artifact).hexdigest(),
+        "audit": {"replay": "pass: 9,200 places"}, **score}))
     return folder
 
 
-def submit_runs(tmp_path, runs, name="x", track=None):
-    args = dict(author="Ann", github_id="ann", date="2026-01-02", parent=None, idea=None)
-    return submit.build(argparse.Namespace(runs=runs, name=name, track=track, **args), tmp_path / "records")
+def submit_runs(folder, runs, name="good"):
+    args = argparse.Namespace(
+        runs=[str(run) for run in runs], name=name, track=None, parent=None, author="Ann",
+        github_id=None, date="2026-01-02", idea="faster", commit="HEAD")
+    return submit.build(args, folder / "records")
 
 
-def make_record(tmp_path, name="good", **kwargs):
-    runs = [fake_run(tmp_path / f"runs/{name}{s}", s, 1.2 + s / 1e4, **kwargs) for s in (1, 2, 3)]
-    folder = submit_runs(tmp_path, runs, name)
-    replaced("README.md", "(write this)", "Words.")(folder)
-    return folder
+def make_record(folder, name="good", spread=1e-4, source=TRAINER):
+    runs = [folder / f"runs/{name}{seed}" for seed in (1, 2, 3)]
+    for seed, run in enumerate(runs, 1):
+        fake_run(run, seed, 1.2 + seed * spread, source=source)
+    record = submit_runs(folder, runs, name)
+    replace_in(record / "README.md", "(write this)", "Words.")
+    return record
 
 
-def command(*args, code):
+def review(folder):
+    found = []
+    check.review(folder, found.append)
+    return found
+
+
+def check_command(*args, code):
     return "".join(end(start(ROOT / "records/check.py", *args), code))
 
 
-def load(folder):
-    return json.loads((folder / "submission.json").read_text())
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
-# Ways to change a record.
-def json_with(**changes):
-    return lambda f: write("submission.json", json.dumps(
-        {k: v for k, v in (load(f) | changes).items() if v is not DELETE}))(f)
+def replace_in(path, old, new):
+    text = path.read_text()
+    assert old in text, (path, old)
+    path.write_text(text.replace(old, new))
 
 
-def seed_with(**changes):
-    def edit(f):
-        results = load(f)["seed_results"]
-        json_with(seed_results=results | {"2": results["2"] | changes})(f)
-    return edit
+# rule: words of its message | file | what is replaced, nothing: the file is written | by this
+EDITS = r"""
+missing-file | README.md | | 
+forbidden-file | sub/CLAUDE.md | | x
+forbidden-file | model.pt | | x
+file-name | two words.md | | x
+secret | run.sh | | export HF_TOKEN=hf_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
+machine-path | run.sh | | cd /home/ann/data
+plain-source | train_gpt.py | LR | exec
+review-limit: check_json | submission.json | | {
+json: blurb | submission.json | "faster" | ""
+date | submission.json | 2026-01-02 | 2020-01-01
+log: val_bpb is -1 | train_seed2.log | val_bpb: 1.2002 | val_bpb: -1
+log: facts | train_seed2.log | steps: 5000 | steps: ?
+log: train_seconds 599.0 | train_seed2.log | train_seconds: 599.5 | train_seconds: 9.5
+log-score: val_bpb is 1.1 | submission.json | "val_bpb": 1.2002, | "val_bpb": 1.1,
+log-score: seed_results | submission.json | "seed_results" | "x"
+readme: does not say | README.md | 1.200200 | 1.1
+readme-words | README.md | Words. | (write this)
+seeds: same seed | train_seed2.log | seed: 2 | seed: 1
+seeds: another config | train_seed2.log | "max_seconds": 600.0 | "max_seconds": 6
+environment | train_seed2.log | 2.13.0 | 2.11.0
+artifact-cap | train_seed2.log | steps: 5000 | steps: 5000\nartifact_bytes: 16000001
+track: 2 logs | train_seed2.log | | 
+track: track 'x' | submission.json | track_10min_16mb | x
+track: ran on | train_seed2.log | 8 x NVIDIA H100 | 8 x A100
+track: over 600 | train_seed2.log | train_seconds: 599.5 | train_seconds: 601.5
+track: over 600 | train_seed2.log | eval_seconds: 400 | eval_seconds: 602
+track: documents | train_seed2.log | "val_docs": 50000 | "val_docs": 10000
+track: 164594398 | train_seed2.log | 151078222 | 164594398
+arithmetic | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.2
+byte-count | train_seed2.log | val_bpb:1.21 | val_bpb:1.03
+odd-score: best | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.03
+proof: mode trusted | train_seed2.log | "own" | "trusted"
+proof: replay: FAIL | train_seed2.log | pass | FAIL
+proof: mode own | train_seed2.log | "replay": "pass: 9,200 places" |
+source-hash | train_gpt.py | 02 | 03
+source-hash | more.py | | 
+judge | data/tokenizer.py | | 
+judge | eval_bpb.py | | # another
+commit | submission.json | "commit": " | "commit": "0
+parent | submission.json | "parent": null | "parent": "nobody"
+parent | submission.json | "parent": null | "parent": "2026-01-02_good"
+significance | submission.json | "parent": null | "parent": "known"
+"""
 
 
-def write(name, text):
-    return lambda f: ((f / name).parent.mkdir(exist_ok=True), (f / name).write_text(text))
+def test_every_rule_finds_what_breaks_it_and_a_good_record_is_clean(tmp_path, monkeypatch):
+    good = make_record(tmp_path)
+    monkeypatch.setattr(check, "known_records", lambda: {"known": good})
+    monkeypatch.setattr(check, "read_entry", lambda name: {"scores": {"1": 1.2, "2": 1.2}})
+    assert review(good) == []
+    seen = {"missing-folder", "stray-file", "change-set", "rescore", "copy", "same-source"}
 
-
-def code(*lines):
-    return write("train_gpt.py", TRAINER + "\n".join(lines) + "\n")
-
-
-def replaced(name, old, new):
-    return lambda f: (f / name).write_text((f / name).read_text().replace(old, new))
-
-
-LATER = f"{check.datetime.date.today() + check.datetime.timedelta(3)}_x"
-OURS = [   # (rule: words of the message, how to break a record of ours)
-    ("folder-name", lambda f: f.rename(f.parent / "my record")),
-    ("folder-name", lambda f: f.rename(f.parent / "2026-13-01_x")),
-    ("folder-date: not the folder's", json_with(date="2020-01-01")),
-    ("folder-date: in the future", lambda f: f.rename(f.parent / LATER)),
-    ("missing-file: is missing", lambda f: (f / "README.md").unlink()),
-    ("log-count: 2 training logs", lambda f: (f / "train_seed2.log").unlink()), ("json", write("submission.json", "{")),
-    ("json: object", write("submission.json", "[]")),
-    ("json-strict: NaN", replaced("submission.json", '"author"', '"x": NaN, "author"')),
-    ("json-strict: duplicate", replaced("submission.json", '"author"', '"name": "x", "author"')),
-    ("json-field: github_id: wrong", json_with(github_id=None)), ("json-field: name: wrong", json_with(name="")),
-    ("json-field: val_bpb: wrong", json_with(val_bpb=True)), ("json-field: blurb: missing", json_with(blurb=DELETE)),
-    ("json-field: seed 2: val_loss, val_bpb and", seed_with(val_loss=None)),
-    ("json-field: val_loss, val_bpb and", json_with(dataset={"name": "fineweb", **DATASET, "val_bytes": 0})),
-    ("json-value: val_bpb is -1", json_with(val_bpb=-1.0)), ("json-value: seed 2: val_loss", seed_with(val_loss=0)),
-    ("forbidden-file", write("sub/CLAUDE.md", "x")), ("secret", write("run.sh", "export HF_TOKEN=hf_" + "a" * 34)),
-    ("link", lambda f: (f / "notes.md").symlink_to("/etc/passwd")), ("file-name", write("two words.md", "x")),
-    ("file-size", write("big.txt", "x" * (5 << 20) + "x")), ("python-syntax: NOT READ", code(*["def broken(:"] * 41)),
-    ("import", code("import leftpad")), ("machine-path", code('PATH = "/home/ann/data"')),
-    ("track: hardware", json_with(hardware="1xA100")), ("track: track 'x' in", json_with(track="x")),
-    ("track: stands in", lambda f: f.parent.rename(f.parent.parent / "elsewhere")),
-    ("readme-words", replaced("README.md", "Words.", "(write this)")),
-    ("artifact-cap: seed 2: artifact_bytes 16,000,001 is 1 over", seed_with(artifact_bytes=16_000_001)),
-    ("artifact-bytes", json_with(bytes_code=1, bytes_model=2)), ("train-clock", seed_with(train_seconds=601.5)),
-    ("eval-clock", seed_with(eval_seconds=602.0)),
-    ("clock-override", code('M = os.environ["MAX_WALLCLOCK_SECONDS", 0]')),
-    ("clock-override: max_seconds 601", json_with(config={"max_seconds": 601})), ("network", code("import requests")),
-    ("train-data-late: quantise uses", write("pack.py", "def quantise(model, train_loader):\n    return 1\n")),
-    ("val-in-training", code('train_files = "data/fineweb_val_*.bin"')), ("bpb-arithmetic", seed_with(val_loss=3.0)),
-    ("val-count: 10000 documents", json_with(dataset={"name": "fineweb", **DATASET, "val_docs": 10_000})),
-    ("val-count: of 1 bytes", json_with(dataset={"name": "fineweb", **DATASET, "val_docs": 50_000, "val_bytes": 1})),
-    ("val-count: dataset 'x'", json_with(dataset={"name": "x", **DATASET})),
-    ("val-count: 9,662,464", write("a.log", "tokens: 9662464")),
-    ("val-count: 36,562,944", write("a.log", "tokens=36562944")),
-    ("data-overlap", replaced("train_seed1.log", "step:1", "train_shards:1499")),
-    ("limited-score", seed_with(limit_docs=100)), ("audit: replay: FAIL", seed_with(audit={**AUDIT, "replay": "FAIL"})),
-    ("audit: not proved by lengths", seed_with(audit={"replay": "pass"})),
-    ("dynamic-code", code("exec(open('other.txt').read())")), ("encoded-source", code(wrap(TRAINER))),
-    ("loaded-code: os.execvp", code("from os import execvp as go", "go('ls', ['ls'])")),
-    ("judge-changed", write("data/dataset.py", "def read_val_docs(folder, meta, limit=None):\n    return []\n")),
-    ("judge-changed", write("data/confine.py", "import os\nos.execvp('x', [])\n")),
-    ("score-range", json_with(val_bpb=1.03)), ("seeds: named twice", json_with(seeds=[1, 2, 3, 3])),
-    ("seeds: not those of", json_with(seeds=[1, 2, 4])), ("seeds: 2 seeds are named", json_with(seeds=[1, 2])),
-    ("seeds: seeds 1, 2 have the same artifact", seed_with(artifact_sha256=f"{1:064d}")),
-    ("seeds: differ in config_sha256", seed_with(config_sha256="x")), ("seed-mean", json_with(val_bpb=1.20021)),
-    ("seed-spread", lambda f: [replaced("submission.json", f"1.200{s}", "1.2")(f) for s in (1, 2, 3)]),
-    ("log-score: val_bpb 1.2003", replaced("train_seed3.log", "1.2003", "1.1502")),
-    ("log-score: steps 5000", replaced("train_seed3.log", "steps: 5000", "")),
-    ("readme-score", replaced("README.md", "1.2002", "1.1502")), ("source-hash", replaced("train_gpt.py", "02", "03")),
-    ("source-hash", write("more.py", "")),
-    ("environment", replaced("train_seed3.log", "step:1", "torch 2.9.1 torch 2.8.0")),
-    ("parent", json_with(parent="2026-01-01_nobody")), ("parent", json_with(parent={"a": 1})),
-    ("tainted-parent: #1376 was ruled invalid", json_with(parent_pr="#1376")),
-    ("review-limit: check_ours", json_with(dataset={"name": "fineweb", "val_docs": 50_000, "val_bytes": "?"}))]
-
-HONEST = '''
-try:
-    import some_compressor
-except ImportError:
-    import zlib
-def bigram_hash(t):
-    return torch.bitwise_xor(36313 * t[..., 1:], 27191 * t[..., :-1]) % 10239
-def eval_val_ttt(args, model, val_tokens, optimizer):
-    for chunk in range(0, len(val_tokens), args.ttt_chunk):
-        with torch.no_grad():
-            loss_sum = model(val_tokens[chunk:])[-args.stride:].sum()
-        model(val_tokens[chunk:chunk + args.ttt_chunk]).mean().backward()
-clip = torch.minimum(model.weight.abs(), torch.quantile(model.weight.abs(), 0.999))
-max_wallclock = float(os.environ.get("MAX_WALLCLOCK_SECONDS", 600.0))
-train_files=glob.glob("data/fineweb_train_*.bin");val_files=glob.glob("data/fineweb_val_*.bin")
-'''
-LUT = "def luts(sp):\n    if sp.piece == '\u2581': {}\n    base_bytes = len(sp.piece(0).encode()){}"
-PUBLIC = {   # the rules that a source from elsewhere breaks, and no other: sources
-    "": [HONEST, "class C:\n    eval: int = 1", "compile(x)",
-        'torch.load("x", weights_only=True); re.compile("x"); model.eval()', "import einops", "N = 151_060_000",
-        LUT.format("pass", " if sp.is_byte(0) else 1"), "val_loader = DistributedTokenLoader(args.val_files, rank)",
-        "loader = Shards(args.val_files)", "train_files = glob.glob('fineweb_train_*.bin', but='fineweb_val_*.bin')",
-        "train_files = [f for f in files if f not in val_files]", "train_on_val = 0",
-        "def pack(q, val_tokens):\n    return zlib.compress(q)",
-        "def ttt(val_data):\n  loss_sum += 1\n  for epoch in range(2):\n    loss.backward()",
-        "def ttt(val_data):\n  if scored:\n    loss.backward()\n  loss_sum += 1",
-        "def adapt(val_data):\n  loss.backward()\ndef main():\n  eval_val()\n  adapt(1)"],
-    "dynamic-code encoded-source": [wrap(HONEST)], "missing-file": [""],
-    "dynamic-code": ['__builtins__["exec"]("x = 1")', "run = eval", "compile(x, y, z)"],
-    "dynamic-code payload": ['exec(decode("' + "Zz9!" * 80 + '"))', f'x = exec\nx("{"Zz9!" * 80}")'],
-    "loaded-code": ['importlib.import_module("x")', "pickle.loads(b'')", 'torch.load("x", weights_only=False)',
-        "marshal.loads(b'')", 'ctypes.CDLL("x")', "os.execvp('x', [])"],
-    "network": ["from os import system as run; run('curl x')", "from subprocess import run; run('pip install x')",
-        "from urllib import request"],
-    "import": ["import leftpad"], "mixture": ["OnlineNgramCache = 1", "def eval_val_ngram(): pass"],
-    "unruled": ["slot_delta = 0"], "pre-quant-ttt": ["def prequant_ttt(m): pass"], "target-gate": ["within_gate = 1"],
-    "best-of": ["final = min(val_loss, ttt_loss)"],
-    "byte-count": ["TOTAL = 164_594_398", "N = 176_332_748", "N = 151_070_000", "bytes_per_token = 3.7"],
-    "byte-lut": [LUT.format("pass", ""), LUT.format("has_leading_space = 1", " + 1 if sp.is_byte(0) else 1")],
-    "target-in-key": ["def ngram_key(ctx, tgt):\n    return (ctx * 36313 ^ tgt) % 4096"],
-    "val-calibration": ["collect_hessians(model, val_tokens)",
-        "calib_loader = DistributedTokenLoader(args.val_files, rank)"],
-    "train-data-late": ["collect_hessians(model, train_loader)", "gptq_calibrate(train_pattern)"],
-    "val-in-training": ["train_files = os.path.join(d, 'fineweb_val_*.bin' if flag else 'fineweb_train_*.bin')",
-        "train_pattern: str = val_files or x", "train_loader = Any(args.val_files)",
-        "loader = DistributedTokenLoader(args.val_files, rank)", "train_on_val = 1"],
-    "paid-prefix": ["PAID_PREFIX = 1",
-        "def build(val_tokens):\n    head = val_tokens[1:9].copy()\n    return lzma.compress(head.tobytes())"],
-    "score-first": ["def ttt(val_data):\n  step += 1\n  loss.backward()",
-        "def ttt(m, val_data):\n  m(val_data).backward()\n  with no_grad():\n    m(1)",
-        "def ttt(val_data):\n  for epoch in range(125):\n    loss_sum += 1\n    loss.backward()",
-        "def adapt(val_data):\n  loss.backward()\ndef main():\n  adapt(1)\n  eval_val()",
-        "def adapt(val_data):\n  loss.backward()\ndef eval_all(val_data):\n  adapt(1)\n  loss_sum += 1"],
-    "python-syntax": ['def broken(:'], "python-syntax val-in-training": ["train_files = g(f'{a['b']}', val_files)"],
-    "python-syntax mixture": ["\n".join(["def broken(:"] * 50) + "\nngram_cache"],
-    "dynamic-code encoded-source val-in-training": ['exec(zlib.decompress(b64decode("' + base64.b64encode(zlib.compress(
-        wrap('train_files = "data/fineweb_val_*.bin"\n').encode())).decode() + '")))',
-        "exec(unpack('''" + "\n    ".join(re.findall(".{1,70}", base64.b85encode(
-        zlib.compress(b"train_files = val_files  # " + os.urandom(300).hex().encode())).decode())) + "'''))"]}
-FILES = {   # the rules that a folder from elsewhere breaks, and no other: ways to change it
-    "readme-score": [write("README.md", "1.2009")],
-    "": [write("README.md", "1.2007"), write("a.log", "not training on val"),
-        write("a.log", "ttt: training on validation chunk 1"),
-        write("a.log", "train on val tokens once scored"), json_with(val_loss=DELETE),
-        write("a.log", "train_time:601000ms"),
-        lambda f: [edit(f) for edit in (json_with(val_bpb=1.2004), replaced("README.md", "1.2002", "1.2004"),
-                                        seed_with(val_bpb=1.20077), write("logs/run1.txt", "val_bpb: 1.20077"))],
-        *(json_with(val_loss=1.2002 * math.log(2) * ratio) for ratio in (2.436, 3.319, 3.7266, 3.1572)),
-        seed_with(artifact_bytes=16_000_000, train_seconds=601.0), json_with(bytes_code=200, bytes_model=15_899_784),
-        lambda f: [write(f"a/{i}.md", "x")(f) for i in range(390)], json_with(parent={"a": 1})],
-    "val-in-training": [write("a.log", "train_loader:dataset:fineweb10B_valonly train_shards:1"),
-        write("a.log", "training on validation text")],
-    "loaded-code": [write("data/confine.py", "import os\nos.execvp('x', [])\n")],
-    "paid-prefix": [write("a.log", "paid_prefix:loaded 6,200,000 tokens")],
-    "train-clock": [write("a.log", "train_time:601001ms")],
-    "json-field": [json_with(val_bpb=None),
-        json_with(bytes_total=DELETE, seed_results={s: {"val_bpb": 1.2 + s / 1e4} for s in (1, 2, 3)})],
-    "json-value": [json_with(val_loss=0)], "log-score": [seed_with(val_bpb=1.2005)],
-    "bpb-arithmetic": [json_with(val_loss=3.0)], "artifact-cap": [json_with(bytes_total=16_000_001)],
-    "artifact-bytes": [json_with(bytes_code=200, bytes_model=15_899_783)], "code-bytes": [json_with(bytes_code=10)],
-    "log-count": [lambda f: (json_with(track="unlimited")(f), [log.unlink() for log in f.glob("*.log")])],
-    "review-limit": [write("a.py", "#" * (2 << 20)), lambda f: [write(f"a{i}.md", "x")(f) for i in range(401)]]}
-
-
-def test_every_rule_finds_what_breaks_it_and_nothing_else_and_the_unruled_never_fails(tmp_path, monkeypatch):
-    good, wrong = make_record(tmp_path), []
-    monkeypatch.setattr(check, "known_records", lambda: [])
-    rows = [(*row, True) for row in OURS] + [(what, edit, False) for what, edits in FILES.items() for edit in edits]
-    rows += [(what, write("train_gpt.py", text), False) for what, texts in PUBLIC.items() for text in texts]
-    for n, (what, edit, strict) in enumerate(rows):
+    def broken(what, folder):
+        rule, _, words = what.partition(": ")
+        seen.add(rule)
+        found = review(folder)
+        assert any(f["rule"] == rule and words in f["message"] for f in found), (what, found)
+    for n, row in enumerate(EDITS.strip("\n").split("\n")):
+        what, name, old, new = (cell.strip().replace("\\n", "\n") for cell in row.split("|"))
         folder = tmp_path / str(n) / good.parent.name / good.name
         shutil.copytree(good, folder)
-        if not strict:
-            json_with(source_sha256=DELETE, config=DELETE, dataset=DELETE)(folder)
-        edit(folder)
-        found = check.review_folder(next((tmp_path / str(n)).glob("*/*")), strict)
-        rule, _, words = what.partition(": ")
-        hits = {f["rule"]: f["level"] for f in found if not strict or f["rule"] == rule and words in f["message"]}
-        if hits != {r: rules.RULES[r][not strict] for r in rule.split()}:
-            wrong.append((n, what, [(f["rule"], f["message"]) for f in found]))
-    assert not wrong
-    others = {"change-set", "rescore", "near-copy", "nearest", "significance"}   # by the tests below
-    rows = [what for what, _ in OURS] + [*PUBLIC, *FILES]
-    assert rules.RULES.keys() == {rule for what in rows for rule in what.split(":")[0].split()} | others
-    assert not [r for r, levels in rules.RULES.items() if "unruled" in levels[2] and "FAIL" in levels[:2]]
+        if old:
+            replace_in(folder / name, old, new)
+        else:
+            write(folder / name, new)
+        broken(what, folder)
+    (folder / "notes.md").symlink_to("/etc/passwd")
+    broken("link", folder)
+    write(folder / "big.txt", "x" * (4 << 20) + "x")
+    broken("file-size", folder)
+    for i in range(400):
+        write(folder / f"{i}.txt", "")
+    broken("review-limit: 400 files", folder)
+    broken("folder-name", folder.rename(folder.parent / "my record"))
+    broken("odd-score: deviation", make_record(tmp_path, "same", spread=1e-6))
+    assert rules.RULES.keys() == seen
 
 
-def test_a_submitted_record_is_clean_and_says_what_the_runs_said_and_how_it_compares(tmp_path):
-    parent = make_record(tmp_path, "parent")
-    assert "0 FAIL, 0 FLAG, 0 INFO" in command(parent, "--mode=strict", code=0)
-    with pytest.raises(BadInput, match="exists; nothing is overwritten"):
-        submit_runs(tmp_path, sorted((tmp_path / "runs").iterdir()), "parent")
-    source = TRAINER.replace("0.02", "0.03") + "#\n" * 500
-    changed = dict(source=source, lr=0.03, parent=str(parent), idea="faster")
-    runs = [fake_run(tmp_path / f"runs/child{s}", s, 1.19 + s / 5e3, **changed) for s in (1, 2, 3)]
-    write("pack.txt", "q 8 bits")(runs[1])
-    folder = submit_runs(tmp_path, runs, "child")
-    mine, text = load(folder), (folder / "README.md").read_text()
-    assert folder == tmp_path / "records/track_10min_16mb/2026-01-02_child"
-    assert (folder / "train_gpt.py").read_text() == source and list(mine["config"]) == ["lr", "max_seconds"]
-    assert [mine[k] for k in ("val_bpb", "val_bpb_std", "seeds", "bytes_total", "parent", "parent_run", "blurb")] == [
-        pytest.approx(1.1904), pytest.approx(2e-4), [1, 2, 3], 15_900_000, parent.name, None, "faster"]
-    for words in ("**val_bpb 1.190400** (std 0.000200, n 3) on fineweb, at most 15,900,000 bytes, 8 x NVIDIA H100.",
-                  "| 2 | 1.190400 | 3.074927 | 15,900,000 | 599.5 | 5,000 | 400.0 |", "faster\n\n(write this)",
-                  f"Against the parent, {parent.name}: a gain of +0.00980 bits per byte, +0.02531 nats per token. "
-                  "One-sided p (paired by seed) is 1.74e-05 for any gain and 2.69e-05 for the", "- `lr` 0.02 -> 0.03",
-                  "512 lines of diff", "\n+LR = 0.03", "\n... 112 more lines\n"):
-        assert words in text, text
-    assert text.count("Against") == 1   # the parent is the best before it
-    log = (folder / "train_seed2.log").read_text()
-    assert log.startswith("step:1 train_loss:9.0") and "\n\npack.py:\nq 8 bits\n\neval_bpb.py: {" in log
-    other = ledger.read_entry(parent)
-    for change, words in (({"dataset": {}}, "on other documents"), ({"scores": {"1": None}}, "no score"),
-                          ({"config": {"max_steps": 9}}, "+0.00980 bits per byte with another budget, so no test"),
-                          ({"scores": {"1": 1.2}}, "+0.00960 bits per byte; a side has one seed, so no test"),
-                          ({"scores": {"1": 1.2, "7": 1.3}}, "(Welch's) is")):
-        assert words in submit.verdict(mine, other | change)
-    # a run as parent: the record builds on what that run builds on; another record is the best
-    one = submit_runs(tmp_path, [fake_run(tmp_path / "runs/last", 1, parent="child1", device="cpu")], "one")
-    text = (one / "README.md").read_text()
-    assert (load(one)["parent"], load(one)["parent_run"], one.parent.name) == (parent.name, "child1", rules.TRACKS[1])
-    assert "1.200000** (one seed)" in text and "Against the parent, child1: a gain of -0.00980" in text
-    assert "Against the best before it, 2026-01-02_child: a gain of -0.00960 bits per byte; a side has one seed" in text
+HIDDEN = r"""
+exec('x')
+run = eval
+compile('x', '', 'exec')
+import pickle as p
+m = __import__
+from importlib import import_module as f
+import torch as t; t.load('x', weights_only=0)
+load(**{'weights_only': False})
+getattr(x, 'exec')('y')
+torch.serialization.pickle
+from torch.serialization import pickle
+__builtins__['eval']('x')
+import ctypes.util
+from builtins import eval as e
+np.load('x', allow_pickle=True)
+# coding: utf-7
+def broken(:
+"""
 
 
-def test_submit_refuses_runs_that_are_not_one_record(tmp_path, monkeypatch):
-    good, changed = [fake_run(tmp_path / f"good{seed}", seed) for seed in (1, 2)], fake_run(tmp_path / "changed", 3)
-    write("source/train_gpt.py", "x")(changed)
-    for n, (why, runs) in enumerate({
-            "another source": {"source": TRAINER + "#\n"}, "over the cap": {"score": {"artifact_bytes": 16_000_001}},
-            "5 documents only": {"score": {"limit_docs": 5}}, "seed of its own": {"seed": 1}, "lr is 0.3": {"lr": 0.3},
-            "another dataset": {"data": "demo"}, "not 8 x H100": {"device": "cpu"}, "no artifact_bytes in": {
-                "score": {"artifact_bytes": None}}, "no score; run": {"score": {"val_bpb": None}},
-            "train_seconds 601.5 is over": {"seconds": 601.5}, "eval_seconds 602.0 is over 600": {
-                "score": {"phases": {"total": 602.0}}}, "not the source that ran": [*good, changed], "2 seeds": good,
-            "is on demo, not": [fake_run(tmp_path / f"d{s}", s, data="demo") for s in (1, 2, 3)]}.items()):
-        if isinstance(runs, dict):
-            runs = [*good, fake_run(tmp_path / str(n), **{"seed": 3, **runs})]
-        with pytest.raises(BadInput, match=why):
-            submit_runs(tmp_path, runs, track="track_10min_16mb")
-    for why, *flags in (("name the runs",), ("name the runs", "x", "--leaderboard"), ("--name=s", "x", "--name=a b"),
-                        ("today at the latest", "x", "--date=2999-01-01"), ("YYYY-MM-DD", "x", "--date=20260101")):
-        monkeypatch.setattr(sys, "argv", ["submit.py", "--author=Ann", *flags])
-        with pytest.raises(BadInput, match=why):
-            submit.main()
-    assert not list(tmp_path.glob("records/*/*"))
-
-
-def test_hostile_folders_end_in_a_verdict_in_bounded_time_and_nothing_of_them_runs(tmp_path, monkeypatch):
-    folder, marker = make_record(tmp_path), tmp_path / "executed"
-    evil, bomb = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n", b"import os\n" * 100_000
-    texts = {"a.py": "exec(decompress(" + repr(zlib.compress(b"import os\n" + b"#" * 200_000_000, 9)) + "))",
-             "b.py": "x = " + "(" * 5000 + ")" * 5000, "c.py": "x = " + "-" * 200_000 + "1",
-             "d.py": "x = a" + ".b" * 100_000, "e.py": "x = 1" + " + 1" * 100_000, "f.py": "\0\ufffd" * 1000,
-             "json.py": evil, "sitecustomize.py": evil, "numpy/__init__.py": evil, "name\nFAIL forged rule.py": evil,
-             os.fsdecode(b"\xff\x1b[31m.txt"): "x",
-             "submission.json": '{"seeds":' + "[" * 100_000 + "]" * 100_000 + "}"}
-    for name, text in texts.items():
-        write(name, text)(folder)
-    for name, to in (("up", ".."), ("dev.txt", "/dev/zero"), ("link.txt", "README.md")):
-        (folder / name).symlink_to(to)
-    os.mkfifo(folder / "pipe.log")
-    with open(folder / "sparse.log", "wb") as f:
-        f.truncate(2 << 30)
-    for name in ("link.txt", "dev.txt", "pipe.log", "sparse.log"):
-        with pytest.raises(OSError):
-            ledger.read_regular(folder / name, 1 << 20)
-    for packed in (zlib.compress(bomb), lzma.compress(bomb), bz2.compress(bomb), zstandard.compress(bomb)):
-        assert len(sources.unwrap(packed, 5000)) == 5000   # never more than asked for
-    begin = time.monotonic()
-    lines = command(folder, "--mode=lenient", code=1).splitlines()
-    assert time.monotonic() - begin < 60 and not marker.exists()
-    assert all(line.isprintable() and line.startswith(("FAIL ", "FLAG ", "INFO ", str(folder))) for line in lines)
-    found = {line.split()[1] for line in lines}
-    assert {"json", "link", "file-size", "file-name", "review-limit", "encoded-source"} <= found
-    assert not [line for line in lines if line.startswith("FAIL forged")]
-    write("dies.py", "import os; os.abort()")(tmp_path)
-    monkeypatch.setattr(check, "__file__", str(tmp_path / "dies.py"))   # a reader that dies is no pass
-    [found] = check.review_in_child(tmp_path, True)
-    assert found["rule"] == "review-limit" and "within 60 s and 3 GiB; ended with -6" in found["message"]
-
-
-def test_the_exit_code_is_that_of_the_worst_finding_and_a_finding_has_one_line(tmp_path):
-    folder = make_record(tmp_path)
-    json_with(date="2026-01-03")(folder)
-    assert "1 INFO" in command(folder, "--mode=lenient", code=0)
-    for name in ("train_seed1.log", "train_seed2.log", "z.log"):
-        write(name, "1\ntrain_shards:1499 1.2001 1.2002 1.2003")(folder)
-    out = command(folder, make_record(tmp_path, "another"), "--mode=lenient", code=4)
-    [line] = [line for line in out.splitlines() if "data-overlap" in line]
-    assert line.startswith("FLAG data-overlap train_seed1.log:2 a sign of validation documents in the training split: "
-                           "train_shards:1499 1.2001 1.2002 1.2003 (and 2 more like it, z.log) [")
-    write("submission.json", "{")(folder)
-    command(folder, code=1)
-    assert "not a folder" in command(tmp_path / "nowhere", code=2)
-    assert "--rescore goes with one" in command(folder, folder, "--rescore=x", code=2)
-    reader = subprocess.Popen([sys.executable, "records/check.py", folder], cwd=ROOT, stdout=-1, stderr=-1)
-    reader.stdout.close()   # as `| head` does
-    assert reader.stderr.read() == b""
-
-
-def test_copies_and_parents_are_found_with_what_changed_below_any_wrapping(tmp_path, monkeypatch, capsys):
-    text = TRAINER + "".join(f"def f{i}(a, b):\n    return a * {i} + b ** 2 - [a, b]\n" for i in range(20))
-    parent = make_record(tmp_path, "parent", source=text)
-    monkeypatch.setattr(check, "known_records", lambda records=None: [parent])
-    changed = text.replace("LR = 0.02", "LR = 0.03").replace("loader", "stream").replace("f19", "g") + "def h(): pass\n"
-    copy = make_record(tmp_path, "copy", source=changed)
-    json_with(parent=parent.name)(copy)
-    found = {f["rule"]: f["message"] for f in check.review_folder(copy, True)}
-    assert found.keys() == {"nearest", "significance"}   # the parent's scores again: no gain to show
-    assert found["nearest"].endswith("; changed train; added g, h; removed f19; LR 0.02 -> 0.03")
-    assert found["significance"].startswith("+0.0000 nats over the parent; p 1 for 0.005 or more, the rule asks 0.01 (")
-    assert "no --parent is named; by its code 2026-01-02_parent is nearest (95%)\n" in capsys.readouterr().out
-    json_with(parent=None)(copy)
-    assert [f["rule"] for f in check.review_folder(copy, True)] == ["nearest"]
-    write("train_gpt.py", wrap(text))(copy)
-    (public := tmp_path / "public/track").mkdir(parents=True)
-    parent.rename(public / "2026-01-01_theirs")
-    out = command(copy, "--mode=lenient", f"--known={tmp_path / 'public'}", code=4)
-    assert "near-copy train_gpt.py:1 2026-01-01_theirs up to names" in out and "shares 100.0%; nothing but" in out
-    write("train_gpt.py", wrap(HONEST))(copy)   # the same wrapper around another content
-    assert "nearest" not in command(copy, "--mode=lenient", f"--known={public}", code=4)
-
-
-def test_every_variant_of_the_ladder_applies_to_the_trainer_as_it_is():
-    for name, (_, changes, _, _) in ladder.VARIANTS.items():
-        source, flags = ladder.patched(changes, ladder.RUNGS["low"])
-        compile(source, name, "exec")
-        assert source != (ROOT / "train_gpt.py").read_text() or flags
-        shape = {k: v for k, v in ladder.RUNGS["low"].items() if k != "steps"}
-        train_gpt.parse_config(["--preset=proxy", *(f"--{k}={v}" for k, v in shape.items()), *flags])
-    points = [(100, 2.0), (400, 1.0)]
-    assert np.allclose(ladder.between(points, [100, 200, 400]), [2.0, 1.5, 1.0])  # 200 is half-way on the log scale
-    assert np.isnan(ladder.between(points, [99, 401])).all()
+def test_a_source_hides_no_code_and_plain_sources_hide_none():
+    for hidden in [*HIDDEN.strip().split("\n"), "#\r# -*- coding=latin-1", "\0", "(" * 9999]:
+        assert [*check.hidden_code(hidden.encode())], hidden
+    plain = b"# coding: utf-8\ntorch.compile(m.eval()); re.compile(x); load(x, weights_only=True)"
+    names = "train_gpt.py", "pack.py", "eval_bpb.py", "data/dataset.py", "data/tokenizer.py"
+    for source in (plain, *((ROOT / name).read_bytes() for name in names)):
+        assert [*check.hidden_code(source)] == []
 
 
 def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):
-    folder, source = make_record(tmp_path), (ROOT / "eval_bpb.py").read_text()
-    for at, changed in (("class Sliding:", []), ("class Phases:", ["eval_bpb.py"])):
-        assert source.count(at) == 1
-        (folder / "eval_bpb.py").write_text(source.replace(at, f"def mine():\n    return 1\n\n\n{at}"))
-        assert [f["file"] for f in check.review_folder(folder, True) if f["rule"] == "judge-changed"] == changed
-
-
-def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, judge, dataset):
     folder = make_record(tmp_path)
-    _, score, _ = judge(mine("logits[:, 9] = 1.0"), "--trust")  # rounding moves it by nothing
-    artifact = tmp_path / "artifact.pyz"
-    json_with(dataset={"name": str(dataset)})(folder)
-    assert "no seed has an artifact" in check.rescore(folder, artifact, None, True)[0]["message"]
-    claim = score["val_bpb"] + 0.001
-    seed_with(artifact_sha256=hashlib.sha256(artifact.read_bytes()).hexdigest(), val_bpb=claim)(folder)
-    [found] = check.rescore(folder, tmp_path, None, True)
-    assert f"seed 2: claimed {claim}, the judge finds {score['val_bpb']:.4f}" in found["message"], found
-    [found] = check.rescore(folder, artifact, tmp_path / "no-data", True)
-    assert "seed 2: the judge exits 2: " in found["message"], found
+    source = (ROOT / "eval_bpb.py").read_text()
+    write(folder / "eval_bpb.py", source.replace(check.JUDGE.decode(), "\nA = 1" + check.JUDGE.decode()))
+    assert [f["rule"] for f in review(folder)] == ["source-hash"]
+    write(folder / "eval_bpb.py", source + "A = 1\n")
+    assert [f["rule"] for f in review(folder)] == ["source-hash", "judge"]
 
 
-def test_a_turn_tells_its_verdict_from_the_ledger(tmp_path, monkeypatch):
-    for seed, idea, bpb in [(s, i, 1.2 - 0.01 * i - s / 1e4 * (1 + i / 9)) for i in (0, 1) for s in (1, 2, 3)]:
-        name = f"{idea}_s{seed}"
-        ledger.append(fake_run(tmp_path / "runs" / name, seed, bpb, lr=0.02 + idea, idea="wider" * idea,
-                               parent=f"0_s{seed}" * idea))
-    [(verdict, numbers, row)] = turn.ideas(ledger.read_ledger(tmp_path / "runs/ledger.tsv"))
-    assert verdict == "keep" and "n 3" in numbers and row["idea"] == "wider"
-    monkeypatch.chdir(tmp_path)
-    name, files, config = turn.parent_of("1_s2")
-    assert name == "1" and config["lr"] == 1.02 and files == {"train_gpt.py": TRAINER.encode()}
-    with pytest.raises(BadInput, match="no run, no record and no commit"):
-        turn.parent_of("nobody")
+def test_a_record_holds_what_differs_and_says_what_the_runs_said(tmp_path):
+    folder = make_record(tmp_path, source=TRAINER + "#\n")
+    assert folder == tmp_path / "records/track_10min_16mb/2026-01-02_good"
+    assert " ".join(sorted(path.name for path in folder.iterdir())) == (
+        "README.md submission.json train_gpt.py train_seed1.log train_seed2.log train_seed3.log")
+    said = json.loads((folder / "submission.json").read_text())
+    assert [said[key] for key in ("val_bpb", "parent", "blurb", "github_id")] == [
+        pytest.approx(1.2002), None, "faster", "Ann"]
+    assert "**val_bpb 1.200200** (std 0.000100, n 3) on fin" in (folder / "README.md").read_text()
+    with pytest.raises(BadInput, match="exists; nothing is overwritten"):
+        submit_runs(tmp_path, (tmp_path / "runs").iterdir())
+
+
+def test_submit_refuses_runs_that_are_not_one_record(tmp_path):
+    good = [fake_run(tmp_path / f"good{seed}", seed) for seed in (1, 2)]
+    for n, (words, how) in enumerate({
+            "seeds .*: another source_sha256": {"source": ""}, "a seed of its own": {"seed": 1},
+            "trained until: a reason": {"end": "a reason"}, "val_bpb is -1": {"val_bpb": -1},
+            "proof .*: mode trusted": {"mode": "trusted"}, "not what was": {"artifact_sha256": "x"},
+            "same artifact_sha256": {}}.items()):
+        run = fake_run(tmp_path / f"bad{n}", **{"seed": 3, **how})
+        if not how:
+            shutil.copy(good[0] / "artifact.pyz", run)
+            shutil.copy(good[0] / "score.json", run)
+        with pytest.raises(BadInput, match=words):
+            submit_runs(tmp_path, [*good, run])
+    assert not [*tmp_path.glob("records/*/*")]
+
+
+def test_hostile_folders_end_in_bounded_time_and_nothing_of_them_runs(tmp_path, monkeypatch):
+    folder = make_record(tmp_path)
+    marker = tmp_path / "executed"
+    evil = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n"
+    for name, text in {
+            "a.py": "x = a" + ".b" * 100_000, "c.sh": "trainX=" * 500_000, "json.py": evil,
+            "numpy/__init__.py": evil, "a\nFAIL forged": "", os.fsdecode(b"\xff\x1b[31m"): "",
+            "z.log": "---\n" * 9999, "submission.json": "[" * 99_999}.items():
+        write(folder / name, text)
+    (folder / "up").symlink_to("..")
+    os.mkfifo(folder / "pipe.log")
+    os.truncate(folder / "z.log", 2 << 30)
+    lines = check_command(folder, code=1).splitlines()
+    assert not marker.exists() and all(line.isprintable() for line in lines)
+    found = {line.split()[1] for line in lines if line.startswith("  FAIL")}
+    assert {"link", "file-size", "file-name", "review-limit", "plain-source"} <= found
+    line = json.dumps(check.finding("link", "x"))
+    write(tmp_path / "dies.py", f"import os; print({line!r}, flush=True); os.abort()")
+    monkeypatch.setattr(check, "__file__", str(tmp_path / "dies.py"))
+    found, _ = check.review_in_child(folder)   # a reader that dies is no pass; what it said stays
+    assert [f["rule"] for f in found] == ["link", "review-limit"]
+
+
+def test_a_batch_is_reviewed_to_its_end_and_copies_are_named(tmp_path):
+    good = make_record(tmp_path)
+    copy = tmp_path / "elsewhere" / good.name
+    shutil.copytree(good, copy)
+    replace_in(copy / "README.md", "1.200200", "1.1")
+    write(tmp_path / "stray", "x")
+    out = check_command(good, tmp_path / "stray", copy, tmp_path / "none", "--jobs=2",
+                        f"--json={tmp_path}/all.json", code=1)
+    for words in (f"{good}: clean", f"{copy}: 1 FAIL", f"FAIL  {tmp_path}/none: missing-folder",
+                  f"FLAG  {tmp_path}/stray: stray-file\n1 of 5 clean"):
+        assert f"{words}\n" in out, words
+    found = json.loads((tmp_path / "all.json").read_text())["between the folders"]
+    assert [(f["rule"], f["file"]) for f in found] == [("copy", str(copy)), ("same-source", str(copy))]
+    assert all(f"as {good}, 2 folders in all" in f["message"] for f in found)
+    check_command(tmp_path / "stray", code=4)
+    check_command(good, code=0)
+
+
+def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, monkeypatch):
+    folder = make_record(tmp_path)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    score = json.loads((tmp_path / "runs/good2/score.json").read_text())
+    for changes in ({}, {"val_bpb": 1.21}, {"val_bpb": None}, {"artifact_sha256": "x"}):
+        text = json.dumps(score | changes)
+        write(tmp_path / "eval_bpb.py", f"import sys; open(sys.argv[3][6:], 'w').write({text!r})")
+        found = check.rescore(folder, str(tmp_path / "runs/good2"), None)
+        assert ["no seed of the record claims" in f["message"] for f in found] == [True][:len(changes)]
 
 
 def test_the_p_value_is_students():
-    table = (6.313752, 1, 0.05), (2.919986, 2, 0.05), (2.131847, 4, 0.05), (3.746947, 4, 0.01), (1.660234, 100, 0.05)
-    for t, df, p in table:
-        assert stats.t_upper(t, df) == pytest.approx(p, abs=1e-7) == 1 - stats.t_upper(-t, df)
-        assert stats.t_critical(p, df) == pytest.approx(t, abs=1e-5)
-    # closed forms at one and two degrees of freedom
-    assert stats.t_upper(3.7, 1) == pytest.approx(0.5 - math.atan(3.7) / math.pi, rel=1e-8)
-    assert stats.t_upper(60, 2) == pytest.approx(0.5 - 60 / (2 * math.sqrt(2 + 3600)), rel=1e-8)
-    t, df, p = stats.welch(2.0, 4.0, 4, 9.0, 9)   # by hand: sqrt(1 + 1) and (1 + 1)^2 / (1/3 + 1/8)
-    assert (t, df) == (pytest.approx(math.sqrt(2)), pytest.approx(96 / 11))
-    assert [stats.welch(gain, 0, 3, 0, 3)[2] for gain in (-1.0, 0.0, 1.0)] == [1, 0.5, 0]
-    # The same seeds are paired: gains of 0.001, 0.002 and 0.003 whatever the seeds' own spread. t = sqrt(12), df = 2.
-    ours, theirs = {1: 1.0, 2: 1.2, 3: 1.4}, {1: 1.001, 2: 1.202, 3: 1.403}
-    c = stats.comparison(ours, theirs, 1.0)
-    assert c["paired"] and (c["t"], c["df"]) == (pytest.approx(12 ** 0.5), 2)
-    assert c["p"] == pytest.approx(0.5 - 12 ** 0.5 / (2 * math.sqrt(2 + 12)), rel=1e-6)
-    assert (c["verdict"], c["runs_for_any_gain"], c["runs_for_written_rule"]) == ("run 2 more a side", 5, None)
-    assert c["noise_floor_bpb"] == pytest.approx(stats.t_critical(0.01, 2) * 0.001 / 3 ** 0.5)
-    assert stats.comparison(theirs, ours, 1.0)["verdict"] == "drop"
-    apart = stats.comparison(ours, {s + 3: v for s, v in theirs.items()}, 1.0)
-    assert not apart["paired"] and apart["p"] > 0.4 and apart["verdict"] == "drop"
-    with pytest.raises(BadInput, match="each side needs two"):
-        stats.comparison(ours, {1: 1.0}, 1.0)
+    for t, df, p in ((6.313752, 1, 0.05), (2.131847, 4, 0.05), (3.746947, 4, 0.01)):
+        assert stats.t_upper(t, df) == pytest.approx(p, abs=1e-6) == 1 - stats.t_upper(-t, df)
+    # sqrt(1 + 1) and (1 + 1)^2 / (1/3 + 1/8) by hand
+    assert stats.welch(2.0, 4.0, 4, 9.0, 9) == pytest.approx(stats.t_upper(2 ** 0.5, 96 / 11))
+    # The same seeds are paired: gains of 0.001, 0.002, 0.003, whatever the seeds' own spread.
+    theirs = {1: 1.001, 2: 1.202, 3: 1.403}
+    c = stats.comparison({1: 1.0, 2: 1.2, 3: 1.4}, theirs, 1.0)
+    assert c["p"] == pytest.approx(stats.t_upper(12 ** 0.5, 2))
+    assert c["verdict"] == "run 2 more a side"
+    apart = stats.comparison({4: 1.0, 5: 1.2, 6: 1.4}, theirs, 1.0)
+    assert apart["p"] > 0.4 and apart["verdict"] == "drop"
+    gain = stats.smallest_gain([1.0, 1.2, 1.4])
+    assert 0.0097 < stats.welch(gain, 0.04, 3, 0.04, 3) < 0.01
 
 
 def test_compare_takes_nats_from_the_dataset_and_refuses_what_does_not_compare(tmp_path):
-    a, b = ([fake_run(tmp_path / f"{side}{s}", s, base + n * s / 1e4, score={"dataset": {"tokenizer_sha256": n}})
-             for s in (1, 2, 3)] for side, base, n in (("a", 1.19, 1), ("b", 1.2, 2)))
-    out = command("compare", *a, "--", *b, code=0)
-    for words in ("candidate  val_bpb 1.19020  std 0.00010  n 3", "baseline   val_bpb 1.20040  std 0.00020  n 3",
-                  "gain       +0.02635 nats per token = +0.01020 bits per byte", "is 2.5831 nats per token)\n",
-                  "test       paired by seed: t 176.669, df 2.00, one-sided p 1.6e-05", ": met, p 2.44e-05\n",
-                  "practised  any gain at p < 0.25: met", "under 0.00040 bits", "3 for any gain, 3 for", "verdict    k",
-                  "tokenizers differ"):
-        assert words in out, out
-    worse = json.loads(command("compare", *b, "--", *a, "--json", code=0))
-    assert not worse["practised_rule"] and worse["runs_for_any_gain"] is None and worse["p"] > 0.99
-    for n, (words, config, score) in enumerate([
-            ("in documents: d", {}, {"dataset": {"val_docs_sha256": "f"}}), ("pack.py {0} && ", {}, {"limit_docs": 10}),
-            ("alike in predictor: x, y; such", {}, {"predictor": "y"}), ("nats cannot be told", {}, {"val_bytes": 0}),
-            ("not alike in max_seconds: 0, 600.0", {"max_seconds": 0, "max_steps": 9}, {})]):
-        other = fake_run(tmp_path / str(n), 4, score=score, **config)
-        x = fake_run(tmp_path / f"x{n}", 5, score={"predictor": "x"})
-        assert words.format(other) in command("compare", *a, "--", other, x, code=2)
-    for runs, words in (((*a, "--", b[0]), "each side needs two"), ((a[0], a[0], "--", *b), "stands twice on one side"),
-                        (a, "candidates on the left"), ((*a, "--"), "candidates on the left")):
-        assert words in command("compare", *runs, code=2)
+    ours = [fake_run(tmp_path / f"a{s}", s, 1.19 + s / 1e4) for s in (1, 2, 3)]
+    theirs = [fake_run(tmp_path / f"b{s}", s, 1.2 + s / 5e3) for s in (1, 2, 3)]
+    out = check_command("compare", *ours, "--", *theirs, code=0)
+    for words in ("candidate  val_bpb 1.19020  std 0.00010  n 3", "verdict    keep", "True, p 2.44e-05",
+                  "+0.02635 nats per token = +0.01020 bits per byte", "paired by seed: one-sided p 1.6e-05"):
+        assert words in out
+    found = check_command("compare", *theirs, "--", *ours, "--json", code=0)
+    assert json.loads(found)["verdict"] == "drop"
+    other = fake_run(tmp_path / "c", 4, dataset={"val_docs_sha256": "f" * 64})
+    for args, words in (((*ours, "--", other), "such runs do not compare"),
+                        ((ours[0], "--", theirs[0]), "each side needs two"),
+                        ((ours[0], ours[0], "--", *theirs), "stands twice on one side"),
+                        ((*ours, "--", fake_run(tmp_path / "d", val_bpb=-math.inf)), "python pack.py ")):
+        assert words in check_command("compare", *args, code=2)
 
 
-def test_the_leaderboard_is_up_to_date_and_ranks_records_and_draws_them(tmp_path):
-    for name, text in submit.leaderboard().items():
-        assert (ROOT / "records" / name).read_text() == text, "run: python records/submit.py --leaderboard"
-    assert "None yet" in submit.leaderboard(tmp_path / "records")["README.md"]
+def test_the_leaderboard_is_up_to_date_and_nothing_breaks_out_of_its_cells(tmp_path):
+    text = (ROOT / "records/README.md").read_text()
+    assert submit.leaderboard() == text, "run: python records/submit.py --leaderboard"
     make_record(tmp_path, "worse")
-    json_with(val_bpb=1.1, author="A|<b>")(make_record(tmp_path, "best"))
-    board = submit.leaderboard(tmp_path / "records")
-    text, picture = board["README.md"], board["leaderboard.svg"]
+    best = make_record(tmp_path, "best") / "submission.json"
+    replace_in(best, '"val_bpb": 1.2002,', '"val_bpb": 1.1,')
+    replace_in(best, '"Ann"', r'"A|<b>\n[x](y)"')
+    text = submit.leaderboard(tmp_path / "records")
     assert text.index("[best]") < text.index("[worse]")
-    assert ("\n| **1.10000** | 0.00010 | 3 | [best](track_10min_16mb/2026-01-02_best/README.md) | A&#124;&lt;b&gt; "
-            "| 2026-01-02 | 15,900,000 | fineweb | 8 x NVIDIA H100 | - |\n") in text
-    assert picture.count("<circle") == 2 and "prefers-color-scheme:dark" in picture and "fineweb 1.1000" in picture
-    minidom.parseString(picture)
-    json_with(val_bpb="x")(tmp_path / "records/track_10min_16mb/2026-01-02_best")
-    with pytest.raises(BadInput, match="no val_bpb or no"):
-        submit.leaderboard(tmp_path / "records")
+    assert ("\n| 1.1 | 0.0001 | 3 | [best](track_10min_16mb/2026-01-02_best/README.md) "
+            "| A?&lt;b&gt; ?x?(y) | 2026-01-02 | ") in text
 
 
-def test_curves_hold_every_point_of_every_run_once(tmp_path):
-    folders = [tmp_path / "a<b>", tmp_path / "empty"]
-    for folder in folders:
-        folder.mkdir()
-        (folder / "metrics.jsonl").write_text("")
-    rows = [("step", 1.0, 9.0), ("step", 2.0, 3.0), ("val", 2.0, 1.5), ("step", 3.0, 2.5), ("resume", 2.5, 0.0),
-            ("step", 3.5, 2.4), ("step", 4.0, None)]
-    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(
-        {"kind": k, "train_seconds": at, "train_loss": v} | ({"val_bpb": v} if k == "val" else {"lr": 1.0})) + "\n"
-        for k, at, v in rows) + '{"kind": "st')
-    points = plot.read_points(folders[0])
-    assert [at for at, _ in points["lr"]] == [1.0, 2.0, 3.5, 4.0] and len(points["val_bpb"]) == 1
-    assert [v for _, v in points["train_loss"]] == [9.0, 3.0, 1.5, 2.4]
-    picture = minidom.parseString(plot.draw(folders))
-    assert len(picture.getElementsByTagName("circle")) == 1
-    assert [t.firstChild.data for t in picture.getElementsByTagName("text")][:2] == ["a<b>: 1.5000", "empty"]
-    minidom.parseString(plot.draw(folders[1:]))
+def test_a_picture_holds_every_point_of_every_run_once(tmp_path):
+    text = ""
+    for at, loss in ((1.0, 9.0), (2.0, 3.0), (3.0, 2.5), (2.5, 2.4), (4.0, "null")):
+        text += f'{{"kind": "step", "train_seconds": {at}, "train_loss": {loss}}}\n'
+    write(tmp_path / "a<b>/metrics.jsonl", text + '{"kin')
+    write(tmp_path / "empty/metrics.jsonl", "")
+    points = plot.read_points(tmp_path / "a<b>", "train_loss")
+    assert points == [(1.0, 9.0), (2.0, 3.0), (2.5, 2.4)]
+    plot.write(tmp_path / "curves.svg", [tmp_path / "a<b>", tmp_path / "empty"])
+    picture = minidom.parse(str(tmp_path / "curves.svg"))
+    assert len(picture.getElementsByTagName("polyline")) == 6
 
 
-def test_the_ledger_gets_one_line_a_run_with_its_parent_and_status(tmp_path):
-    first = fake_run(tmp_path / "runs/first", 1, 1.3)
-    with open(first / "metrics.jsonl", "a") as f:
-        f.write('{"kind": "st')   # cut by a kill
-    ledger.append(first)
-    changed = dict(lr=0.05, parent="first", idea="faster  now", max_steps=9)
-    line = ledger.append(fake_run(tmp_path / "runs/second", 1, 1.2, **changed))
-    assert [line[k] for k in ("parent", "idea", "config_differences", "status", "budget", "dataset", "steps")] == [
-        "first", "faster  now", "lr=0.05 max_steps=9", "ok", "9 steps", "fineweb:dddddddd", 5000]
-    assert "lr: 0.02 -> 0.05" in (tmp_path / "runs/second/parent.diff").read_text()
-    for code, status in ((3, "nan"), (1, "crash")):
-        broken = fake_run(tmp_path / f"runs/{status}", 2, source="")
-        (broken / "score.json").unlink()
-        assert ledger.append(broken)["status"] == "unscored"
-        (broken / "crash.json").write_text(json.dumps({"reason": "the loss is nan", "exit_code": code}))
-        assert ledger.append(broken)["status"] == status
-    fat = ledger.append(fake_run(tmp_path / "runs/fat", score={"artifact_bytes": 16_000_001}))
-    assert fat["parent"] is None and fat["status"] == "over-budget"
-    rows = ledger.read_ledger(tmp_path / "runs/ledger.tsv")
-    rows = [[row[k] for k in ("run", "parent", "idea", "val_bpb", "budget")] for row in rows]
-    assert rows[:3] == [["first", "-", "-", "1.3", "600.0 s"], ["second", "first", "faster now", "1.2", "9 steps"],
-                        ["nan", "-", "-", "-", "600.0 s"]] and len(rows) == 7
-    with open(first / "metrics.jsonl", "a") as f:
-        f.write("\n")
-    with pytest.raises(BadInput, match="metrics.jsonl:3: not a JSON object with a kind"):
-        ledger.append(first)
+STUBS = {  # a repository whose commands take no time
+    "train_gpt.py": """import json, sys
+from pathlib import Path
+# Model
+WIDTH = 1
+# Optimizer
+class Config:
+    lr: float = 0.02
+flags = dict(a[2:].split("=", 1) for a in sys.argv[1:])
+run = Path("runs", flags["run"])
+run.mkdir()
+bpb = 1.2 - WIDTH / 100 + int(flags["seed"]) * (1e-3 + WIDTH / 1e5)
+rows = [{"kind": "start", "config": flags, "dataset": json.loads(open("data/x/meta.json").read())},
+        {"kind": "val", "val_bpb": bpb, "train_seconds": 2.0},
+        {"kind": "end", "reason": "a nan" if "lr" in flags else "finished"}]
+(run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+sys.exit("lr" in flags)
+""",
+    "pack.py": "",
+    "eval_bpb.py": """import json, sys
+from pathlib import Path
+lines = Path(sys.argv[1]).with_name("metrics.jsonl").read_text().splitlines()
+Path(sys.argv[3][6:]).write_text(json.dumps({"val_bpb": json.loads(lines[1])["val_bpb"]}))
+""",
+    "data/x/meta.json": json.dumps(DATASET)}
+
+
+def commit(folder):
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder,
+                       check=True)
+
+
+def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_its_verdict(tmp_path):
+    def turn(*flags, code=0):
+        return "".join(end(start(tmp_path / "records/turn.py", *flags, cwd=tmp_path), code))
+    for path in [*ROOT.glob("records/*.py"), *ROOT.glob("data/*.py")]:
+        write(tmp_path / path.relative_to(ROOT), path.read_text())
+    for name, text in STUBS.items():
+        write(tmp_path / name, text)
+    commit(tmp_path)
+    assert "nothing differs from HEAD" in turn("--idea=none", "--data=x", code=2)
+    replace_in(tmp_path / "train_gpt.py", "WIDTH = 1", "WIDTH = 2")
+    out = turn("--idea=a wider gate", "--data=x")
+    assert out.index("noise ") < out.index("verdict    keep")
+    [curves] = tmp_path.glob("runs/turns/a-wider-gate_*/curves.svg")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
+    out = turn("--idea=a rate", "--data=x", f"--parent={curves.parent.name}_s1", "--", "--lr=9",
+               code=2)
+    assert "_s1: no score, a nan; see runs/turns/a-rate_" in out and "no whole score" in out
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert len(before) == 6 and after == before   # nothing ran again
+    wider, rate = turn().split("; n ")[:2]
+    assert wider.startswith("keep: +0.009") and "moved model; a-wider" in rate
+    assert "drop: {'a nan'}" in rate and "moved optimizer; a-rate" in turn()
 
 
 def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
-    def git(*args):
-        call = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args]
-        return subprocess.run(call, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
-    write("train_gpt.py", TRAINER)(tmp_path)
-    write(".gitignore", "runs\n")(tmp_path)
-    git("init", "-q"), git("add", "-A"), git("commit", "-qm", "x")
-    monkeypatch.setattr(check, "ROOT", tmp_path)
-    monkeypatch.setattr(ledger, "ROOT", tmp_path)
-    head = git("rev-parse", "--short=10", "HEAD")
-    assert [ledger.commit_of({"train_gpt.py": text}) for text in (TRAINER.encode(), b"x")] == [head, head + "+"]
-    with pytest.raises(BadInput, match="nothing has changed"):
-        check.change_set("HEAD")
-    folder = make_record(tmp_path)
-    assert check.change_set("HEAD") == ([], [str(folder)])
-    write("train_gpt.py", "changed")(tmp_path)   # the next idea, not committed
-    write("records/README.md", "the leaderboard")(tmp_path)
-    assert check.change_set("HEAD") == ([], [str(folder)])
-    git("add", "-A"), git("commit", "-qm", "y")
-    assert [(f["rule"], f["file"]) for f in check.change_set("HEAD~1")[0]] == [("change-set", "train_gpt.py")]
-    replaced("submission.json", "Ann", "Bob")(folder)
-    assert [f["message"] for f in check.change_set("HEAD")[0]] == ["a record is only added, never changed or removed"]
-    make_record(tmp_path, "second")
-    assert "one record a change set, not 2: records/" in check.change_set("HEAD")[0][-1]["message"]
+    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    write(tmp_path / "train_gpt.py", "")
+    commit(tmp_path)
+    readme = "records/track_10min_16mb/2026-01-02_x/README.md"
+    write(tmp_path / readme, "")
+    write(tmp_path / "records/README.md", "the leaderboard")
+    commit(tmp_path)
+    write(tmp_path / "train_gpt.py", "changed")   # the next idea, not committed
+    record = str((ROOT / readme).parent)
+    assert check.change_set("HEAD~1") == ([], [record])
+    write(tmp_path / readme, "changed")
+    commit(tmp_path)
+    assert [f["file"] for f in check.change_set("HEAD~2")[0]] == ["train_gpt.py"]
+    assert [f["file"] for f in check.change_set("HEAD~1")[0]] == [readme, "train_gpt.py", "records"]
     with pytest.raises(BadInput, match="git merge-base"):
         check.change_set("--output=x")
