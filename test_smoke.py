@@ -116,6 +116,26 @@ def dense_attention(q, k, v, seg):
     return y.transpose(0, 1).contiguous()
 
 
+def dense_copies(q, k, tokens, targets, seg):
+    """segment_copies() of a whole row at once, which a compiled graph can be made of on a CPU."""
+    at = torch.arange(len(q))
+    seen = (at[:, None] > at) & (at >= (at - seg.pos)[:, None])
+    scores = (q @ k.T).masked_fill(~seen, train_gpt.FAR)
+    same = scores.masked_fill(targets[:, None] != tokens, train_gpt.FAR)
+    return scores.logsumexp(1), same.logsumexp(1)
+
+
+def test_the_pointers_sums_are_of_the_places_before_in_the_segment():
+    torch.manual_seed(0)
+    tokens, starts = torch.randint(5, (301,)), np.array([0, 1, 130, 131, 200])
+    q, k = torch.randn(2, 300, 16)
+    seg = make_segments(starts, 300, 70)
+    expected, *found = [torch.stack([*f(q, k, tokens[:-1], tokens[1:], seg)]).clamp(min=-1e3)
+                        for f in (dense_copies, train_gpt.segment_copies, train_gpt.flex_copies)]
+    for sums in found:
+        torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_token_sees_only_its_own_segment_and_its_past():
     model, tokens, starts = tiny_model(), torch.randint(64, (128,)), np.array([0, 30, 77])
     seg = make_segments(starts, 128, 48)                             # segments 0-30, 30-77, 77-125, 125-128
@@ -146,8 +166,8 @@ def test_compiled_graphs_see_segments_of_one_shape_whatever_the_documents():
 def test_parameter_count_and_flops_of_the_record():
     cfg = replace(Config(), vocab_size=8192)
     with torch.device("meta"):
-        n = sum(p.numel() for p in GPT(cfg).parameters())
-    assert 35.9e6 < n < 36.0e6                                       # the public record: 35,945,671
+        n = sum(p.numel() for name, p in GPT(cfg).named_parameters() if not name.startswith("copy"))
+    assert 35.9e6 < n < 36.0e6                     # the public record, without a pointer: 35,945,671
     # Public figures without attention's products.
     assert abs(train_gpt.count_flops(cfg, False) / 215.5e6 - 1) < 0.01
     assert abs(train_gpt.count_flops(cfg, True) / 319.3e6 - 1) < 0.01
@@ -273,7 +293,7 @@ def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
     for name, p in model.named_parameters():
         w, g = before[name], grads[name]
         if name in GPT.MATRICES:
-            parts = model.qkv_sizes if name == "qkv" else [g.size(1)]
+            parts = {"qkv": model.qkv_sizes, "copy": [cfg.copy_dim] * 3}.get(name, [g.size(1)])
             u = torch.cat([train_gpt.orthogonalize(1.9 * x) for x in g.split(parts, 1)], 1)
             expect = w * (1 - 0.5 * cfg.matrix_lr * cfg.matrix_wd) - 0.5 * cfg.matrix_lr * u
         else:
@@ -527,14 +547,15 @@ def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up_and_never_after(tmp
         monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
         kernel = train_gpt.pick_attention(torch.device("cuda"), torch.bfloat16)
     monkeypatch.setattr(train_gpt, "pick_attention", lambda *_: kernel)
+    monkeypatch.setattr(train_gpt, "flex_copies", dense_copies)      # which has no gradients on a CPU
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=backend, **how))
     torch.compiler.reset()
     shape = {"n_layer": 2, "loop_first": 0, "loop_last": 0, "loop_passes": 2, "two_lane_from": 1, "row_tokens": 576,
              "batch_tokens": 1152}
     run = {"max_steps": 12, "val_points": 3, "log_every": 1, "run": "compiled"}
     assert train_gpt.main([*RUN, *(f"--{k}={v}" for k, v in (shape | run).items())]) == 0
-    # losses: looped or not, with gradients or without. Newton-Schulz: down, up, q, k and v, o.
-    assert ready == [4 + 5] and len(graphs) == 4 + 5
+    # losses: looped or not, with gradients or without. Newton-Schulz: down, up, q, k and v, o, copy.
+    assert ready == [4 + 6] and len(graphs) == 4 + 6
     assert metrics(tmp_path, "compiled", "step")[-1]["step"] == 12 and len(metrics(tmp_path, "compiled", "val")) == 3
     assert f"attention:{kernel.__name__} " in Path("runs/compiled/log.txt").read_text()
     assert kernel.__name__ == ("fa3" if flash else "dense_attention")
