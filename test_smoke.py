@@ -1203,7 +1203,7 @@ def test_damaged_artifacts_end_in_one_line(packed_run, tmp_path):
                 pack.load(tmp_path / "x")
 
 
-def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path):
+def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path, monkeypatch):
     """With the checksum made to fit, nothing but the lengths' own checks is left."""
     files = pack.read_archive((packed_run[0] / "artifact.pyz").read_bytes())
     blob = files.pop("model.bin")
@@ -1223,11 +1223,15 @@ def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path)
 
     whole = pack.build_artifact(files, blob)
     large = pack.build_artifact(files | {"tokenizer.json": bytes(1 << 28)}, blob)
-    refused = [large, patched(large, (1 << 28).to_bytes(4, "little"), (1 << 20).to_bytes(4, "little")),
-               pack.build_artifact(files | {"data/x/__init__.py": b""}, blob),
-               patched(whole, b"__main__.py", b"eval_bpb.py"),       # one name twice
-               forge(escapes=1 << 40), forge(sections=[1]), forge(config=[]), forge(constant=1e308),
-               forge(config=header["config"] | {"loop_first": 0, "loop_passes": 63})]
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "ZIP_DEFLATED", zipfile.ZIP_LZMA)        # which zipfile decompresses without a limit
+        refused = [pack.build_artifact(files, blob)]
+    refused += [large, patched(large, (1 << 28).to_bytes(4, "little"), (1 << 20).to_bytes(4, "little")),
+                pack.build_artifact(files | {"data/x/__init__.py": b""}, blob),
+                patched(whole, b"__main__.py", b"eval_bpb.py"),       # one name twice
+                forge(escapes=1 << 40), forge(sections=[1]), forge(config=[]), forge(constant=1e308),
+                forge(pad="x" * 70_000),
+                forge(config=header["config"] | {"loop_first": 0, "loop_passes": 63})]
     for key in ("n_layer", "n_embd", "mlp_dim", "vocab_size", "row_tokens", "seq_len"):
         refused.append(forge(config=header["config"] | {key: header["config"][key] << 24}))
     for i, section in enumerate(sections):
