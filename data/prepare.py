@@ -268,8 +268,11 @@ def write_ranges(texts, folder, left_out=()):
 
 
 def run_job(*job):
+    def main():
+        make_shard(*job)
+
     signal.signal(signal.SIGINT, signal.SIG_DFL)   # of Ctrl-C the parent speaks
-    sys.exit(command(lambda: make_shard(*job)))
+    sys.exit(command(main))
 
 
 def make_shards(jobs, workers):
