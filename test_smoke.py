@@ -1225,6 +1225,8 @@ def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path,
         return data + hashlib.sha256(data).digest()
 
     whole = pack.build_artifact(files, blob)
+    (tmp_path / "x").write_bytes(forge())
+    pack.load(tmp_path / "x")
     large = pack.build_artifact(files | {"tokenizer.json": bytes(1 << 28)}, blob)
     with monkeypatch.context() as patch:
         patch.setattr(pack, "ZIP_DEFLATED", zipfile.ZIP_LZMA)        # which zipfile decompresses without a limit
