@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from data.dataset import BadInput
-from train_gpt import Segments, block_order, make_segments, pick_attention
+from train_gpt import Segments, block_order, make_segments
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Predictors: the half that belongs to the submission. The judge calls
@@ -216,7 +216,8 @@ class Adaptive:
         pos = (start + torch.arange(T, dtype=torch.int32, device=self.device)).repeat(B)
         before = F.pad(text, (1, 0))[:, -T - 1:-1].flatten()
         linear = partial(self.linear, adapt)
-        hidden = model(tokens.view(-1), Segments(None, pos, 0, None), True, linear, attend, before)
+        model.linear, model.attend, model.previous = linear, attend, lambda x: model.embed(before).to(x.dtype)
+        hidden = model(tokens.view(-1), Segments(None, pos, 0))
         z = adapt(hidden, F.linear(hidden, model.embed.weight.to(hidden.dtype)), ("head", 0)).float().view(B, T, -1)
         p = (model.cfg.softcap * torch.tanh(z / model.cfg.softcap)).softmax(-1)
         h = F.normalize(hidden.detach().float(), dim=-1).view(B, 1, T, -1)
@@ -267,9 +268,7 @@ def move(model, device: str):
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model.dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    _, model.attend = pick_attention(device, model.dtype)
-    return model.to(device).requires_grad_(False)
+    return model.place(device).requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,7 +325,7 @@ from data.confine import Refused, Remote, failure, reachable
 from data.dataset import Parser, Progress, atomic_write, command, find_dataset, find_run, read_meta, read_val_docs
 from data.runs import World, environment, note_in_ledger
 from data.tokenizer import Tokenizer
-from train_gpt import SOURCES
+from pack import SOURCES
 
 PLACE_TOLERANCE = {"cpu": 1e-4, "cuda": 0.05, "mps": 0.05}  # nats that one place may move in a replay: rounding
 MEAN_TOLERANCE = {"cpu": 1e-6, "cuda": 1e-4, "mps": 1e-4}  # nats a place by which a replay may cost more, on average

@@ -32,9 +32,11 @@ from torch import Tensor
 
 from data.dataset import BadInput, Parser, Progress, atomic_write, command, find_run
 from data.tokenizer import Tokenizer
-from train_gpt import GPT, SOURCES, config_from, load_checkpoint
+from train_gpt import GPT, Config, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent
+SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/confine.py", "data/dataset.py",
+           "data/runs.py", "data/tokenizer.py")       # of the artifact
 MAIN = """import sys, eval_bpb
 from data.dataset import command
 sys.exit(command(lambda: eval_bpb.main(sys.argv)))
@@ -404,7 +406,7 @@ def unpack_model(blob: bytes):
             or type(constant) is not float or not 0 < constant < 1e30
             or config["n_layer"] * config["loop_passes"] > 4096 or config["vocab_size"] > 1 << 16):
         raise ValueError("the header does not fit the file")
-    cfg = config_from(config)
+    cfg = Config(**config)
     with torch.device("meta"):
         model = GPT(cfg).eval().requires_grad_(False)
     meta = model.state_dict()
@@ -592,7 +594,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     run = find_run(args.run)
     path = run / "checkpoint.pt"
-    checkpoint = load_checkpoint(path)
+    try:
+        checkpoint = load_checkpoint(path)
+    except ValueError as e:
+        raise BadInput(str(e)) from None
     if not checkpoint["tokenizer"]:
         raise BadInput(f"{path}: trained on synthetic tokens, so there is no tokenizer and nothing to score")
     measure = "expected KL(full precision || packed), nats per token, by the checkpoint's statistics"

@@ -29,7 +29,7 @@ META_KEYS = {"format": int, "name": str, "text_rule": str, "vocab_size": int, "t
              "val_docs": int, "val_bytes": int, "val_tokens": int, "val_docs_sha256": str, "files": dict}
 
 
-class BadInput(Exception):
+class BadInput(ValueError):
     """The user's flag or file is at fault: one line that names it. `command` prints it and exits 2."""
 
 
@@ -125,13 +125,11 @@ def find_dataset(name_or_path):
 
 def find_run(name=""):
     """A run's folder, its name under runs/, or empty for the newest run -> Path. BadInput where there is none."""
-    for folder in (Path(name or "runs/latest"), Path("runs") / (name or "latest")):
-        if folder.name == "latest" and folder.is_file():  # where no link may be made
-            newest = folder.read_bytes().decode(errors="replace").strip()
-            folder = folder.with_name(newest) if re.fullmatch(r"[\w-][\w.-]*", newest) else folder
+    newest = sorted(Path("runs").glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    for folder in (Path(name), Path("runs") / name) if name else [path.parent for path in newest[-1:]]:
         if folder.is_dir():
-            return folder.resolve() if folder.is_symlink() else folder
-    raise BadInput(f"{name or 'runs/latest'}: no such run; train one first, python train_gpt.py")
+            return folder
+    raise BadInput(f"{name or 'runs/'}: no such run; train one first, python train_gpt.py")
 
 
 def read_meta(folder):
