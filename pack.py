@@ -35,8 +35,8 @@ from data.tokenizer import Tokenizer
 from train_gpt import GPT, Config, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/confine.py", "data/dataset.py",
-           "data/runs.py", "data/tokenizer.py")       # of the artifact
+SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/dataset.py",
+           "data/tokenizer.py")       # of the artifact
 MAIN = """import sys, eval_bpb
 from data.dataset import command
 sys.exit(command(lambda: eval_bpb.main(sys.argv)))

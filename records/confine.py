@@ -11,6 +11,7 @@ What is left is what hardware remembers by itself: timing, and the memory of a G
 import importlib
 import inspect
 import json
+import math
 import os
 import platform
 import select
@@ -41,10 +42,6 @@ DENIED = {
     "x86_64": (0xC000003E, 41, 53, 101, 310, 311, 103, 248, 249, 250, 425, 27, 221, 327, 451, *range(188, 200)),
     "aarch64": (0xC00000B7, 198, 199, 117, 270, 271, 116, 217, 218, 219, 425, 232, 223, 286, 451, *range(5, 17)),
 }
-
-
-class Refused(BadInput):
-    """The predictor broke a rule: there is no score."""
 
 
 def quoted(data: bytes, most: int) -> str:
@@ -203,23 +200,29 @@ class Remote:
     """
 
     def __init__(self, artifact: Path, device: str, vocab_size: int, confined: bool):
-        self.artifact, self.device, self.vocab_size, self.confined = artifact, device, vocab_size, confined
-        self.child = None
-        self.seconds = 0  # that an answer may take; 0: any time
+        self.artifact, self.device, self.vocab_size = artifact, device, vocab_size
+        self.confined = confined
+        self.child = self.timer = None
         self.why = ""  # it was killed
 
-    def open(self, name: str) -> str:
-        """Starts the child -> the predictor's name; .slots and .chunk are then known."""
+    def open(self, name: str, seconds: float = 0) -> str:
+        """Starts the child, which ends after `seconds`; 0: never -> the predictor's name. From then on
+        .slots and .chunk are known."""
         folder = "/tmp" if self.confined else str(self.artifact.parent)
-        env = {key: value for key, value in os.environ.items() if key in ENVIRONMENT}
+        env = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
         env |= {"HOME": folder, "TMPDIR": folder, "USER": "nobody", "PYTHONPATH": PYTHON[-1]}
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if self.device == "cpu" else 0
-        code = ["import importlib, os, struct, sys", "import numpy as np", *map(inspect.getsource, (send, receive, serve)),
-                f"serve({name!r}, {self.device!r}, {memory})"]
-        self.child = Child(self.artifact, [sys.executable, "-c", "\n".join(code)], env, self.confined)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        code = ["import importlib, os, struct, sys", "import numpy as np",
+                *map(inspect.getsource, (send, receive, serve)),
+                f"serve({name!r}, {self.device!r}, {memory if self.device == 'cpu' else 0})"]
+        command = [sys.executable, "-c", "\n".join(code)]
+        self.child = Child(self.artifact, command, env, self.confined)
         self.pipes = self.child.process
         threading.Thread(target=self.show_stderr, daemon=True).start()
-        content = self.ask({b"open": 80})
+        self.timer = threading.Timer(seconds, self.end, [f"took more than {seconds:.0f} s"])
+        if seconds:
+            self.timer.start()
+        content = self.receive({b"open": 80})
         self.slots, self.chunk = np.frombuffer(content[:16], np.int64).tolist()
         return content[16:].decode("utf-8", "replace")
 
@@ -237,35 +240,31 @@ class Remote:
         self.why = f": it {why}"
         self.child.kill()
 
-    def ask(self, limits: dict, name: bytes = b"", *arrays) -> bytearray:
-        timer = threading.Timer(self.seconds, self.end, [f"took more than {self.seconds:.0f} s"])
-        if self.seconds:
-            timer.start()
+    def receive(self, limits: dict) -> bytearray:
         try:
-            if name and select.select([self.pipes.stdout], [], [], 0)[0] and self.pipes.stdout.peek(1):
-                raise Refused("the predictor's process sent something before it was asked")
-            with suppress(BrokenPipeError):  # then there is no answer either
-                if name:
-                    send(self.pipes.stdin, name, *arrays)
-            answer, content = receive(self.pipes.stdout, limits | {b"bad!": 1 << 12})
+            name, content = receive(self.pipes.stdout, limits | {b"bad!": 1 << 12})
         except EOFError:
             self.child.close()
             code = self.pipes.returncode
-            raise Refused(f"the predictor's process ended in the middle (exit code {code}{self.why})") from None
+            raise BadInput(f"its process ended in the middle (exit code {code}{self.why})") from None
         except ValueError as e:
-            raise Refused(f"the predictor's process sent {e}") from None
-        finally:
-            timer.cancel()
-        if answer == b"bad!":
-            raise Refused(f"its code says {quoted(content, 240)}")
+            raise BadInput(f"its process sent {e}") from None
+        if name == b"bad!":
+            raise BadInput(f"its code says {quoted(content, 240)}")
         return content
+
+    def ask(self, limits: dict, name: bytes, *arrays) -> bytearray:
+        if select.select([self.pipes.stdout], [], [], 0)[0] and self.pipes.stdout.peek(1):
+            raise BadInput("its process sent something before it was asked")
+        with suppress(BrokenPipeError):  # then there is no answer either
+            send(self.pipes.stdin, name, *arrays)
+        return self.receive(limits)
 
     def predict(self, fresh, inputs):
         shape = (*inputs.shape, self.vocab_size)
-        size = 4 * inputs.size * self.vocab_size
-        content = self.ask({b"logi": size}, b"pred", inputs, fresh)
-        if len(content) != size:
-            raise Refused(f"predict() must return logits {shape}, not {len(content)} bytes")
+        content = self.ask({b"logi": 4 * math.prod(shape)}, b"pred", inputs, fresh)
+        if len(content) != 4 * math.prod(shape):
+            raise BadInput(f"predict() must return logits {shape}, not {len(content)} bytes")
         return torch.frombuffer(content, dtype=torch.float32).view(shape)
 
     def learn(self, targets, real):
@@ -273,4 +272,5 @@ class Remote:
 
     def close(self):
         if self.child:
+            self.timer.cancel()
             self.child.close()
