@@ -53,16 +53,18 @@ class Sliding:
         self.chunk = min(48, cfg.seq_len // 2)
         self.back = cfg.seq_len - self.chunk  # tokens before the chunk
         self.start = torch.zeros(self.slots, 1, dtype=torch.long, device=device)  # of the chunk
-        kv_shape = (self.slots, cfg.n_kv_head, self.back, cfg.n_embd // cfg.n_head)
-        self.past = {"embedding": self.zeros(self.slots, 1, cfg.n_embd, dtype=model.dtype)}
+        self.past = {"embedding": self.nothing(model.dtype, cfg.n_embd)}
         for visit in range(len(block_order(cfg, True))):
-            self.past["k", visit] = self.zeros(*kv_shape, dtype=model.dtype)
-            self.past["v", visit] = self.zeros(*kv_shape, dtype=model.dtype)
+            for name in "kv":
+                head_dim = cfg.n_embd // cfg.n_head
+                self.past[name, visit] = self.nothing(model.dtype, head_dim, cfg.n_kv_head)
         model.attend = self.attend
         model.previous = self.previous
 
-    def zeros(self, *shape, dtype=torch.float32):
-        return torch.zeros(*shape, dtype=dtype, device=self.device)
+    def nothing(self, dtype, dim: int, *heads: int):
+        """-> (B, *heads, back, dim), laid out as recall() leaves it: graphs depend on that."""
+        shape = (self.slots, *heads, self.back + self.chunk, dim)
+        return torch.zeros(shape, dtype=dtype, device=self.device)[..., self.chunk:, :]
 
     def predict(self, fresh, inputs):
         fresh = torch.from_numpy(fresh).to(self.device)
@@ -97,9 +99,8 @@ class Sliding:
         return y.transpose(1, 2).flatten(0, 1)
 
     def previous(self, x):
-        x = torch.cat([self.past["embedding"], x.view(self.slots, self.chunk, -1)], 1)
-        self.seen["embedding"] = x[:, -1:]
-        return x[:, :-1].flatten(0, 1)
+        x = self.recall("embedding", x.view(self.slots, self.chunk, -1))
+        return x[:, self.back - 1:-1].flatten(0, 1)
 
     def learn(self, targets, real):
         self.past = self.seen
@@ -165,8 +166,8 @@ class Adaptive(Sliding):
     def __init__(self, model, device):
         super().__init__(model, device)
         cfg = model.cfg
-        self.past["text"] = self.zeros(self.slots, self.back, 1, dtype=torch.long)
-        self.past["hidden"] = self.zeros(self.slots, self.back, cfg.n_embd)
+        self.past["text"] = self.nothing(torch.long, 1)
+        self.past["hidden"] = self.nothing(torch.float32, cfg.n_embd)
         self.new = {"w": torch.tensor([list(POINTER.values())])}  # at a document's start
         self.random = torch.Generator().manual_seed(0)
         for visit in range(len(block_order(cfg, True))):
@@ -549,9 +550,11 @@ class Judge:
             self.timer.start()
 
     def overrun(self):
-        self.close()
         print(f"eval_bpb.py: {self.path}: ran over {self.max_seconds:.0f} s in the phase "
               f"'{self.phases.name}': no score", file=sys.stderr, flush=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for child in self.children:
+            child.kill()
         os._exit(2)
 
     def close(self):
@@ -678,7 +681,8 @@ def report(judge: Judge, result: dict):
     print(f"artifact: {judge.path}\ndataset: {judge.meta['name']} in {judge.data}: {result['val_docs']} "
           f"documents, {result['val_bytes']} bytes, {result['val_tokens']} targets")
     print(f"predictor: {judge.name} on {result['environment']['device']}")
-    print(f"mode: {judge.mode}: {MODES[judge.mode]}")
+    proved = any(said.startswith("pass") for said in judge.verdicts.values())
+    print(f"mode: {judge.mode}: {MODES[judge.mode]}{', and its score is proved by replay' * proved}")
     if judge.lacking:
         print(f"NOT CONFINED: that takes {judge.lacking}")
     for name, said in judge.verdicts.items():

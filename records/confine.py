@@ -238,7 +238,11 @@ class Remote:
 
     def end(self, why: str):
         self.why = f": it {why}"
-        self.child.kill()
+        self.kill()
+
+    def kill(self):
+        if self.child:
+            self.child.kill()
 
     def receive(self, limits: dict) -> bytearray:
         try:
