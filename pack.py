@@ -706,6 +706,7 @@ def main(argv=None):
         print(f"{run} has not ended: packed as of step {checkpoint['run']['steps']}")
     if not checkpoint["tokenizer"]:
         raise BadInput(f"{path}: trained on synthetic tokens: no tokenizer, nothing to score")
+    Tokenizer(checkpoint["tokenizer"].encode())    # BadInput for one of another format
     measure = ("expected KL(full precision || packed), nats per token, "
                "by the checkpoint's statistics")
     if not checkpoint["stats"]:
