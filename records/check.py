@@ -234,7 +234,8 @@ def check_summary(r):
 def check_sources(r):
     """The sources are those that ran, and none of them changes the judge."""
     hashes = part(r.json, "source_sha256")
-    for name in {"train_gpt.py", *hashes, *(name for name in r.files if name.endswith(".py"))}:
+    here = [name for name in r.files if name.endswith(".py")]
+    for name in sorted({"train_gpt.py", *hashes, *here}):
         known = rules.SOURCE_NAME.fullmatch(name) and (ROOT / name).exists()
         allowed = [r.committed(name), (ROOT / name).read_bytes() if known else None]
         data = r.read(name) if name in r.files else allowed[0]
@@ -297,8 +298,8 @@ def check_code(r):
             yield "plain-source", what, name, line
 
 
-CHECKS = (check_files, check_json, check_texts, check_logs, check_seeds, check_summary, check_parent,
-          check_sources, check_code)
+CHECKS = (check_files, check_json, check_texts, check_logs, check_seeds, check_summary,
+          check_parent, check_sources, check_code)
 
 
 def review(folder, report):
@@ -426,7 +427,8 @@ def change_set(ref):
     found = []
     folders = set()
     for status, name in zip(words[0::2], words[1::2]):
-        if m := re.match(rf"(records/(?:{'|'.join(TRACKS)})/[^/]+)/", name if status == "A" else ""):
+        m = re.match(rf"(records/(?:{'|'.join(TRACKS)})/[^/]+)/", name)
+        if m and status == "A":
             folders.add(str(ROOT / m[1]))
         elif name not in ("records/README.md", "records/leaderboard.svg"):   # generated
             found.append(finding("change-set", "a change set only adds a record's folder", name))
