@@ -1,14 +1,13 @@
 """Train the best language model that fits in 16,000,000 bytes, in ten minutes on 8xH100.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py   the record (needs data/fineweb)
-    python train_gpt.py                                     the same file on whatever is here: without a GPU
-                                                            a small model in two minutes on two CPU cores
+    python train_gpt.py                                     the same file on whatever is here:
+                                    without a GPU a small model in two minutes on two CPU cores
     python train_gpt.py --help                              every setting, its unit and its default
 
-This file needs torch, numpy and a dataset folder, nothing else. It writes runs/<run>/: log.txt, metrics.jsonl,
-checkpoint.pt (averaged weights and what pack.py needs), source/. Then `python pack.py` makes the one file that
-counts and `python eval_bpb.py` scores it.
-"""
+This file needs torch, numpy and a dataset folder, nothing else. It writes runs/<run>/: log.txt,
+metrics.jsonl, checkpoint.pt (averaged weights and what pack.py needs), source/. Then `python
+pack.py` makes the one file that counts and `python eval_bpb.py` scores it. """
 import argparse
 import copy
 import hashlib
@@ -32,7 +31,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: spinning OpenMP barriers cost 4-20x on busy cores
+# Before torch: spinning OpenMP barriers cost 4-20x on busy cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -50,69 +50,72 @@ except ImportError:
 
 HERE = Path(__file__).resolve().parent
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config. The defaults are the record; the comments are what --help prints; #N are pull requests of Parameter Golf.
+# --------------------------------------------------------------------------------------------------
+# Config. The defaults are the record; the comments are what --help prints; #N are pull requests of
+# Parameter Golf.
 
 
 @dataclass
 class Config:
     # run
-    data: str = "fineweb"           # dataset: a name under data/, a folder, or "synthetic": random tokens, for speed
-    run: str = ""                   # name of the folder under runs/; empty: preset, date and seed
-    seed: int = 1337                # initial weights, data order, calibration samples
-    device: str = ""                # cuda, mps or cpu; empty: the best there is
-    max_seconds: float = 600.0      # s, the training clock: steps, averaging and calibration; 0: no limit
-    max_steps: int = 0              # steps; progress is then step / max_steps and the run is deterministic; 0: no limit
+    data: str = "fineweb"      # dataset: a name under data/, a folder, or "synthetic", random tokens
+    run: str = ""              # name of the folder under runs/; empty: preset, date and seed
+    seed: int = 1337           # initial weights, data order, calibration samples
+    device: str = ""           # cuda, mps or cpu; empty: the best there is
+    max_seconds: float = 600.0 # s, the training clock: steps and calibration; 0: no limit
+    max_steps: int = 0         # steps; progress is then step / max_steps, repeatable; 0: no limit
     # model (11 x 512 with 17 block applications: #1493, #1855)
-    vocab_size: int = 0             # tokens; 0: the dataset's
-    n_layer: int = 11               # blocks
-    n_embd: int = 512               # width of the residual stream
-    n_head: int = 8                 # query heads
-    n_kv_head: int = 4              # key and value heads
-    mlp_dim: int = 2048             # hidden width of the MLP
-    loop_first: int = 3             # first block that is repeated
-    loop_last: int = 5              # last block that is repeated
-    loop_passes: int = 3            # how often the repeated blocks run in all; 1: no recurrence
-    loop_at: float = 0.35           # progress at which the recurrence is switched on (#1493)
-    two_lane_from: int = 8          # first block with parallel attention and MLP lanes; n_layer: none (#1529)
-    rope_dims: int = 16             # rotated dimensions of each head
-    rope_base: float = 10000.0      # base of the rotary frequencies
-    gate_dims: int = 12             # input dimensions that steer the attention gate and the smear gate (#1667, #1787)
-    qk_gain: float = 5.0            # initial gain of the normalised queries (#1855)
-    softcap: float = 30.0           # logits = softcap * tanh(logits / softcap)
+    vocab_size: int = 0        # tokens; 0: the dataset's
+    n_layer: int = 11          # blocks
+    n_embd: int = 512          # width of the residual stream
+    n_head: int = 8            # query heads
+    n_kv_head: int = 4         # key and value heads
+    mlp_dim: int = 2048        # hidden width of the MLP
+    loop_first: int = 3        # first block that is repeated
+    loop_last: int = 5         # last block that is repeated
+    loop_passes: int = 3       # how often the repeated blocks run in all; 1: no recurrence
+    loop_at: float = 0.35      # progress at which the recurrence is switched on (#1493)
+    two_lane_from: int = 8     # first block with attention and MLP side by side; n_layer: none
+    rope_dims: int = 16        # rotated dimensions of each head
+    rope_base: float = 10000.0 # base of the rotary frequencies
+    gate_dims: int = 12        # input dimensions that steer the gates (#1667, #1787)
+    qk_gain: float = 5.0       # initial gain of the normalised queries (#1855)
+    softcap: float = 30.0      # logits = softcap * tanh(logits / softcap)
+    copy_dim: int = 128        # width of the pointer's queries and keys (modded-nanogpt #379)
     # batch
-    batch_tokens: int = 786432      # tokens per optimizer step
-    row_tokens: int = 98304         # tokens per forward pass: one packed row of documents
-    seq_len: int = 3072             # tokens, longest context; a third of it up to 10 %, two thirds up to 70 % (#2014)
+    batch_tokens: int = 786432 # tokens per optimizer step
+    row_tokens: int = 98304    # tokens per forward pass: one packed row of documents
+    seq_len: int = 3072        # tokens, longest context; shorter ones come first (schedule_at)
     # optimizer (#1855)
-    matrix_lr: float = 0.026        # Muon learning rate, in units of spectral norm per update
-    embed_lr: float = 0.03          # AdamW learning rate of the embedding
-    scalar_lr: float = 0.02         # AdamW learning rate of gains, mixes and gates
-    matrix_wd: float = 0.095        # decoupled weight decay of the matrices, times the learning rate
-    embed_wd: float = 0.085         # decoupled weight decay of the embedding
-    scalar_wd: float = 0.02         # decoupled weight decay of gains, mixes and gates
-    momentum: float = 0.97          # Muon momentum, reached at 24 % of progress from 0.92
-    adam_beta1: float = 0.9         # AdamW decay of the first moment
-    adam_beta2: float = 0.99        # AdamW decay of the second moment
-    grad_clip: float = 0.3          # largest global gradient norm
-    cooldown: float = 0.85          # share of the run at its end in which the learning rate falls linearly
-    lr_floor: float = 0.10          # learning rate at the end, relative to its peak (#1787)
-    ema_decay: float = 0.9965       # per step, of the averaged weights
-    ema_share: float = 0.8          # of them in what is saved; the rest: the last weights (modded-nanogpt #325)
+    matrix_lr: float = 0.026   # Muon learning rate, in units of spectral norm per update
+    embed_lr: float = 0.03     # AdamW learning rate of the embedding
+    scalar_lr: float = 0.02    # AdamW learning rate of gains, mixes and gates
+    matrix_wd: float = 0.095   # decoupled weight decay of the matrices, times matrix_lr
+    embed_wd: float = 0.085    # decoupled weight decay of the embedding
+    scalar_wd: float = 0.02    # decoupled weight decay of gains, mixes and gates
+    momentum: float = 0.97     # Muon momentum, reached at 24 % of progress from 0.92
+    adam_beta1: float = 0.9    # AdamW decay of the first moment
+    adam_beta2: float = 0.99   # AdamW decay of the second moment
+    grad_clip: float = 0.3     # largest global gradient norm
+    cooldown: float = 0.85     # share of the run, at its end, in which the learning rate falls
+    lr_floor: float = 0.10     # learning rate at the end, relative to its peak (#1787)
+    ema_decay: float = 0.9965  # per step, of the averaged weights
+    ema_share: float = 0.8     # of them in what is saved; the rest: the last ones (modded-nanogpt #325)
     # measuring
-    val_points: int = 4             # validations, evenly spaced in progress, the last at the end; the clock is stopped
-    val_tokens: int = 0             # tokens of the validation documents used in training runs; 0: all
-    calib_tokens: int = 524288      # tokens for the statistics that pack.py needs, inside the clock, over all ranks
-    log_every: int = 25             # steps between log lines
-    save_every: float = 60.0        # s of training between saved states, from which --resume goes on; 0: none
+    val_points: int = 4        # validations, evenly spaced, the last at the end; the clock stands still
+    val_tokens: int = 0        # tokens of validation documents that training runs use; 0: all
+    calib_tokens: int = 524288 # tokens for the statistics that pack.py needs, inside the clock
+    log_every: int = 25        # steps between log lines
+    save_every: float = 60.0   # s of training between states from which --resume goes on; 0: none
 
     def __post_init__(self):
         """Raise ValueError, naming the flag, for a value or a combination that cannot run."""
         def refuse(problem, message):
             if problem:
                 raise ValueError(message)
-        positive = ("n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "gate_dims", "loop_passes", "batch_tokens",
-                    "row_tokens", "val_points", "log_every", "softcap", "rope_base", "grad_clip", "cooldown")
+        positive = ("n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "gate_dims", "copy_dim", "loop_passes",
+                    "batch_tokens", "row_tokens", "val_points", "log_every", "softcap", "rope_base",
+                    "grad_clip", "cooldown")
         below_one = ("momentum", "adam_beta1", "adam_beta2", "ema_decay")
         shares = ("cooldown", "lr_floor", "ema_share")
         for f in fields(self):
@@ -150,22 +153,33 @@ class Config:
 
 PRESETS = {
     "record": {},
-    # The record on one GPU: all of its tokens on an H100, if a step takes what is predicted, 663 and 976 ms.
+    # The record on one GPU: all of its tokens on an H100, if a step takes what is predicted, 663
+    # and 976 ms.
     "single": dict(max_seconds=4400.0),
     # A small model for two CPU cores and two minutes.
-    "demo": dict(data="demo", max_seconds=120.0, n_layer=4, n_embd=128, n_head=4, n_kv_head=2, mlp_dim=512,
-                 loop_passes=1, two_lane_from=3, rope_dims=8, batch_tokens=2048, row_tokens=1024, seq_len=384,
-                 scalar_lr=0.04, ema_decay=0.985, val_tokens=65536, calib_tokens=8192, log_every=50),
+    "demo": dict(data="demo", max_seconds=120.0, n_layer=4, n_embd=128, n_head=4, n_kv_head=2,
+                 mlp_dim=512, loop_passes=1, two_lane_from=3, rope_dims=8, copy_dim=32,
+                 batch_tokens=2048, row_tokens=1024, seq_len=384, scalar_lr=0.04, ema_decay=0.985, val_tokens=65536,
+                 calib_tokens=8192, log_every=50),
     # The record's architecture made small, for paired experiments on a CPU.
-    "proxy": dict(data="proxy", max_seconds=300.0, n_layer=6, n_embd=96, n_head=4, n_kv_head=2, mlp_dim=384,
-                  loop_first=2, loop_last=3, two_lane_from=4, rope_dims=8, batch_tokens=2048, row_tokens=2048,
-                  seq_len=384, scalar_lr=0.04, ema_decay=0.98, val_tokens=65536, calib_tokens=32768, log_every=20),
+    "proxy": dict(data="proxy", max_seconds=300.0, n_layer=6, n_embd=96, n_head=4, n_kv_head=2,
+                  mlp_dim=384, loop_first=2, loop_last=3, two_lane_from=4, rope_dims=8, copy_dim=32,
+                  batch_tokens=2048, row_tokens=2048, seq_len=384, scalar_lr=0.04, ema_decay=0.98,
+                  val_tokens=65536, calib_tokens=32768, log_every=20),
 }
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)  # one line, not the whole usage
+
+
+def show(line):
+    """Print a line; if the terminal or the pipe has gone, the run goes on."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def no_cuda():
@@ -179,10 +193,10 @@ def no_cuda():
 
 
 def parse_config(argv):
-    """Command line -> (preset, Config, the run to resume or ""). --key=value overrides any field of the preset."""
+    """Command line -> (preset, Config, the run to resume or ""). --key=value overrides any field of
+    the preset."""
     settings = inspect.getsource(Config).split("\n", 2)[2].split("\n    def ")[0]  # units and defaults stand there
-    parser = Parser(prog="train_gpt.py", usage="%(prog)s [--preset=NAME] [--SETTING=VALUE ...]",
-                    description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog=f"settings, as --name=value, with the values of the record:\n{settings}")
     parser.add_argument("--preset", choices=PRESETS, help="record where there are CUDA and its dataset, else demo; "
                         "single: the record on one GPU; proxy: the record made small")
@@ -199,15 +213,15 @@ def parse_config(argv):
         why = "no data/fineweb"
     preset = given.pop("preset", "demo" if why else "record")
     if os.environ.get("RANK", "0") == "0":
-        print(f"preset: {preset}" + (f" ({why}; README.md says how to get the record)" if preset == "demo" else ""),
-              flush=True)
+        show(f"preset: {preset}" + (f", for {why}" if why and preset == "demo" else ""))
     if "max_steps" in given:
         given.setdefault("max_seconds", 0.0)
     return preset, Config(**{**PRESETS[preset], **given}), ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model. Tokens are one packed row (N,) of documents cut into segments; nothing crosses a segment's start.
+# --------------------------------------------------------------------------------------------------
+# Model. Tokens are one packed row (N,) of documents cut into segments; nothing crosses a segment's
+# start.
 
 
 class Segments(NamedTuple):
@@ -225,14 +239,16 @@ def to_device(array, device):
 
 
 def make_segments(starts, n_tokens, seq_len, device="cpu", longest=0):
-    """starts (K,) int, increasing positions of document starts in a row of n_tokens -> Segments, on device.
+    """starts (K,) int, increasing positions of document starts in a row of n_tokens -> Segments, on
+    device.
 
-    A document is cut every seq_len tokens from its start. longest: the longest seq_len of the run, lest compiled graphs
-    see more than one shape and one max_len: cu_seqlens is filled up with empty segments, and where a row has more than
-    fit, its shortest documents join the one before them.
+    A document is cut every seq_len tokens from its start. longest: the longest seq_len of the run,
+    lest compiled graphs see more than one shape and one max_len: cu_seqlens is filled up with empty
+    segments, and where a row has more than fit, its shortest documents join the one before them.
     """
     longest = longest or seq_len
-    # Twice the segments that the shortest context makes of a row without documents, in steps of 256.
+    # Twice the segments that the shortest context makes of a row without documents, in steps of
+    # 256.
     slots = 256 * math.ceil(6 * n_tokens / (256 * longest))
     edges = np.unique([0, *starts, n_tokens])
     if np.ceil(np.diff(edges) / seq_len).sum() > slots:
@@ -242,25 +258,84 @@ def make_segments(starts, n_tokens, seq_len, device="cpu", longest=0):
     cuts = np.concatenate([np.arange(begin, end, seq_len) for begin, end in zip(edges, edges[1:])])
     pos = np.arange(n_tokens) - np.repeat(cuts, np.diff(cuts, append=n_tokens))
     cu_seqlens = np.append(cuts, np.full(slots + 1 - len(cuts), n_tokens))
-    return Segments(to_device(cu_seqlens.astype(np.int32), device), to_device(pos.astype(np.int32), device), longest)
+    return Segments(to_device(cu_seqlens.astype(np.int32), device),
+                    to_device(pos.astype(np.int32), device), longest)
+
+
+def segment_lengths(seg):
+    return [n for n in seg.cu_seqlens.diff().tolist() if n]
 
 
 def segment_attention(q, k, v, seg):
-    """q (N, H, d), k and v (N, K, d) -> (N, H, d), causal in segments: torch's kernel for each of them in turn."""
-    lengths = [n for n in seg.cu_seqlens.diff().tolist() if n]
+    """q (N, H, d), k and v (N, K, d) -> (N, H, d), causal in segments: torch's kernel for each of
+    them in turn."""
+    lengths = segment_lengths(seg)
     q, k, v = (x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v))  # each (1, heads, length, d)
-    y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in zip(q, k, v)]
+    y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+         for qkv in zip(q, k, v)]
     return torch.cat(y, 2)[0].transpose(0, 1)
 
 
+FAR = -1e4  # score of a place that may not be looked at: its weight is 0, its gradient no NaN
+COPY_BLOCK = 128  # places in a block of FlexAttention's
+
+
+def before_scores(q, k):
+    """q (.., T, c) of the last T places, k (.., S, c) -> their products (.., T, S) float32, FAR but
+    for places before each."""
+    T, S = q.size(-2), k.size(-2)
+    before = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T - 1)
+    return (q @ k.mT).float().masked_fill(~before, FAR)
+
+
+def segment_copies(q, k, tokens, targets, seg):
+    """q, k (N, c), tokens and targets (N,) -> log-sum-exp (N,) float32 of each q's scores with the
+    places before it in its segment, and with those of them whose token is its target."""
+    parts = []
+    rows = zip(*(x.split(segment_lengths(seg)) for x in (q, k, tokens, targets)))
+    for query, key, text, target in rows:
+        scores = before_scores(query, key)
+        same = scores.masked_fill(target[:, None] != text, FAR)
+        parts.append(torch.stack([scores.logsumexp(1), same.logsumexp(1)]))
+    return torch.cat(parts, 1)
+
+
+def flex_copies(q, k, tokens, targets, seg):
+    """segment_copies() for compiled graphs: two FlexAttentions whose log-sum-exp is what counts, over
+    the blocks of each segment. With its projections 1.3 to 1.8 ms of a record step on paper: 0.32
+    TFLOP and 0.8 GB. Scores in memory would be 0.8 GB for each 2,048 places, ten times over. """
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+    start = torch.arange(len(q), device=q.device) - seg.pos  # of each token's segment
+    block = torch.arange(math.ceil(len(q) / COPY_BLOCK), device=q.device)
+    first = start[::COPY_BLOCK] // COPY_BLOCK
+    looked_at = (first[:, None] + block).clamp(max=len(block) - 1)
+    looked_at = [x.int()[None, None] for x in (block - first + 1, looked_at)]  # number, indices
+
+    def before(batch, head, t, s):
+        return (s < t) & (s >= start[t])
+
+    def same(batch, head, t, s):
+        return before(batch, head, t, s) & (tokens[s] == targets[t])
+
+    found = []
+    for mask in (before, same):
+        mask = BlockMask.from_kv_blocks(*looked_at, BLOCK_SIZE=COPY_BLOCK, mask_mod=mask,
+                                        seq_lengths=(len(q), len(q)))
+        no_values = torch.zeros_like(k[None, None, :, :16])
+        _, more = flex_attention(q[None, None], k[None, None], no_values, block_mask=mask, scale=1.0,
+                                 return_aux=AuxRequest(lse=True))
+        found.append(more.lse[0, 0].clamp(min=FAR))
+    return found
+
+
 def pick_attention(device, dtype):
-    """-> (name, kernel(q, k, v, seg) as segment_attention): FlashAttention-3 if there, else torch's varlen or SDPA."""
+    """-> the best kernel(q, k, v, seg) as segment_attention: FlashAttention-3 if there, else torch's varlen or SDPA."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if capability < (8, 0) or dtype != torch.bfloat16:
-        return "sdpa", segment_attention
+        return segment_attention
     if capability[0] == 9:
         try:
-            from flash_attn_interface import flash_attn_varlen_func  # this is FA3; the module `flash_attn` is FA2
+            from flash_attn_interface import flash_attn_varlen_func  # FA3; the module `flash_attn` is FA2
             torch.ops.flash_attn_3._flash_attn_forward  # there since it can be compiled
         except (ImportError, OSError, AttributeError, RuntimeError):
             pass
@@ -269,8 +344,8 @@ def pick_attention(device, dtype):
                 again = seg.cu_seqlens.view(-1)  # torch 2.13 refuses one tensor given twice
                 y = flash_attn_varlen_func(q, k, v, seg.cu_seqlens, again, max_seqlen_q=seg.max_len,
                                            max_seqlen_k=seg.max_len, causal=True)
-                return y[0] if isinstance(y, tuple) else y  # older releases return the log-sum-exp too
-            return "fa3", fa3
+                return y[0] if isinstance(y, tuple) else y  # older ones return the log-sum-exp too
+            return fa3
     from torch.nn.attention.varlen import varlen_attn
     grouped = {}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # since torch 2.13
@@ -279,11 +354,12 @@ def pick_attention(device, dtype):
     def varlen(q, k, v, seg):
         return varlen_attn(q, k, v, seg.cu_seqlens, seg.cu_seqlens, seg.max_len, seg.max_len,
                            window_size=(-1, 0), **grouped)
-    return "varlen_attn", varlen
+    return varlen
 
 
 def block_order(cfg, looped):
-    """The blocks in the order in which they run: 0..10, or with the recurrence 0..5 3..5 3..5 6..10 (#1204, #1493)."""
+    """The blocks in the order in which they run: 0..10, or with the recurrence 0..5 3..5 3..5 6..10
+    (#1204, #1493)."""
     blocks = list(range(cfg.n_layer))
     if not looped or cfg.loop_passes == 1:
         return blocks
@@ -299,23 +375,26 @@ def norm(x):
 
 
 def lrelu2(x):
-    """LeakyReLU(x, 0.5)^2: 0.002 to 0.003 bits per byte better than relu^2 in the public records."""
+    """LeakyReLU(x, 0.5)^2: 0.002 to 0.003 bits per byte better than relu^2 in the public
+    records."""
     return F.leaky_relu(x, 0.5).square()
 
 
 class GPT(nn.Module):
-    """A decoder whose matrices are stacked in banks (layer, out, in), one per role: Muon works on whole banks.
+    """A decoder whose matrices are stacked in banks (layer, out, in), one per role: Muon works on
+    whole banks.
 
-    linear(), attend() and previous() may be replaced on an instance: calibration and test-time predictors do.
-    """
-    MATRICES = ("qkv", "o", "up", "down")
+    linear(), attend() and previous() may be replaced on an instance: calibration and test-time
+    predictors do. """
+    MATRICES = ("qkv", "o", "up", "down", "copy")
 
     def __init__(self, cfg):
-        """cfg with vocab_size set. The small parameters have their initial values; init_matrices() draws the rest."""
+        """cfg with vocab_size set. The small parameters have their initial values; init_matrices()
+        draws the rest."""
         super().__init__()
         self.cfg = cfg
         self.dtype = torch.float32  # of activations and products
-        self.kernel_name, self.kernel = "sdpa", segment_attention
+        self.kernel = segment_attention
         self.fused = False  # whether the kernels below do the MLP and the loss
         L, D, H, K, M = cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, cfg.mlp_dim
         self.head_dim = D // H
@@ -328,15 +407,23 @@ class GPT(nn.Module):
         self.down = nn.Parameter(torch.empty(L, D, M))
         self.q_gain = nn.Parameter(torch.full((L, H), cfg.qk_gain))
         self.attn_gate = nn.Parameter(torch.zeros(L, H, cfg.gate_dims))
-        self.x0_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], 1))  # of the stream, of x0
+        # How much of the stream, how much of x0.
+        self.x0_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], 1))
         self.attn_scale = nn.Parameter(torch.ones(L, D))
         self.mlp_scale = nn.Parameter(torch.ones(L, D))
         self.skip_scale = nn.Parameter(torch.ones(n_skip, D))
         self.skip_gate = nn.Parameter(torch.zeros(n_skip, D))
         self.smear_gate = nn.Parameter(torch.zeros(cfg.gate_dims))
         self.smear_scale = nn.Parameter(torch.zeros(1))
+        # The pointer's queries; its keys, from the state and from the one before.
+        self.copy = nn.Parameter(torch.empty(1, 3 * cfg.copy_dim, D))
+        self.copy_gain = nn.Parameter(torch.ones(1))
+        self.copy_sink = nn.Parameter(torch.zeros(cfg.copy_dim))
+        self.copy_gate = nn.Parameter(torch.zeros(D))
+        self.copy_bias = nn.Parameter(torch.tensor([-4.0]))
         # Per two-lane block: keep of lane 0 and lane 1; attention into 0 and 1; MLP into 0 and 1.
-        self.lanes = nn.Parameter(torch.tensor([1.1, 1.1, 1, 1, 1, 1]).repeat(max(L - cfg.two_lane_from, 0), 1))
+        lanes = torch.tensor([1.1, 1.1, 1, 1, 1, 1])
+        self.lanes = nn.Parameter(lanes.repeat(max(L - cfg.two_lane_from, 0), 1))
 
     @torch.no_grad()
     def init_matrices(self):
@@ -347,28 +434,34 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(W)
         self.o.zero_()  # every block starts as the identity
         self.down.zero_()
+        query, key, key_before = self.copy[0].chunk(3)
+        nn.init.orthogonal_(query)
+        nn.init.orthogonal_(key)
+        key_before.zero_()
 
     def place(self, device):
         """Move to device and choose what is best there: the dtype, attention's kernel."""
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.dtype = torch.bfloat16 if bf16 else torch.float32  # CPUs are 15-30 times slower in bf16
-        self.kernel_name, self.kernel = pick_attention(device, self.dtype)
+        self.kernel = pick_attention(device, self.dtype)
         return self.to(device)
 
     def linear(self, x, W, name, layer, visit):
-        """x (N, in), W (out, in) of the bank `name` -> (N, out); visit counts the block applications."""
+        """x (N, in), W (out, in) of the bank `name` -> (N, out); visit counts the block
+        applications."""
         return F.linear(x, W)
 
     def attend(self, q, k, v, seg, visit):
         """q (N, H, d), k and v (N, K, d) -> (N, H, d)."""
         return self.kernel(q, k, v, seg)
 
-    def previous(self, x):
-        """x (N, D), the tokens' embeddings -> (N, D), those of the tokens before."""
+    def previous(self, x, name):
+        """x (N, .), the tokens' "embed" or "copy" -> (N, .), those of the tokens before."""
         return F.pad(x, (0, 0, 1, 0))[:-1]
 
     def forward(self, tokens, seg, looped=True):
-        """tokens (N,) int -> hidden (N, D) after the last norm, in self.dtype; logits() makes it logits."""
+        """tokens (N,) int -> hidden (N, D) after the last norm, in self.dtype; logits() makes it
+        logits."""
         cfg = self.cfg
 
         def cast(p):
@@ -377,14 +470,16 @@ class GPT(nn.Module):
         skip_scale = cast(self.skip_scale).unbind()
         skip_gate = cast(self.skip_gate.sigmoid()).unbind()
         x0_mix = cast(self.x0_mix.view(-1, cfg.n_embd)).unbind()
-        # Scales of a product's input or output are folded into its matrix: a product the size of the weights instead of
-        # one of the activations, each way. Deeper blocks read a smaller norm (public: -0.002 with partial RoPE).
+        # Scales of a product's input or output are folded into its matrix: a product the size of
+        # the weights instead of one of the activations, each way. Deeper blocks read a smaller norm
+        # (public: -0.002 with partial RoPE).
         depth = torch.arange(1, cfg.n_layer + 1, device=tokens.device)[:, None, None] ** -0.5
-        weights = {"qkv": self.qkv * depth, "o": self.o * self.attn_scale[:, :, None], "up": self.up * depth,
-                   "down": self.down * self.mlp_scale[:, :, None], "gate": self.attn_gate * (0.5 * depth)}
+        weights = {"qkv": self.qkv * depth, "o": self.o * self.attn_scale[:, :, None],
+                   "up": self.up * depth, "down": self.down * self.mlp_scale[:, :, None],
+                   "gate": self.attn_gate * (0.5 * depth)}
         weights = {name: cast(W).unbind() for name, W in weights.items()}
         # Values share the queries' and keys' rotation: by no angle, and with a gain of 1.
-        weights["gain"] = F.pad(self.q_gain, (0, 2 * cfg.n_kv_head), value=1.0).unbind()
+        weights["gain"] = F.pad(self.q_gain, (0, 2 * cfg.n_kv_head), value=1.0)
 
         # Rotary angles from the position in the segment, once for all blocks, in fp32.
         freqs = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, device=tokens.device) / cfg.rope_dims)
@@ -392,10 +487,11 @@ class GPT(nn.Module):
         angle = F.pad(angle.expand(-1, cfg.n_head + cfg.n_kv_head, -1), (0, 0, 0, cfg.n_kv_head))
         rotary = (angle.cos(), angle.sin())
 
-        # SmearGate: each token takes some of the one before it, never across a segment's start (#1667, #1851; -0.0005).
+        # SmearGate: each token takes some of the one before it, never across a segment's start
+        # (#1667, #1851; -0.0005).
         x = cast(self.embed(tokens))  # (N, D)
         open_gate = (x[:, :cfg.gate_dims] * cast(self.smear_gate)).sum(-1).sigmoid() * (seg.pos > 0)
-        x = x + (cast(self.smear_scale) * open_gate)[:, None] * self.previous(x)
+        x = x + (cast(self.smear_scale) * open_gate)[:, None] * self.previous(x, "embed")
         x = x0 = norm(x)
 
         order = block_order(cfg, looped)
@@ -423,10 +519,12 @@ class GPT(nn.Module):
         return norm(x if lane is None else (x + lane) / 2)
 
     def attention(self, x, W, rotary, seg, layer, visit):
-        """x (N, D), the block's normed input; W, its matrices and gain; rotary, cos and sin -> (N, D)."""
+        """x (N, D), the block's normed input; W, its matrices and gain; rotary, cos and sin -> (N,
+        D)."""
         qkv = self.linear(x, W["qkv"], "qkv", layer, visit).view(len(x), -1, self.head_dim)
         q, k, v = RotatedHeads.apply(qkv, W["gain"], *rotary, self.cfg.n_kv_head)
-        v_unit, v_length = unit(v)  # before attention: after it, the compiler would keep v in float32 for backward
+        # Before attention: after it, the compiler would keep v in float32 for backward.
+        v_unit, v_length = unit(v)
         y = self.attend(q, k, v, seg, visit)  # (N, H, d)
         gate = F.linear(x[:, :self.cfg.gate_dims], W["gate"])  # (N, H)
         y = GatedXSA.apply(y, v, v_unit, v_length, gate)
@@ -444,38 +542,79 @@ class GPT(nn.Module):
         z = F.linear(hidden, (self.embed.weight / self.cfg.softcap).to(hidden.dtype)).float()
         return self.cfg.softcap * torch.tanh(z)
 
+    def pointer(self, hidden, seg):
+        """hidden (N, D) -> queries and keys (N, c), scores of the sink and the gate (N,) float32.
+
+        p(y) = p_lm(y) (1 - a (1 - A_sink)) + a * sum of A_s over the places s before whose token is
+        y, where A is the softmax of q . k_s and the sink's score, and a = sigmoid(gate). As a key
+        reads the state before its place too, q can find what followed a state like its own.
+        (modded-nanogpt #379: 12 % fewer steps for 1.3 % more time, 8 runs against 13. There a is one
+        more logit's share of the softmax: no better here.) """
+        q, k, before = self.linear(hidden, self.copy[0].to(hidden.dtype), "copy", 0, 0).chunk(3, 1)
+        q = norm(q) * (self.copy_gain * self.cfg.copy_dim ** -0.5).to(q.dtype)
+        k = norm(k + self.previous(before, "copy") * (seg.pos > 0)[:, None])
+        sink = (q * self.copy_sink.to(q.dtype)).sum(-1).float()
+        return q, k, sink, (hidden * self.copy_gate.to(q.dtype)).sum(-1).float() + self.copy_bias
+
+    def mixture(self, logits, q, k, sink, gate, tokens):
+        """logits (.., T, V), q (.., T, c), sink and gate (.., T) of the last T places, k (.., S, c)
+        and tokens (.., S) of all -> p (.., T, V) float32."""
+        shares = torch.cat([before_scores(q, k), sink[..., None]], -1).softmax(-1)[..., :-1]
+        shares = shares * gate.sigmoid()[..., None]
+        p = logits.softmax(-1) * (1 - shares.sum(-1, keepdim=True))
+        return p.scatter_add(-1, tokens[..., None, :].expand(shares.shape), shares)
+
+    def probabilities(self, hidden, tokens, seg):
+        """hidden (N, D) of tokens (N,) -> p (N, V) float32 of what follows each."""
+        parts = (self.logits(hidden), *self.pointer(hidden, seg), tokens)
+        parts = zip(*(x.split(segment_lengths(seg)) for x in parts))
+        return torch.cat([self.mixture(*part) for part in parts])
+
     def losses(self, tokens, targets, seg, looped):
         """tokens, targets (N,) int64 -> nats (N,) float32 of each target."""
         hidden = self(tokens, seg, looped)
         if self.fused:
-            return FusedCE.apply(F.linear(hidden, self.embed.weight.to(hidden.dtype)), targets, self.cfg.softcap)
-        return F.cross_entropy(self.logits(hidden), targets, reduction="none")
+            z = F.linear(hidden, self.embed.weight.to(hidden.dtype))
+            nats = FusedCE.apply(z, targets, self.cfg.softcap)
+        else:
+            nats = F.cross_entropy(self.logits(hidden), targets, reduction="none")
+        q, k, sink, gate = self.pointer(hidden, seg)
+        copies = segment_copies if self.kernel is segment_attention else flex_copies
+        every, same = copies(q, k, tokens, targets, seg)
+        scale = F.logsigmoid(gate) - torch.logaddexp(every, sink)  # log of a over the sum of weights
+        kept = torch.logaddexp(F.logsigmoid(-gate), scale + sink)
+        return -torch.logaddexp(kept - nats, scale + same)
 
 
 def count_flops(cfg, looped):
-    """Model FLOPs per trained token: 6 per weight of each matrix product, forward and backward; attention left out."""
+    """Model FLOPs per trained token: 6 per weight of each matrix product, forward and backward;
+    attention left out."""
     kv = cfg.n_kv_head * cfg.n_embd // cfg.n_head
     per_block = (2 * cfg.n_embd + 2 * kv + 2 * cfg.mlp_dim) * cfg.n_embd
-    return 6 * (len(block_order(cfg, looped)) * per_block + cfg.vocab_size * cfg.n_embd)
+    ends = (cfg.vocab_size + 3 * cfg.copy_dim) * cfg.n_embd
+    return 6 * (len(block_order(cfg, looped)) * per_block + ends)
 
 
 def rotate(x, cos, sin):
-    """x (N, heads, d): the first 2 * r dimensions turned as pairs (i, i + r) by the angles of cos, sin (N, ., r)."""
+    """x (N, heads, d): the first 2 * r dimensions turned as pairs (i, i + r) by the angles of cos,
+    sin (N, ., r)."""
     r = cos.size(-1)
     a, b, rest = x[..., :r], x[..., r:2 * r], x[..., 2 * r:]
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
 
 
-# What stands between the products of attention, as two functions with gradients of their own: 70 lines for 5.7 of
-# 91.6 ms of a record step on paper (records/evidence/roofline.py). A test compares them with their parts in plain torch.
+# What stands between the products of attention, as two functions with gradients of their own: 70
+# lines for 5.7 of 91.6 ms of a record step on paper (records/evidence/roofline.py). A test compares
+# them with their parts in plain torch.
 
 
 class RotatedHeads(torch.autograd.Function):
-    """qkv (N, H + 2 K, d), gain (H + 2 K,), cos and sin (N, H + 2 K, r) float32 -> q (N, H, d), k and v (N, K, d),
-    views of one tensor: q and k of unit mean square, all rotated and times their gains (v: by no angle, times 1).
+    """qkv (N, H + 2 K, d), gain (H + 2 K,), cos and sin (N, H + 2 K, r) float32 -> q (N, H, d), k
+    and v (N, K, d), views of one tensor: q and k of unit mean square, all rotated and times their
+    gains (v: by no angle, times 1).
 
-    With x^ = x / rms(x), y = gain R x^, y^ = y / gain, g = dy: dx = gain R^T (g - y^ mean(y^ g)) / rms(x).
-    """
+    With x^ = x / rms(x), y = gain R x^, y^ = y / gain, g = dy: dx = gain R^T (g - y^ mean(y^ g)) /
+    rms(x). """
 
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, n_kv):
@@ -515,16 +654,16 @@ def unit(v):
 
 
 class GatedXSA(torch.autograd.Function):
-    """y (N, G K, d), v (N, K, d), unit(v), gate (N, G K) -> (N, G K, d): each head less what lies along its token's own
-    value (XSA, #265), times sigmoid(gate) (sparse attention gate, #1787).
+    """y (N, G K, d), v (N, K, d), unit(v), gate (N, G K) -> (N, G K, d): each head less what lies
+    along its token's own value (XSA, #265), times sigmoid(gate) (sparse attention gate, #1787).
 
-    With v^ = v / |v|, p = y v^: z = s (y - p v^). Then dy = e - q v^ where e = s dz and q = e v^, and of each head
-    dv = (2 p q v^ - p e - q y) / |v|.
-    """
+    With v^ = v / |v|, p = y v^: z = s (y - p v^). Then dy = e - q v^ where e = s dz and q = e v^,
+    and of each head dv = (2 p q v^ - p e - q y) / |v|. """
 
     @staticmethod
     def heads(K, *xs):
-        """Tensors (N, G K, ...) -> G tuples of them as (N, K, .) float32: the heads that share their values."""
+        """Tensors (N, G K, ...) -> G tuples of them as (N, K, .) float32: the heads that share
+        their values."""
         xs = [x.view(len(x), K, -1, x.size(2) if x.ndim == 3 else 1) for x in xs]
         return [[x[:, :, g].float() for x in xs] for g in range(xs[0].size(2))]
 
@@ -554,24 +693,20 @@ class GatedXSA(torch.autograd.Function):
         return torch.stack(dys, 2).view(dz.shape), dv, None, None, torch.stack(dgates, 2).view(gate.shape)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Kernels, for an H100 (GPT.fused): two places where memory traffic is spent that the compiler does not save. The torch
-# references stand in GPT.mlp and GPT.losses; tests compare them. Sizes are constants to Triton: a model has few.
+# --------------------------------------------------------------------------------------------------
+# Kernels, for an H100 (GPT.fused): two places where memory traffic is spent that the compiler does
+# not save. The torch references stand in GPT.mlp and GPT.losses; tests compare them. Sizes are
+# constants to Triton: a model has few.
 
 if triton:
     @triton.jit
-    def up_kernel(a_ptr, b_ptr, pre_ptr, out_ptr, M, N, stride_bn, stride_bk, K: tl.constexpr, BACKWARD: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-        # acc = A (M, K) @ B (N, K)^T, all multiples of the tile. Forward: pre = acc, out = lrelu2(acc). Backward: out = acc * lrelu2'(pre).
-        pid = tl.program_id(0)
-        tiles_m = M // BM
-        tiles_n = N // BN
-        group = pid // (GROUP * tiles_n)  # tiles in groups of rows, so that B stays in L2
-        rows = min(tiles_m - group * GROUP, GROUP)
-        tile_m = group * GROUP + pid % (GROUP * tiles_n) % rows
-        tile_n = pid % (GROUP * tiles_n) // rows
-        m = tile_m * BM + tl.arange(0, BM)
-        n = tile_n * BN + tl.arange(0, BN)
+    def up_kernel(a_ptr, b_ptr, pre_ptr, out_ptr, N, stride_bn, stride_bk, K: tl.constexpr,
+                  BACKWARD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+        # acc = A (M, K) @ B (N, K)^T, all multiples of the tile. Forward: pre = acc, out =
+        # lrelu2(acc). Backward: out = acc * lrelu2'(pre). Neighbours share rows of A; all of B
+        # stays in L2.
+        m = tl.program_id(1) * BM + tl.arange(0, BM)
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
         a = a_ptr + m[:, None].to(tl.int64) * K + k[None, :]
         b = b_ptr + n[None, :] * stride_bn + k[:, None] * stride_bk
@@ -588,24 +723,26 @@ if triton:
             tl.store(pre_ptr + at, acc)
             tl.store(out_ptr + at, acc * tl.where(acc > 0, acc, 0.25 * acc))
 
-    # Softcap by a sigmoid: cap * tanh(x / cap) = 2 cap * sigmoid(2 x / cap) - cap; the constant drops out of softmax.
-    # The capped logit lies in [0, 2 cap], so 2 cap serves as the maximum and one pass suffices.
+    # Softcap by a sigmoid: cap * tanh(x / cap) = 2 cap * sigmoid(2 x / cap) - cap; the constant
+    # drops out of softmax. The capped logit lies in [0, 2 cap], so 2 cap serves as the maximum and
+    # one pass suffices.
     @triton.jit
-    def ce_forward(x_ptr, target_ptr, loss_ptr, lse_ptr, cap, V: tl.constexpr, BV: tl.constexpr):
+    def ce_forward(x_ptr, target_ptr, loss_ptr, lse_ptr, cap: tl.constexpr, V: tl.constexpr,
+                   BV: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         total = tl.zeros((BV,), tl.float32)
         for start in range(0, V, BV):
             v = start + tl.arange(0, BV)
-            x = tl.load(x_ptr + row * V + v, mask=v < V, other=0.0).to(tl.float32)
-            z = 2 * cap * tl.sigmoid(2 * x / cap)
-            total += tl.where(v < V, tl.exp(z - 2 * cap), 0.0)
+            x = tl.load(x_ptr + row * V + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            total += tl.exp(2 * cap * tl.sigmoid(2 * x / cap) - 2 * cap)  # e^-60 for what lies beyond V
         lse = 2 * cap + tl.log(tl.sum(total, 0))
         x = tl.load(x_ptr + row * V + tl.load(target_ptr + row)).to(tl.float32)
         tl.store(lse_ptr + row, lse)
         tl.store(loss_ptr + row, lse - 2 * cap * tl.sigmoid(2 * x / cap))
 
     @triton.jit
-    def ce_backward(x_ptr, target_ptr, lse_ptr, grad_ptr, dx_ptr, cap, V: tl.constexpr, BV: tl.constexpr):
+    def ce_backward(x_ptr, target_ptr, lse_ptr, grad_ptr, dx_ptr, cap: tl.constexpr, V: tl.constexpr,
+                    BV: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(target_ptr + row)
         lse = tl.load(lse_ptr + row)
@@ -622,59 +759,74 @@ if triton:
 TILE = (128, 256, 64)  # rows, columns and depth of the product that one program computes
 
 
-def up_product(a, b, pre, backward):
-    """a (M, K) contiguous, b (N, K) of any strides, pre (M, N) -> out (M, N); when forward, writes pre too."""
-    M, N = pre.shape
+def up_product(a, b, pre=None):
+    """a (M, K) contiguous, b (N, K) of any strides -> pre = a @ b^T and lrelu2(pre), both (M, N).
+    With the pre of the forward pass: (a @ b^T) * lrelu2'(pre)."""
+    M, N = len(a), len(b)
     BM, BN, BK = TILE
-    out = torch.empty_like(pre)
-    up_kernel[M // BM * (N // BN),](a, b, pre, out, M, N, *b.stride(), K=a.size(1), BACKWARD=backward, BM=BM, BN=BN,
-                                    BK=BK, GROUP=8, num_warps=8, num_stages=3)
-    return out
+    backward = pre is not None
+    out = a.new_empty(M, N)
+    pre = pre if backward else torch.empty_like(out)
+    up_kernel[N // BN, M // BM](a, b, pre, out, N, *b.stride(), K=a.size(1), BACKWARD=backward,
+                                BM=BM, BN=BN, BK=BK, num_warps=8, num_stages=3)
+    return out if backward else (pre, out)
 
 
 class FusedMLP(torch.autograd.Function):
-    """x (N, D), up (M, D), down (D, M) -> lrelu2(x @ up^T) @ down^T: the activation rides on the matrix products.
-    8.9 of 91.6 ms of a record step on paper."""
+    """x (N, D), up (M, D), down (D, M) -> lrelu2(x @ up^T) @ down^T: the activation rides on the
+    matrix products. 8.9 of 91.6 ms of a record step on paper."""
 
     @staticmethod
     def forward(ctx, x, up, down):
-        pre = x.new_empty(x.size(0), up.size(0))
-        h = up_product(x.contiguous(), up, pre, backward=False)
+        pre, h = up_product(x.contiguous(), up)
         ctx.save_for_backward(x, up, down, pre, h)
         return h @ down.t()
 
     @staticmethod
     def backward(ctx, dy):
         x, up, down, pre, h = ctx.saved_tensors
-        dpre = up_product(dy.contiguous(), down.t(), pre, backward=True)
+        dpre = up_product(dy.contiguous(), down.t(), pre)
         return dpre @ up, dpre.t() @ x, dy.t() @ h
 
 
+def softcap_ce(x, targets, cap):
+    """x (N, V) raw logits, targets (N,) int64 -> nats, log-sum-exp (N,) float32 of cap * tanh(x /
+    cap)."""
+    loss = x.new_empty(len(x), dtype=torch.float32)
+    lse = torch.empty_like(loss)
+    ce_forward[len(x),](x, targets, loss, lse, cap=cap, V=x.size(1), BV=1024)
+    return loss, lse
+
+
+def softcap_ce_backward(x, targets, lse, grad, cap):
+    """-> the gradient of x (N, V) from that of the nats, grad (N,)."""
+    dx = torch.empty_like(x)
+    ce_backward[len(x),](x, targets, lse, grad, dx, cap=cap, V=x.size(1), BV=1024)
+    return dx
+
+
 class FusedCE(torch.autograd.Function):
-    """x (N, V) raw logits, targets (N,) int64, cap -> nats (N,) float32 of cap * tanh(x / cap): one read forward, a
-    read and a write backward. 4.2 to 6.6 of 91.6 ms of a record step on paper."""
+    """x (N, V) raw logits, targets (N,) int64, cap -> nats (N,) float32 of cap * tanh(x / cap): one
+    read forward, a read and a write backward. 4.2 to 6.6 of 91.6 ms of a record step on paper."""
 
     @staticmethod
     def forward(ctx, x, targets, cap):
-        loss = x.new_empty(x.size(0), dtype=torch.float32)
-        lse = torch.empty_like(loss)
-        ce_forward[(x.size(0),)](x, targets, loss, lse, cap, V=x.size(1), BV=1024)
+        loss, lse = softcap_ce(x, targets, cap)
         ctx.save_for_backward(x, targets, lse)
         ctx.cap = cap
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        x, targets, lse = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        ce_backward[(x.size(0),)](x, targets, lse, grad.contiguous(), dx, ctx.cap, V=x.size(1), BV=1024)
-        return dx, None, None
+        return softcap_ce_backward(*ctx.saved_tensors, grad.contiguous(), ctx.cap), None, None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizer: Muon for the banks of matrices, torch's AdamW for the embedding and the small parameters.
+# --------------------------------------------------------------------------------------------------
+# Optimizer: Muon for the banks of matrices, torch's AdamW for the embedding and the small
+# parameters.
 
-# Polar Express: the best five quintic steps towards the orthogonal factor in bf16 (arXiv 2505.16932; scaled by 1.02).
+# Polar Express: the best five quintic steps towards the orthogonal factor in bf16 (arXiv
+# 2505.16932; scaled by 1.02).
 POLAR_EXPRESS = [(8.156554524902461, -22.48329292557795, 15.878769915207462),
                  (4.042929935166739, -2.808917465908714, 0.5000178451051316),
                  (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -683,8 +835,9 @@ POLAR_EXPRESS = [(8.156554524902461, -22.48329292557795, 15.878769915207462),
 
 
 def orthogonalize(G):
-    """G (n, rows, cols) -> the nearest semi-orthogonal matrices times sqrt(max(1, rows / cols)); singular values above
-    1e-3 of the norm land within 0.86 .. 1.14. Rows are first scaled to one length (MuonEq-R, arXiv 2603.28254)."""
+    """G (n, rows, cols) -> the nearest semi-orthogonal matrices times sqrt(max(1, rows / cols));
+    singular values above 1e-3 of the norm land within 0.86 .. 1.14. Rows are first scaled to one
+    length (MuonEq-R, arXiv 2603.28254)."""
     X = G / G.norm(dim=-1, keepdim=True).clamp(min=1e-7)
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X  # the products are on the short side
@@ -697,21 +850,24 @@ def orthogonalize(G):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, then the nearest orthogonal matrix (Keller Jordan). For banks (layer, rows, cols) of hidden
-    matrices only; lr in units of spectral norm per update.
+    """Nesterov momentum, then the nearest orthogonal matrix (Keller Jordan). For banks (layer,
+    rows, cols) of hidden matrices only; lr in units of spectral norm per update.
 
-    Every rank keeps all momenta and orthogonalises its share of each bank's layers: on paper 0.2 ms of a record step
-    instead of 1 to 2.5. A group's `rows` are those of the matrices stacked in a layer, such as q, k and v.
-    """
+    Every rank keeps all momenta and orthogonalises its share of each bank's layers: on paper 0.2 ms
+    of a record step instead of 1 to 2.5. A group's `rows` are those of the matrices stacked in a
+    layer, such as q, k and v. """
 
     def __init__(self, groups, compiled=False):
-        """groups: [{"params": [bank, ...], "rows": [int, ...] or None, "weight_decay": float}]; lr and momentum are
-        set by the loop."""
+        """groups: [{"params": [bank, ...], "rows": [int, ...] or None, "weight_decay": float}]; lr
+        and momentum are set by the loop."""
         super().__init__(groups, {"lr": 0.0, "momentum": 0.0})
-        self.orthogonalize = torch.compile(orthogonalize, dynamic=False, fullgraph=True) if compiled else orthogonalize
+        self.orthogonalize = orthogonalize
+        if compiled:
+            self.orthogonalize = torch.compile(orthogonalize, dynamic=False, fullgraph=True)
 
     def share(self, update, rows):
-        """update (L, rows, cols) -> all of it orthogonalised, padded to (n * ranks, rows, cols), handle to wait on."""
+        """update (L, rows, cols) -> all of it orthogonalised, padded to (n * ranks, rows, cols),
+        handle to wait on."""
         rank, world_size = place_among_ranks()
         n = math.ceil(len(update) / world_size)
         update = F.pad(update, (0, 0, 0, 0, 0, n * world_size - len(update)))[rank * n:(rank + 1) * n]
@@ -746,20 +902,25 @@ def make_optimizers(model, cfg, compiled=False):
     """-> Muon, AdamW. Each group holds its peak_lr; no parameter is left out."""
     matrix = {"weight_decay": cfg.matrix_wd, "peak_lr": cfg.matrix_lr}
     muon = Muon([{"params": [model.down, model.up, model.o], "rows": None, **matrix},
-                 {"params": [model.qkv], "rows": model.qkv_sizes, **matrix}], compiled)
-    small = [p for name, p in model.named_parameters() if name not in (*model.MATRICES, "embed.weight") and p.numel()]
-    adamw = torch.optim.AdamW([{"params": [model.embed.weight], "peak_lr": cfg.embed_lr, "weight_decay": cfg.embed_wd},
-                               {"params": small, "peak_lr": cfg.scalar_lr, "weight_decay": cfg.scalar_wd}],
-                              betas=(cfg.adam_beta1, cfg.adam_beta2), fused=True)
+                 {"params": [model.qkv], "rows": model.qkv_sizes, **matrix},
+                 {"params": [model.copy], "rows": [cfg.copy_dim] * 3, **matrix}], compiled)
+    others = (*model.MATRICES, "embed.weight")
+    small = [p for name, p in model.named_parameters() if name not in others and p.numel()]
+    adamw = torch.optim.AdamW([
+        {"params": [model.embed.weight], "peak_lr": cfg.embed_lr, "weight_decay": cfg.embed_wd},
+        {"params": small, "peak_lr": cfg.scalar_lr, "weight_decay": cfg.scalar_wd},
+    ], betas=(cfg.adam_beta1, cfg.adam_beta2), fused=True)
     return [muon, adamw]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes: those that torchrun started, or this one alone. CPU tensors travel by gloo, a GPU's by NCCL.
+# --------------------------------------------------------------------------------------------------
+# Processes: those that torchrun started, or this one alone. CPU tensors travel by gloo, a GPU's by
+# NCCL.
 
 
 def read_launcher():
-    """RANK, LOCAL_RANK and WORLD_SIZE of the environment; 0, 0, 1 without torchrun. Raises ValueError."""
+    """RANK, LOCAL_RANK and WORLD_SIZE of the environment; 0, 0, 1 without torchrun. Raises
+    ValueError."""
     given = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     if not any(value is not None for value in given.values()):
         return [0, 0, 1]
@@ -770,18 +931,21 @@ def read_launcher():
 
 
 def join_ranks(cfg):
-    """Start the process group, if there are others -> the device of this rank. Raises ValueError."""
+    """Start the process group, if there are others -> the device of this rank. Raises
+    ValueError."""
     rank, local_rank, world_size = read_launcher()
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
     kind = cfg.device or next(kind for kind in available if available[kind])
     if not available[kind] or kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise ValueError(f"--device={kind}: {no_cuda() or 'this machine has none, or fewer than ranks'}")
     n_rows = cfg.batch_tokens // cfg.row_tokens
     if n_rows % world_size:
-        raise ValueError(f"--batch_tokens={cfg.batch_tokens} is {n_rows} rows of --row_tokens={cfg.row_tokens}, which "
-                         f"{world_size} ranks cannot share evenly")
+        raise ValueError(f"--batch_tokens={cfg.batch_tokens} is {n_rows} rows of --row_tokens="
+                         f"{cfg.row_tokens}, which {world_size} ranks cannot share evenly")
     if world_size > 1:
-        warnings.filterwarnings("ignore", category=FutureWarning)  # torch 2.13 renames collectives that 2.11 has
+        # torch 2.13 renames collectives that 2.11 has.
+        warnings.filterwarnings("ignore", category=FutureWarning)
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     if kind != "cuda":
         return torch.device(kind)
@@ -810,14 +974,16 @@ def largest(*values):
     return agreed.tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data. A dataset is a folder: meta.json, tokenizer.json, shards train_NNNNNN.bin and val_NNNNNN.bin (data/README.md).
+# --------------------------------------------------------------------------------------------------
+# Data. A dataset is a folder: meta.json, tokenizer.json, shards train_NNNNNN.bin and val_NNNNNN.bin
+# (data/README.md).
 
 BOUNDARY = 0  # the token that starts each document
 
 
 def read_shard(path):
-    """Shard file: 256 little-endian int32 (20240520, 1, number of tokens, 0 ...), uint16 tokens -> (n,) mapped."""
+    """Shard file: 256 little-endian int32 (20240520, 1, number of tokens, 0 ...), uint16 tokens ->
+    (n,) mapped."""
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", 3).tolist()
     if size < 1026 or header[:2] != [20240520, 1] or size != 1024 + 2 * header[2]:
@@ -826,7 +992,8 @@ def read_shard(path):
 
 
 def find_dataset(name):
-    """Name under data/, or path of a folder with a meta.json. Raises ValueError with the command that prepares it."""
+    """Name under data/, or path of a folder with a meta.json. Raises ValueError with the command
+    that prepares it."""
     for folder in (Path(name), HERE / "data" / name, Path("data") / name):
         if (folder / "meta.json").is_file():
             return folder
@@ -835,12 +1002,13 @@ def find_dataset(name):
 
 
 class Dataset:
-    """A dataset as training reads it: vocab_size, meta (dict), tokenizer (the text of tokenizer.json, for pack.py),
-    train [functions that read a shard], val (n,) uint16 in whole documents and the bytes of their text, val_bytes."""
+    """A dataset as training reads it: vocab_size, meta (dict), tokenizer (the text of
+    tokenizer.json, for pack.py), train [functions that read a shard], val (n,) uint16 in whole
+    documents and the bytes of their text, val_bytes."""
 
-    def __init__(self, cfg, rank=0, world_size=1):
-        """Checks what a run relies on: the files against meta.json, and this rank's part of the shards for tokens
-        outside the vocabulary. Raises ValueError."""
+    def __init__(self, cfg):
+        """Checks what a run relies on: the files against meta.json, and this rank's part of the
+        shards for tokens outside the vocabulary. Raises ValueError."""
         self.tokenizer = ""
         if cfg.data == "synthetic":
             self.vocab_size = cfg.vocab_size or 8192
@@ -852,22 +1020,25 @@ class Dataset:
             return
         folder = find_dataset(cfg.data)
         try:
-            meta = json.loads((folder / "meta.json").read_bytes())
-            files = {name: entry["bytes"] for name, entry in meta.pop("files").items()}
-            self.meta, self.vocab_size, self.val_bytes = meta, meta["vocab_size"], meta["val_bytes"] + 0
+            self.meta = json.loads((folder / "meta.json").read_bytes())
+            files = self.meta.pop("files")
+            self.vocab_size, self.val_bytes = int(self.meta["vocab_size"]), int(self.meta["val_bytes"])
             self.tokenizer = (folder / "tokenizer.json").read_text("utf-8")
-            if hashlib.sha256(self.tokenizer.encode()).hexdigest() != meta["tokenizer_sha256"]:
+            if hashlib.sha256(self.tokenizer.encode()).hexdigest() != self.meta["tokenizer_sha256"]:
                 raise ValueError("tokenizer.json is not the one that meta.json names")
-            shards = sorted(name for name in files if re.fullmatch(r"(train|val)_\d+\.bin", name))
-            for name in shards:
-                if (folder / name).stat().st_size != files[name]:
-                    raise ValueError(f"{name} is not of the {files[name]} bytes that meta.json says")
-            for name in shards[rank::world_size]:
-                if read_shard(folder / name).max() >= self.vocab_size:
-                    raise ValueError(f"{name} has tokens outside the vocabulary of {self.vocab_size}")
-            self.train = [partial(read_shard, folder / name) for name in shards if name.startswith("train")]
-            val = np.concatenate([read_shard(folder / name) for name in shards if name.startswith("val")])
+            shards = {"train": [], "val": []}
+            rank, world_size = place_among_ranks()
+            for i, name in enumerate(sorted(files)):
+                if split := re.fullmatch(r"(train|val)_\d+\.bin", name):
+                    tokens = read_shard(folder / name)
+                    if tokens.nbytes + 1024 != files[name]["bytes"]:
+                        raise ValueError(f"{name} is not as long as meta.json says")
+                    if i % world_size == rank and tokens.max() >= self.vocab_size:
+                        raise ValueError(f"{name} has tokens outside the vocabulary of {self.vocab_size}")
+                    shards[split[1]].append(folder / name)
+            self.train = [partial(read_shard, path) for path in shards["train"]]
             longest = max(len(read()) for read in self.train)
+            val = np.concatenate([read_shard(path) for path in shards["val"]])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(f"dataset {folder}: damaged: {type(e).__name__}: {e}") from None
         if cfg.vocab_size not in (0, self.vocab_size):
@@ -881,27 +1052,30 @@ class Dataset:
 
 
 def synthetic_tokens(vocab_size, n, seed):
-    """-> n random tokens uint16 in documents of web-like lengths (lognormal, median 403 tokens, mean 690)."""
+    """-> n random tokens uint16 in documents of web-like lengths (lognormal, median 403 tokens,
+    mean 690)."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, vocab_size, n, dtype=np.uint16)
-    starts = np.cumsum(np.concatenate([[0], rng.lognormal(np.log(403), 1.04, n // 100)])).astype(np.int64)
-    tokens[starts[starts < n]] = BOUNDARY
+    starts = np.cumsum(rng.lognormal(np.log(403), 1.04, n // 100)).astype(np.int64)
+    tokens[[0, *starts[starts < n]]] = BOUNDARY
     return tokens
 
 
 def make_batch(row, seq_len, device, longest=0):
-    """row (N + 1,) of tokens -> tokens (N,), targets (N,) int64 on the device, Segments of at most seq_len tokens."""
+    """row (N + 1,) of tokens -> tokens (N,), targets (N,) int64 on the device, Segments of at most
+    seq_len tokens."""
     starts = np.flatnonzero(row[:-1] == BOUNDARY)
     x = to_device(row.astype(np.int64), device)
     return x[:-1], x[1:], make_segments(starts, len(row) - 1, seq_len, device, longest)
 
 
 class Loader:
-    """An endless stream of rows: shards in a seeded order, the documents of each in a seeded order, cut into rows.
+    """An endless stream of rows: shards in a seeded order, the documents of each in a seeded order,
+    cut into rows.
 
-    The stream is the same whatever the number of ranks; rank r of n takes rows r, r + n, ... A thread reads ahead.
-    (The public loaders that mix documents gained 0.002 bits per byte over sequential ones.)
-    """
+    The stream is the same whatever the number of ranks; rank r of n takes rows r, r + n, ... A
+    thread reads ahead. (The public loaders that mix documents gained 0.002 bits per byte over
+    sequential ones.) """
 
     def __init__(self, data, cfg, first_row=0):
         """The stream starts at first_row, counted over all ranks."""
@@ -944,15 +1118,16 @@ class Loader:
 
 @torch.no_grad()
 def validate(losses, data, cfg, batch, looped):
-    """Score whole validation documents in order, each target once, with a context of up to seq_len. losses as
-    GPT.losses, batch(row, seq_len) as make_batch -> {"val_loss": nats per token, "val_bpb": bits per byte}."""
+    """Score whole validation documents in order, each target once, with a context of up to seq_len.
+    losses as GPT.losses, batch(row, seq_len) as make_batch -> {"val_loss": nats per token,
+    "val_bpb": bits per byte}."""
     rank, world_size = place_among_ranks()
     n = cfg.row_tokens
     nats = torch.zeros((), dtype=torch.float64)
     for start in range(rank * n, len(data.val), world_size * n):
         row = data.val[start:start + n + 1]
         n_real = min(n, len(data.val) - start)
-        if len(row) <= n:  # the boundary that closes the last document, then a document that does not count
+        if len(row) <= n:  # the boundary that closes the last document, then one that does not count
             row = np.pad(np.append(row, BOUNDARY), (0, n - len(row)), constant_values=1)
         nats += losses(*batch(row, cfg.seq_len), looped)[:n_real].cpu().double().sum()
     sum_over_ranks([nats])
@@ -960,7 +1135,7 @@ def validate(losses, data, cfg, batch, looped):
     return {"val_loss": nats.item() / len(data.val), "val_bpb": val_bpb}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Schedules: pure functions of progress in [0, 1].
 
 
@@ -972,8 +1147,8 @@ class Schedule(NamedTuple):
 
 
 def schedule_at(cfg, progress):
-    """The learning rate is 1, then a line to 0 over the cooldown, never below lr_floor (#1787). Short contexts come
-    first: a third of seq_len, two thirds, all (#2014: 1k, 2k, 3k; -0.001)."""
+    """The learning rate is 1, then a line to 0 over the cooldown, never below lr_floor (#1787).
+    Short contexts come first: a third of seq_len, two thirds, all (#2014: 1k, 2k, 3k; -0.001)."""
     lr = min(1.0, max(cfg.lr_floor, (1 - progress) / cfg.cooldown))
     momentum = cfg.momentum - max(cfg.momentum - 0.92, 0) * max(1 - progress / 0.24, 0)
     thirds = 1 if progress < 0.1 else 2 if progress < 0.7 else 3
@@ -981,19 +1156,20 @@ def schedule_at(cfg, progress):
     return Schedule(lr, momentum, cfg.seq_len * thirds // 3, looped)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Calibration and checkpoint
 
-CALIB_ROW = 16384  # tokens that calibration takes at a time, at most: float32 copies of their activations must fit
+CALIB_ROW = 16384  # tokens at a time, at most: float32 copies of their activations must fit
 
 
 def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
-    """Sums over n_rows of next_batch(), as make_batch(), with labels sampled from the model (the true Fisher):
+    """Sums over n_rows of next_batch(), as make_batch(), with labels sampled from the model (the
+    true Fisher):
 
-    bank.H (L, in, in) of x x^T and bank.g (L, out) of (dL/dy)^2 for each y = W x, over all visits of a looped block;
-    for the tied embedding embed.H (D, D) and embed.g (V,) as the head, embed.S (D, D) of (dL/dx)(dL/dx)^T as the input;
-    tokens (1,). embed.g is exact: p (1 - p) times the softcap's slope squared. Ends after a row once late() is true.
-    """
+    bank.H (L, in, in) of x x^T and bank.g (L, out) of (dL/dy)^2 for each y = W x, over all visits
+    of a looped block; for the tied embedding embed.H (D, D) and embed.g (V,) as the head, embed.S
+    (D, D) of (dL/dx)(dL/dx)^T as the input; tokens (1,). embed.g is p (1 - p) times the softcap's
+    slope squared, which is exact but for the pointer. Ends after a row once late() is true. """
     device = model.embed.weight.device
     sums = defaultdict(float)
     generator = torch.Generator(device).manual_seed(seed)
@@ -1023,13 +1199,14 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
         tokens, _, seg = next_batch()
         hidden = model(tokens, seg)
         outer("embed.H", hidden)
-        logits = model.logits(hidden)
+        p = model.probabilities(hidden, tokens, seg)
         with torch.no_grad():
-            p = logits.softmax(-1)
+            labels = torch.multinomial(p, 1, generator=generator)
+            logits = model.logits(hidden)
+            lm = logits.softmax(-1)
             slope = 1 - (logits / model.cfg.softcap).square()
-            sums["embed.g"] += (p * (1 - p) * slope.square()).sum(0)
-            labels = torch.multinomial(p, 1, generator=generator)[:, 0]
-        F.cross_entropy(logits, labels, reduction="sum").backward()
+            sums["embed.g"] += (lm * (1 - lm) * slope.square()).sum(0)
+        p.gather(1, labels).log().sum().neg().backward()
         sums["tokens"] += torch.tensor([float(len(tokens))], device=device)
     model.requires_grad_(True)
     hook.remove()
@@ -1038,8 +1215,10 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
     stats = {key: sums[key] for key in ("embed.H", "embed.S", "embed.g", "tokens")}
     for name in model.MATRICES:
         for part in "Hg":
-            stats[f"{name}.{part}"] = torch.stack([sums[name, part, i] for i in range(model.cfg.n_layer)])
-    # The products had scales folded into their matrices; the statistics are those of the matrices without.
+            layers = [sums[name, part, layer] for layer in range(len(getattr(model, name)))]
+            stats[f"{name}.{part}"] = torch.stack(layers)
+    # The products had scales folded into their matrices; the statistics are those of the matrices
+    # without.
     depth = torch.arange(1, model.cfg.n_layer + 1, device=device)[:, None, None]
     stats["qkv.H"] /= depth
     stats["up.H"] /= depth
@@ -1049,7 +1228,8 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
 
 
 def write_checkpoint(path, **values):
-    """What load_checkpoint() reads. The file that stands there is replaced in one step, or stays as it is."""
+    """What load_checkpoint() reads. The file that stands there is replaced in one step, or stays as
+    it is."""
     buffer = io.BytesIO()  # a full disk must fail in write(), not in torch.save
     torch.save(values, buffer)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -1065,14 +1245,14 @@ def write_checkpoint(path, **values):
 
 
 CHECKPOINT = {"weights": dict, "stats": dict, "run": dict, "tokenizer": str}
-STATE = {"weights": dict, "ema": dict, "optimizers": list, "preset": str, "step": int, "next_val": int,
-         "seconds": float, "resumed": int}
+STATE = {"weights": dict, "ema": dict, "optimizers": list, "preset": str, "step": int,
+         "next_val": int, "seconds": float, "resumed": int}
 
 
 def load_checkpoint(path, kinds=CHECKPOINT):
-    """checkpoint.pt, or state.pt with kinds=STATE -> {"config": Config, and each of kinds}. The file may come from
-    anywhere: checksums first, which torch does not look at, then tensors and plain values only, the weights of the
-    shapes that the config describes. Raises ValueError."""
+    """checkpoint.pt, or state.pt with kinds=STATE -> {"config": Config, and each of kinds}. The
+    file may come from anywhere: checksums first, which torch does not look at, then tensors and
+    plain values only, the weights of the shapes that the config describes. Raises ValueError."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: train first, python train_gpt.py")
@@ -1095,7 +1275,7 @@ def load_checkpoint(path, kinds=CHECKPOINT):
         raise ValueError(f"{path} is not whole: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run: its folder, its log, its clock
 
 
@@ -1107,40 +1287,28 @@ def open_run(name):
         (folder / "source").mkdir()
         shutil.copyfile(__file__, folder / "source/train_gpt.py")
     except FileExistsError:
-        raise ValueError(f"--run={name}: {folder} exists; nothing is overwritten, choose another name") from None
+        raise ValueError(f"--run={name}: {folder} exists; nothing is overwritten") from None
     except OSError as e:
         raise ValueError(f"--run={name}: {e.filename}: {e.strerror}") from None
     return folder
 
 
 def load_state(run):
-    """A run's folder or its name -> the folder, the state from which it can go on. Raises ValueError."""
-    folder = next((path for path in (Path(run), Path("runs") / run) if path.is_dir()), None)
-    if folder is None:
-        raise ValueError(f"--resume={run}: no such run")
-    if not (folder / "state.pt").exists():
-        raise ValueError(f"--resume={run}: nothing to go on from: it has ended, or had not saved a state yet "
-                         "(--save_every)")
+    """A run's folder or its name -> the folder, its state.pt. Raises ValueError."""
+    folder = Path(run) if Path(run).is_dir() else Path("runs") / run
+    if not (folder / "state.pt").is_file():
+        raise ValueError(f"--resume={run}: nothing to go on from: no such run, or it has ended, or "
+                         "saved no state yet")
     source = folder / "source/train_gpt.py"
     if not source.is_file() or source.read_bytes() != Path(__file__).read_bytes():
         raise ValueError(f"--resume={run}: train_gpt.py changed since the run began")
     return folder, load_checkpoint(folder / "state.pt", STATE)
 
 
-def restore_optimizers(optimizers, saved):
-    """saved: each optimizer's state_dict()["state"]. Raises ValueError if it is not of these parameters."""
-    try:
-        for optimizer, state in zip(optimizers, saved, strict=True):
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-            if any(x.shape not in ((), p.shape) for p, moments in optimizer.state.items() for x in moments.values()):
-                raise ValueError("a moment has another shape than its parameter")
-    except Exception as e:  # load_state_dict has no single error for what does not fit
-        raise ValueError(f"--resume: the optimizers' state does not fit: {type(e).__name__}: {e}") from None
-
-
 class Log:
-    """log.txt for eyes and awk, metrics.jsonl for programs, the terminal for whoever waits. Only rank 0 has a folder
-    and writes. Holds the run for this process; its last line says how the run ended: finished, or why not."""
+    """log.txt for eyes and awk, metrics.jsonl for programs, the terminal for whoever waits. Only
+    rank 0 has a folder and writes. Holds the run for this process; its last line says how the run
+    ended: finished, or why not."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -1156,7 +1324,8 @@ class Log:
                 raise ValueError(f"{folder} is being trained by another process") from None
 
     def __call__(self, line="", **numbers):
-        """A line of text, or key:value pairs that go to both files; `kind` names the line in metrics.jsonl."""
+        """A line of text, or key:value pairs that go to both files; `kind` names the line in
+        metrics.jsonl."""
         if not self.folder:
             return
         if numbers:
@@ -1164,15 +1333,13 @@ class Log:
             line = " ".join(f"{k}:{v:.6g}" if isinstance(v, float) else f"{k}:{v}"
                             for k, v in numbers.items() if k != "kind")
         print(line, file=self.text, flush=True)
-        try:
-            print(line, flush=True)
-        except OSError:  # the terminal or pipe has gone; the run goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        show(line)
 
     def record(self, **values):
         """A line of metrics.jsonl; what is not finite becomes null."""
         if self.folder:
-            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                      for k, v in values.items()}
             print(json.dumps(values), file=self.json, flush=True)
 
     def __enter__(self):
@@ -1193,7 +1360,8 @@ def utc():
 
 
 class Clock:
-    """Seconds of training: runs from start() to stop(), as often as need be. Queued GPU work counts."""
+    """Seconds of training: runs from start() to stop(), as often as need be. Queued GPU work
+    counts."""
 
     def __init__(self, device):
         self.device = device
@@ -1222,8 +1390,8 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by 
 
 
 class Meter:
-    """Looks at steps once they have ended, for a GPU must not wait for the CPU: logs one in log_every and ends the run,
-    exit code 3, at a loss that is not finite."""
+    """Looks at steps once they have ended, for a GPU must not wait for the CPU: logs one in
+    log_every and ends the run, exit code 3, at a loss that is not finite."""
 
     def __init__(self, cfg, clock, limit, log, step):
         """limit: s that the steps may take; step: the number of the last one."""
@@ -1238,9 +1406,7 @@ class Meter:
     def add(self, step, schedule, numbers):
         """numbers (2,) on the device: of the step that was queued last."""
         numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory; readable once `done` has passed
-        done = torch.cuda.Event() if self.clock.device.type == "cuda" else None
-        if done:
-            done.record()
+        done = torch.cuda.current_stream().record_event() if self.clock.device.type == "cuda" else None
         self.in_flight.append((step, schedule, numbers, done))
 
     def settle(self, keep):
@@ -1263,9 +1429,9 @@ class Meter:
         step_ms = 1000 * (seconds - self.last["train_seconds"]) / (step - self.last["step"])
         rate = 1000 * cfg.batch_tokens / step_ms  # tokens per second
         eta = self.limit - seconds if cfg.max_seconds else (cfg.max_steps - step) * step_ms / 1000
-        self.last = {"step": step, "train_loss": train_loss, "lr": schedule.lr, "grad_norm": grad_norm,
-                     "step_ms": step_ms, "train_seconds": seconds, "tokens": step * cfg.batch_tokens,
-                     "tokens_per_second": int(rate)}
+        self.last = {"step": step, "train_loss": train_loss, "lr": schedule.lr,
+                     "grad_norm": grad_norm, "step_ms": step_ms, "train_seconds": seconds,
+                     "tokens": step * cfg.batch_tokens, "tokens_per_second": int(rate)}
         if self.peak_flops:
             self.last["mfu"] = rate * count_flops(cfg, schedule.looped) / self.peak_flops
         self.log(kind="step", **self.last, eta=max(int(eta), 0))
@@ -1274,18 +1440,26 @@ class Meter:
 def environment(device):
     """What the numbers were made on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": f"{place_among_ranks()[1]} x {name}", "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
-            "os": platform.system(), "python": platform.python_version(), "torch": str(torch.__version__),
-            "cuda": torch.version.cuda or "", "numpy": np.__version__, "threads": torch.get_num_threads()}
+    return {"device": f"{place_among_ranks()[1]} x {name}",
+            "cpu": f"{os.cpu_count()} cores, {platform.machine()}", "os": platform.system(),
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            "cuda": torch.version.cuda or "", "numpy": np.__version__,
+            "threads": torch.get_num_threads()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
 
+@torch.no_grad()
+def lerp(model, other, share):
+    """The weights of model become share * other's + (1 - share) * its own."""
+    torch._foreach_lerp_([*model.parameters()], [*other.parameters()], share)
+
+
 def train_step(losses, batches, model, optimizers, schedule, cfg):
-    """One update from this rank's batches (tokens, targets, seg) -> (2,) float32 on the device: the loss of all ranks'
-    tokens, the gradient norm before clipping."""
+    """One update from this rank's batches (tokens, targets, seg) -> (2,) float32 on the device: the
+    loss of all ranks' tokens, the gradient norm before clipping."""
     train_loss = torch.zeros((), device=model.embed.weight.device)
     for tokens, targets, seg in batches:
         loss = losses(tokens, targets, seg, schedule.looped).sum() / cfg.batch_tokens
@@ -1296,17 +1470,17 @@ def train_step(losses, batches, model, optimizers, schedule, cfg):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr * group["peak_lr"]
-            if "momentum" in group:
-                group["momentum"] = schedule.momentum
+            group["momentum"] = schedule.momentum  # of which AdamW takes no notice
         optimizer.step()
         optimizer.zero_grad()
     return torch.stack([train_loss, grad_norm])
 
 
 def warm_up(cfg, model, losses, optimizers, batch):
-    """Compile every graph and time calibration, on random tokens and untimed; leaves no trace. A row that does not fit
-    into memory is halved. -> (Config with the row_tokens that fit, seconds of calibration per row)."""
-    initial = {name: p.clone() for name, p in model.state_dict().items()}
+    """Compile every graph and time calibration, on random tokens and untimed; leaves no trace. A
+    row that does not fit into memory is halved. -> (Config with the row_tokens that fit, seconds of
+    calibration per row)."""
+    initial = copy.deepcopy(model.state_dict())
     rng = np.random.default_rng(place_among_ranks()[0])
 
     def random_batch(n):
@@ -1350,17 +1524,20 @@ def main(argv=None):
     # ---- settings, processes, dataset, run folder
     begin = time.perf_counter()
     if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name ends no run
+        # A terminal that cannot show a name ends no run.
+        sys.stdout.reconfigure(errors="backslashreplace")
     preset, cfg, resume = parse_config(sys.argv[1:] if argv is None else argv)
     folder, state = load_state(resume) if resume else (None, {})
     if state:
         preset, cfg = state["preset"], state["config"]
     device = join_ranks(cfg)
     rank, world_size = place_among_ranks()
-    if cfg.data == "demo" and read_launcher()[1] == 0 and not (HERE / "data/demo/meta.json").exists():
-        subprocess.run([sys.executable, str(HERE / "data/prepare.py"), "demo"])  # should it fail, Dataset() stops us
+    made = (HERE / "data/demo/meta.json").exists()
+    if cfg.data == "demo" and not made and read_launcher()[1] == 0:
+        # Should it fail, Dataset() stops us.
+        subprocess.run([sys.executable, str(HERE / "data/prepare.py"), "demo"])
     largest(0)
-    data = Dataset(cfg, rank, world_size)
+    data = Dataset(cfg)
     cfg = replace(cfg, vocab_size=data.vocab_size)
     if rank == 0 and not folder:
         folder = open_run(cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}")
@@ -1368,8 +1545,9 @@ def main(argv=None):
     with Log(folder if rank == 0 else None) as log:
         about = {"preset": preset, "dataset": data.meta, "environment": environment(device)}
         source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        start = {**about, "config": asdict(cfg), "source_sha256": {"train_gpt.py": source}, "time": utc()}
-        log.record(kind="start", **start)
+        start = {**about, "config": asdict(cfg), "source_sha256": {"train_gpt.py": source},
+                 "time": utc()}
+        log.record(kind="resume" if resume else "start", **start)
         log("\n".join(f"{key}: {json.dumps(value)}" for key, value in start.items()))
 
         # ---- model, optimizers, warm-up
@@ -1379,23 +1557,27 @@ def main(argv=None):
         model.place(device)
         cuda = device.type == "cuda"
         hopper = cuda and torch.cuda.get_device_capability(device) == (9, 0)
-        whole_tiles = not (cfg.row_tokens % TILE[0] or cfg.mlp_dim % TILE[1] or cfg.n_embd % TILE[2])
-        model.fused = hopper and triton is not None and whole_tiles
-        compiled = model.kernel_name != "sdpa"  # whose segments change their shapes from row to row
+        rest = cfg.row_tokens % TILE[0] or cfg.mlp_dim % TILE[1] or cfg.n_embd % TILE[2]
+        model.fused = hopper and triton is not None and not rest
+        compiled = model.kernel is not segment_attention  # whose shapes change from row to row
         batch = partial(make_batch, device=device, longest=cfg.seq_len)
         n_params = sum(p.numel() for p in model.parameters())
         if rank == 0 and shutil.disk_usage(folder).free < 40 * n_params:
-            raise ValueError(f"{folder}: this disk has no room for the {40 * n_params:,} bytes that a run may write")
+            raise ValueError(f"{folder}: the disk has no room for {40 * n_params:,} bytes of states")
         optimizers = make_optimizers(model, cfg, compiled)
-        losses = torch.compile(model.losses, dynamic=False, fullgraph=True) if compiled else model.losses
+        losses = model.losses
+        if compiled:
+            losses = torch.compile(losses, dynamic=False, fullgraph=True)
         row_tokens = cfg.row_tokens
         cfg, calib_seconds = warm_up(cfg, model, losses, optimizers, batch)
         if cfg.row_tokens < row_tokens:
-            log(f"--row_tokens={row_tokens} does not fit into memory: {cfg.row_tokens}, the same batch in more passes")
+            log(f"--row_tokens={row_tokens} does not fit into memory: {cfg.row_tokens}, the same "
+                "batch in more passes")
         n_rows = cfg.batch_tokens // cfg.row_tokens
         calib_row = min(cfg.row_tokens, CALIB_ROW)
         calib_rows = math.ceil(cfg.calib_tokens / (calib_row * world_size))
-        # Calibration is part of the budget: what it will take is set aside, by the slowest rank's estimate.
+        # Calibration is part of the budget: what it will take is set aside, by the slowest rank's
+        # estimate.
         (reserve,) = largest(1.2 * calib_seconds * calib_rows)
         limit = cfg.max_seconds - reserve if cfg.max_seconds else math.inf
         if limit <= 0:
@@ -1410,16 +1592,19 @@ def main(argv=None):
             resumed = state["resumed"] + 1
             model.load_state_dict(state["weights"])
             ema.load_state_dict(state["ema"])
-            restore_optimizers(optimizers, state["optimizers"])
-            log(kind="resume", step=step, train_seconds=clock.total, resumed=resumed)
+            for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            log(f"resumed at step {step}, after {clock.total:.1f} s of training")
         loader = Loader(data, cfg, first_row=step * n_rows)
-        calib_loader = Loader(data, replace(cfg, row_tokens=calib_row, batch_tokens=calib_row, seed=cfg.seed + 1))
-        log(f"attention:{model.kernel_name} dtype:{str(model.dtype)[6:]} compile:{'on' if compiled else 'off'} "
-            f"fused:{'on' if model.fused else 'off'} parameters:{n_params} rows_per_step:{n_rows} "
+        calib_cfg = replace(cfg, row_tokens=calib_row, batch_tokens=calib_row, seed=cfg.seed + 1)
+        calib_loader = Loader(data, calib_cfg)
+        log(f"attention:{model.kernel.__name__} dtype:{str(model.dtype)[6:]} compiled:{compiled} "
+            f"fused:{model.fused} parameters:{n_params} rows_per_step:{n_rows} "
             f"rows_per_rank:{n_rows // world_size} val_tokens:{len(data.val)}")
-        if hopper and model.kernel_name != "fa3":
-            log("WARNING: FlashAttention-3 is not installed: FlashAttention-2 takes 7 to 14 ms more of a record step; "
-                "build the package in the folder hopper of github.com/Dao-AILab/flash-attention")
+        if hopper and model.kernel.__name__ != "fa3":
+            log("WARNING: FlashAttention-3 is not installed: FlashAttention-2 takes 7 to 14 ms more of a "
+                "record step; build the package in the folder hopper of github.com/Dao-AILab/flash-attention")
         log(f"warmup_seconds:{time.perf_counter() - begin:.1f} calibration_reserve_seconds:{reserve:.1f}")
 
         # ---- the loop
@@ -1429,37 +1614,33 @@ def main(argv=None):
             if stop_asked:
                 sys.exit(128 + number)
             stop_asked.append(number)
-        signal.signal(signal.SIGINT, ask_to_stop)
-        signal.signal(signal.SIGTERM, ask_to_stop)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask_to_stop)
         if hasattr(signal, "SIGHUP"):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a run outlives its terminal
         meter = Meter(cfg, clock, limit, log, step)
         saved_at = clock.total
         run = {"seed": cfg.seed, **about, "finished": False, "resumed": resumed}
 
-        def mix(share):
-            """The weights become share * averaged + (1 - share) * the last."""
-            with torch.no_grad():
-                torch._foreach_lerp_([*model.parameters()], [*ema.parameters()], share)
-
         def measure(looped):
-            """Scores the weights as they are, the clock stopped; the log and the checkpoint will say so."""
+            """Scores the weights as they are, the clock stopped; the log and the checkpoint will
+            say so."""
             scores = validate(losses, data, cfg, batch, looped)
             log(kind="val", step=step, progress=min(progress, 1.0), **scores, train_seconds=clock.total)
             run.update(scores, steps=step, tokens=step * cfg.batch_tokens, train_seconds=clock.total)
 
         def save_checkpoint(stats):
             if rank == 0:
-                write_checkpoint(folder / "checkpoint.pt", config=asdict(cfg), weights=model.state_dict(), stats=stats,
-                                 run=run, tokenizer=data.tokenizer)
+                write_checkpoint(folder / "checkpoint.pt", config=asdict(cfg), run=run, stats=stats,
+                                 weights=model.state_dict(), tokenizer=data.tokenizer)
 
         def save_state():
             """All from which --resume goes on: rows and random numbers follow from the step."""
             if rank == 0:
                 moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
-                write_checkpoint(folder / "state.pt", config=asdict(cfg), preset=preset, step=step, next_val=next_val,
-                                 seconds=clock.total, resumed=resumed, weights=model.state_dict(),
-                                 ema=ema.state_dict(), optimizers=moments)
+                write_checkpoint(folder / "state.pt", config=asdict(cfg), preset=preset, step=step,
+                                 next_val=next_val, seconds=clock.total, resumed=resumed,
+                                 weights=model.state_dict(), ema=ema.state_dict(), optimizers=moments)
 
         clock.start()
         while True:
@@ -1470,15 +1651,16 @@ def main(argv=None):
                 progress = max(progress, step / cfg.max_steps)
             save_due = bool(cfg.save_every) and seconds - saved_at >= cfg.save_every
             # Rank 0's clock decides for all; a signal that any of them got stops all.
-            progress, save_due, stop = largest(*((progress, save_due) if rank == 0 else (0, 0)), bool(stop_asked))
+            progress, save_due, stop = largest(rank == 0 and progress, rank == 0 and save_due,
+                                               bool(stop_asked))
             if stop or progress >= 1:
                 break
             schedule = schedule_at(cfg, progress)
             if step and progress * cfg.val_points >= next_val:
                 clock.stop()
                 next_val = int(progress * cfg.val_points) + 1
-                last_weights = {name: p.clone() for name, p in model.state_dict().items()}
-                mix(cfg.ema_share)
+                last_weights = copy.deepcopy(model.state_dict())
+                lerp(model, ema, cfg.ema_share)
                 measure(schedule.looped)
                 save_checkpoint({})
                 model.load_state_dict(last_weights)
@@ -1488,28 +1670,31 @@ def main(argv=None):
                 save_state()
                 saved_at = clock.total
                 clock.start()
-            batches = (batch(loader.next(), schedule.seq_len) for micro_step in range(n_rows // world_size))
+            batches = (batch(loader.next(), schedule.seq_len)
+                       for micro_step in range(n_rows // world_size))
             numbers = train_step(losses, batches, model, optimizers, schedule, cfg)
-            with torch.no_grad():
-                torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - cfg.ema_decay)
+            lerp(ema, model, 1 - cfg.ema_decay)
             step += 1
             meter.add(step, schedule, numbers)
 
         # ---- calibration of the averaged weights, the last thing inside the clock
         meter.settle(keep=0)
-        mix(cfg.ema_share)
+        lerp(model, ema, cfg.ema_share)
 
         def late():  # the estimate was too low: fewer tokens do
             return cfg.max_seconds and clock.seconds() >= cfg.max_seconds
         stats = {}
         if calib_rows:
-            stats = calibrate(model, lambda: batch(calib_loader.next(), cfg.seq_len), calib_rows, cfg.seed + rank, late)
+            def next_batch():
+                return batch(calib_loader.next(), cfg.seq_len)
+            stats = calibrate(model, next_batch, calib_rows, cfg.seed + rank, late)
             sum_over_ranks([*stats.values()])
         clock.stop()
 
         # ---- from here on nothing changes the weights: save, validate, sum up
-        run.update(finished=not stop, steps=step, tokens=step * cfg.batch_tokens, train_seconds=clock.total)
-        save_checkpoint(stats)  # at once, for torchrun kills 30 s after it was asked to stop; again with the score
+        run.update(finished=not stop, steps=step, tokens=step * cfg.batch_tokens,
+                   train_seconds=clock.total)
+        save_checkpoint(stats)  # at once, for torchrun kills 30 s after it was asked to stop
         measure(looped=True)
         run["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0
         save_checkpoint(stats)

@@ -67,12 +67,10 @@ def pretend_gpu() -> None:
 
 
 def load_trainer(path: Path):
-    """Another train_gpt.py as a module of its own; its operators get names of their own too."""
-    source = path.read_text().replace("nanogolf::", f"nanogolf{abs(hash(path)) % 10 ** 8}::")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("counted", None, origin=str(ROOT)))
-    module.__file__ = str(ROOT / "train_gpt.py")
-    sys.modules["counted"] = module
-    exec(compile(source, str(path), "exec"), module.__dict__)
+    """Another train_gpt.py as a module of its own."""
+    spec = importlib.util.spec_from_file_location("counted", path)
+    module = sys.modules["counted"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -92,9 +90,12 @@ def count(trainer, settings: dict, looped: bool, code: dict | None = None) -> di
     post_grad.reinplace_inplaceable_ops = lambda *_, **__: None  # trips over devices that change
     cfg = trainer.Config(**{"vocab_size": 16384, **settings})
     mode, gpu, kernels, saved = FakeTensorMode(), torch.device("cuda", 0), [], [0]
-    fused = {name: getattr(trainer, name) for name in ("fused_mlp", "fused_ce")}
-    attend = lambda q, k, v, seg: torch.ops.roofline.attention(q, k, v, seg.cu_seqlens)[0]
-    model = trainer.GPT(cfg, attend, torch.bfloat16, **fused)
+    ops = torch.ops.roofline
+    trainer.up_product = lambda a, b, pre=None: ops.mlp_up(a, b) if pre is None else ops.mlp_dpre(a, b, pre)
+    trainer.softcap_ce, trainer.softcap_ce_backward = ops.softcap_ce, ops.softcap_ce_backward
+    model = trainer.GPT(cfg)
+    model.dtype, model.fused = torch.bfloat16, True
+    model.kernel = lambda q, k, v, seg: ops.attention(q, k, v, seg.cu_seqlens)[0]
     names = [name for name, _ in model.named_parameters()]
 
     def compiler(which):
@@ -138,7 +139,7 @@ def count(trainer, settings: dict, looped: bool, code: dict | None = None) -> di
         wrapped = torch.nn.Module()
         wrapped.m, wrapped.forward = model, model.losses
         return torch.func.functional_call(wrapped, {f"m.{n}": p for n, p in zip(names, parameters)}, (
-            tokens, targets, trainer.Segments(cu, pos, cfg.seq_len, None), looped)).sum() / cfg.batch_tokens
+            tokens, targets, trainer.Segments(cu, pos, cfg.seq_len), looped)).sum() / cfg.batch_tokens
 
     with mode:  # on the CPU: gradients of fake CUDA tensors would ask the driver for a stream
         parameters = [torch.empty(p.shape, requires_grad=True) for p in model.parameters()]
@@ -170,26 +171,26 @@ def assemble(code: dict) -> list[tuple[str, int, int]]:
     return found
 
 
-def define_attention() -> None:
-    """Attention as one opaque kernel with its backward: q (N, H, d), k and v (N, K, d)."""
-    op = lambda name: torch.library.custom_op(f"roofline::{name}", mutates_args=())
+def define_kernels() -> None:
+    """Attention, and the trainer's Triton kernels, as opaque operators: counted by what they read and write."""
+    def op(name, signature, shapes):
+        torch.library.define(f"roofline::{name}", signature)
+        torch.library.register_fake(f"roofline::{name}", shapes)
 
-    @op("attention")
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                  cu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        raise RuntimeError("counted, not run")
-
-    @op("attention_backward")
-    def backward(g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
-                 lse: torch.Tensor, cu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        raise RuntimeError("counted, not run")
-
-    attention.register_fake(lambda q, k, v, cu: (
+    op("attention", "(Tensor q, Tensor k, Tensor v, Tensor cu) -> (Tensor, Tensor)", lambda q, k, v, cu: (
         q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
-    backward.register_fake(lambda g, q, k, v, o, lse, cu: tuple(x.new_empty(x.shape) for x in (q, k, v)))
-    attention.register_autograd(
-        lambda ctx, g, _: (*backward(g, *ctx.saved_tensors), None),
+    op("attention_backward", "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu) -> "
+       "(Tensor, Tensor, Tensor)", lambda g, q, k, v, o, lse, cu: tuple(x.new_empty(x.shape) for x in (q, k, v)))
+    torch.library.register_autograd(
+        "roofline::attention", lambda ctx, g, _: (*torch.ops.roofline.attention_backward(g, *ctx.saved_tensors), None),
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, inputs[3]))
+    op("mlp_up", "(Tensor x, Tensor up) -> (Tensor, Tensor)", lambda x, up: (
+        x.new_empty(len(x), len(up)), x.new_empty(len(x), len(up))))
+    op("mlp_dpre", "(Tensor dy, Tensor down, Tensor pre) -> Tensor", lambda dy, down, pre: torch.empty_like(pre))
+    op("softcap_ce", "(Tensor x, Tensor targets, float cap) -> (Tensor, Tensor)", lambda x, targets, cap: (
+        x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), dtype=torch.float32)))
+    op("softcap_ce_backward", "(Tensor x, Tensor targets, Tensor lse, Tensor grad, float cap) -> Tensor",
+       lambda x, targets, lse, grad, cap: torch.empty_like(x))
 
 
 def totals(x: dict) -> dict:
@@ -219,12 +220,15 @@ def main() -> int:
     args = vars(parser.parse_args())
     against, code = args.pop("against"), {False: {}, True: {}} if args.pop("compile") else {False: None, True: None}
     settings = {k: v for k, v in args.items() if v is not None}
-    train_gpt.check_config(train_gpt.Config(**settings))
+    try:
+        train_gpt.Config(**settings)
+    except ValueError as e:
+        raise BadInput(str(e)) from None
     if not torch.version.cuda or not torch.__version__.startswith("2.11"):
         raise BadInput(f"roofline.py needs a CUDA build of torch 2.11, here is {torch.__version__}: "
                        "python3 -m venv cu && cu/bin/pip install torch==2.11.0 numpy tiktoken zstandard")
     pretend_gpu()
-    define_attention()
+    define_kernels()
     counted = {"": train_gpt}
     if against:
         shown = subprocess.run(["git", "show", f"{against}:train_gpt.py"], cwd=ROOT, capture_output=True, text=True)
