@@ -2123,12 +2123,13 @@ def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_its_verdict(tmp_
     out = turn("--idea=a wider gate", "--data=x")
     assert out.index("noise ") < out.index("verdict    keep")
     [curves] = tmp_path.glob("runs/turns/a-wider-gate_*/curves.svg")
+    rate = "--idea=a rate", "--data=x", f"--parent={curves.parent.name}_s1", "--", "--lr=9"
+    turn(*rate, code=2)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
-    out = turn("--idea=a rate", "--data=x", f"--parent={curves.parent.name}_s1", "--", "--lr=9",
-               code=2)
+    out = turn(*rate, code=2)
     assert "_s1: no score, a nan; see runs/turns/a-rate_" in out and "no whole score" in out
     after = {path: path.stat().st_mtime_ns for path in before}
-    assert len(before) == 6 and after == before   # nothing ran again
+    assert len(before) == 9 and after == before   # nothing ran again, not what failed either
     wider, rate = turn().split("; n ")[:2]
     assert wider.startswith("keep: +0.009") and "moved model; a-wider" in rate
     assert "drop: {'a nan'}" in rate and "moved optimizer; a-rate" in turn()
