@@ -55,7 +55,7 @@ from train_gpt import Config, GPT, Loader, make_segments
 
 
 TINY = dict(n_layer=4, n_embd=32, n_head=4, n_kv_head=2, mlp_dim=64, loop_first=1, loop_last=1, loop_passes=3,
-            two_lane_from=3, rope_dims=4, vocab_size=64, batch_tokens=512, row_tokens=128, seq_len=48)
+            two_lane_from=3, rope_dims=4, copy_dim=8, vocab_size=64, batch_tokens=512, row_tokens=128, seq_len=48)
 RUN = [f"--{k}={v}" for k, v in {**TINY, "vocab_size": 0, "data": "synthetic", "calib_tokens": 256, "val_points": 2,
                                  "device": "cpu"}.items()]
 
@@ -247,6 +247,30 @@ def test_the_first_minutes_on_a_gpu_can_be_rehearsed_without_one():
         assert words in out and "FAILED" not in out, out
 
 
+def test_the_pointer_gives_what_stood_before_the_share_that_its_formula_says():
+    model = tiny_model()
+    text = torch.randint(64, (129,), generator=torch.Generator().manual_seed(0)) % 9
+    tokens, targets, seg = text[:-1], text[1:], make_segments(np.array([0, 50]), 128, 48)
+    with torch.no_grad():
+        hidden = model(tokens, seg)
+        q, k, sink, gate = model.pointer(hidden, seg)
+        found = model.probabilities(hidden, tokens, seg)
+        losses = model.losses(tokens, targets, seg, True)
+        flexible = train_gpt.flex_copies(q, k, tokens, targets, seg)
+        one_by_one = train_gpt.segment_copies(q, k, tokens, targets, seg)
+    for t in range(128):
+        begin = t - int(seg.pos[t])
+        weights = torch.cat([q[t] @ k[begin:t].T, sink[t:t + 1]]).softmax(0) * gate[t].sigmoid()
+        p = model.logits(hidden[t]).softmax(-1).detach() * (1 - weights[:-1].sum())
+        for token, weight in zip(tokens[begin:t], weights):
+            p[token] += weight
+        torch.testing.assert_close(found[t], p)
+        assert losses[t].item() == pytest.approx(-p[targets[t]].log().item(), rel=1e-4)
+    assert (losses.diff().abs() > 0).all()
+    for a, b in zip(flexible, one_by_one):
+        torch.testing.assert_close(a.clamp(min=-1e3), b.clamp(min=-1e3))
+
+
 # ---- the optimizers
 
 
@@ -273,7 +297,7 @@ def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
     for name, p in model.named_parameters():
         w, g = before[name], grads[name]
         if name in GPT.MATRICES:
-            parts = model.qkv_sizes if name == "qkv" else [g.size(1)]
+            parts = {"qkv": model.qkv_sizes, "copy": [8, 8, 8]}.get(name, [g.size(1)])
             u = torch.cat([train_gpt.orthogonalize(1.9 * x) for x in g.split(parts, 1)], 1)
             expect = w * (1 - 0.5 * cfg.matrix_lr * cfg.matrix_wd) - 0.5 * cfg.matrix_lr * u
         else:
