@@ -306,7 +306,7 @@ def flex_copies(q, k, tokens, targets, seg):
     TFLOP and 0.8 GB. Scores in memory would be 0.8 GB for each 2,048 places, ten times over. """
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
     start = torch.arange(len(q), device=q.device) - seg.pos  # of each token's segment
-    block = torch.arange(len(q) // COPY_BLOCK, device=q.device)
+    block = torch.arange(math.ceil(len(q) / COPY_BLOCK), device=q.device)
     first = start[::COPY_BLOCK] // COPY_BLOCK
     looked_at = (first[:, None] + block).clamp(max=len(block) - 1)
     looked_at = [x.int()[None, None] for x in (block - first + 1, looked_at)]  # number, indices
@@ -319,7 +319,8 @@ def flex_copies(q, k, tokens, targets, seg):
 
     found = []
     for mask in (before, same):
-        mask = BlockMask.from_kv_blocks(*looked_at, BLOCK_SIZE=COPY_BLOCK, mask_mod=mask)
+        mask = BlockMask.from_kv_blocks(*looked_at, BLOCK_SIZE=COPY_BLOCK, mask_mod=mask,
+                                        seq_lengths=(len(q), len(q)))
         no_values = torch.zeros_like(k[None, None, :, :16])
         _, more = flex_attention(q[None, None], k[None, None], no_values, block_mask=mask, scale=1.0,
                                  return_aux=AuxRequest(lse=True))

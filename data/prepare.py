@@ -24,10 +24,8 @@ import shutil
 import signal
 import sys
 import sysconfig
-import threading
 import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -269,29 +267,31 @@ def write_ranges(texts, folder, left_out=()):
     return ranges
 
 
-def start_worker():
-    """Ctrl-C ends a worker without a word, and so does the end of the process that started it,
-    however it ends."""
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
+def run_job(*job):
+    def main():
+        make_shard(*job)
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)   # of Ctrl-C the parent speaks
+    sys.exit(command(main))
 
 
-def in_parallel(function, arguments, workers):
-    """Yields function(*arguments) of each, in order."""
-    workers = min(workers, len(arguments))
-    if workers < 2:
-        yield from itertools.starmap(function, arguments)
+def make_shards(jobs, workers):
+    """Yields make_shard(*job) of each, in order. A process makes one shard and ends, also where its
+    parent was killed; so there is no queue, and nothing that could wait for ever."""
+    if min(workers, len(jobs)) < 2:
+        yield from itertools.starmap(make_shard, jobs)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
-    try:
-        yield from pool.map(function, *zip(*arguments, strict=True))
-    finally:
-        for child in multiprocessing.active_children():
-            child.terminate()
+    process = multiprocessing.get_context("spawn").Process
+    processes = [process(target=run_job, args=job, daemon=True) for job in jobs]
+    for first in processes[:workers]:
+        first.start()
+    for number, (_, path, _) in enumerate(jobs):
+        processes[number].join()
+        if processes[number].exitcode:
+            raise BadInput(f"{path}: not written (exit code {processes[number].exitcode})")
+        for following in processes[number + workers:][:1]:
+            following.start()
+        yield read_shard(path).size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def build(folder, args, val, ranges, wanted=sys.maxsize):
     done = []
     with Progress("tokenizing", min(wanted, RANGE_BYTES * len(jobs)), "tokens") as progress:
         while todo := jobs[len(done):n_jobs]:
-            for n_tokens in in_parallel(make_shard, todo, args.workers):
+            for n_tokens in make_shards(todo, args.workers):
                 documents = ranges[len(done)].path
                 if folder in documents.parents:
                     documents.unlink(missing_ok=True)
