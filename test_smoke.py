@@ -136,6 +136,24 @@ def test_the_pointers_sums_are_of_the_places_before_in_the_segment():
         torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_what_follows_is_the_mixture_that_the_pointer_promises_and_what_is_trained():
+    model = tiny_model()
+    text = torch.randint(9, (129,))
+    tokens, targets, seg = text[:-1], text[1:], make_segments(np.array([0, 50]), 128, 48)
+    with torch.no_grad():
+        hidden = model(tokens, seg)
+        q, k, sink, gate = model.pointer(hidden, seg)
+        own = model.logits(hidden).softmax(-1)
+        found = model.probabilities(hidden, tokens, seg)
+        losses = model.losses(tokens, targets, seg, True)
+    for t in range(128):
+        begin = t - int(seg.pos[t])
+        share = torch.cat([k[begin:t] @ q[t], sink[t:t + 1]]).softmax(0)[:-1] * gate[t].sigmoid()
+        p = (own[t] * (1 - share.sum())).index_add(0, tokens[begin:t], share)
+        torch.testing.assert_close(found[t], p)
+        assert losses[t].item() == pytest.approx(-p[targets[t]].log().item(), rel=1e-4)
+
+
 def test_a_token_sees_only_its_own_segment_and_its_past():
     model, tokens, starts = tiny_model(), torch.randint(64, (128,)), np.array([0, 30, 77])
     seg = make_segments(starts, 128, 48)                             # segments 0-30, 30-77, 77-125, 125-128
