@@ -480,7 +480,7 @@ def digest(state):
 # The artifact: a zip that Python runs, whose archive comment is the sha256 of every byte before it.
 
 SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py",    # of an artifact: all that scores it
-           "data/__init__.py", "data/confine.py", "data/dataset.py", "data/runs.py", "data/tokenizer.py")
+           "data/__init__.py", "data/dataset.py", "data/tokenizer.py")
 MAIN = b"""import sys, eval_bpb
 from data.dataset import command
 sys.exit(command(lambda: eval_bpb.main(sys.argv)))
@@ -706,6 +706,7 @@ def main(argv=None):
         print(f"{run} has not ended: packed as of step {checkpoint['run']['steps']}")
     if not checkpoint["tokenizer"]:
         raise BadInput(f"{path}: trained on synthetic tokens: no tokenizer, nothing to score")
+    Tokenizer(checkpoint["tokenizer"].encode())    # BadInput for one of another format
     measure = ("expected KL(full precision || packed), nats per token, "
                "by the checkpoint's statistics")
     if not checkpoint["stats"]:

@@ -136,6 +136,24 @@ def test_the_pointers_sums_are_of_the_places_before_in_the_segment():
         torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_what_follows_is_the_mixture_that_the_pointer_promises_and_what_is_trained():
+    model = tiny_model()
+    text = torch.randint(9, (129,))
+    tokens, targets, seg = text[:-1], text[1:], make_segments(np.array([0, 50]), 128, 48)
+    with torch.no_grad():
+        hidden = model(tokens, seg)
+        q, k, sink, gate = model.pointer(hidden, seg)
+        own = model.logits(hidden).softmax(-1)
+        found = model.probabilities(hidden, tokens, seg)
+        losses = model.losses(tokens, targets, seg, True)
+    for t in range(128):
+        begin = t - int(seg.pos[t])
+        share = torch.cat([k[begin:t] @ q[t], sink[t:t + 1]]).softmax(0)[:-1] * gate[t].sigmoid()
+        p = (own[t] * (1 - share.sum())).index_add(0, tokens[begin:t], share)
+        torch.testing.assert_close(found[t], p)
+        assert losses[t].item() == pytest.approx(-p[targets[t]].log().item(), rel=1e-4)
+
+
 def test_a_token_sees_only_its_own_segment_and_its_past():
     model, tokens, starts = tiny_model(), torch.randint(64, (128,)), np.array([0, 30, 77])
     seg = make_segments(starts, 128, 48)                             # segments 0-30, 30-77, 77-125, 125-128
@@ -2125,12 +2143,13 @@ def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_its_verdict(tmp_
     out = turn("--idea=a wider gate", "--data=x")
     assert out.index("noise ") < out.index("verdict    keep")
     [curves] = tmp_path.glob("runs/turns/a-wider-gate_*/curves.svg")
+    rate = "--idea=a rate", "--data=x", f"--parent={curves.parent.name}_s1", "--", "--lr=9"
+    turn(*rate, code=2)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
-    out = turn("--idea=a rate", "--data=x", f"--parent={curves.parent.name}_s1", "--", "--lr=9",
-               code=2)
+    out = turn(*rate, code=2)
     assert "_s1: no score, a nan; see runs/turns/a-rate_" in out and "no whole score" in out
     after = {path: path.stat().st_mtime_ns for path in before}
-    assert len(before) == 6 and after == before   # nothing ran again
+    assert len(before) == 9 and after == before   # nothing ran again, not what failed either
     wider, rate = turn().split("; n ")[:2]
     assert wider.startswith("keep: +0.009") and "moved model; a-wider" in rate
     assert "drop: {'a nan'}" in rate and "moved optimizer; a-rate" in turn()

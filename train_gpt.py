@@ -322,9 +322,10 @@ def flex_copies(q, k, tokens, targets, seg):
         mask = BlockMask.from_kv_blocks(*looked_at, BLOCK_SIZE=COPY_BLOCK, mask_mod=mask,
                                         seq_lengths=(len(q), len(q)))
         no_values = torch.zeros_like(k[None, None, :, :16])
-        _, more = flex_attention(q[None, None], k[None, None], no_values, block_mask=mask, scale=1.0,
-                                 return_aux=AuxRequest(lse=True))
-        found.append(more.lse[0, 0].clamp(min=FAR))
+        zeros, more = flex_attention(q[None, None], k[None, None], no_values, block_mask=mask,
+                                     scale=1.0, return_aux=AuxRequest(lse=True))
+        # The zeros, for torch cannot differentiate a log-sum-exp alone.
+        found.append((more.lse + zeros[..., 0])[0, 0].clamp(min=FAR))
     return found
 
 

@@ -77,13 +77,14 @@ def atomic_write(path, mode="wb"):
     """A file whose content replaces `path` in one step when the block ends well; otherwise `path`
     stays as it is.
 
-    Writes to a temporary name beside it, fsync, rename. OSError (full disk, no permission) ->
-    BadInput with the name.
+    Writes to a temporary name beside it, fsync, rename; follows no link. OSError (full disk, no
+    permission) -> BadInput with the name.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
