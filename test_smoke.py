@@ -598,7 +598,6 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, monkeypa
     assert int(re.search(r"resumed at step (\d+)", Path("runs/killed/log.txt").read_text())[1]) > 0
     for kind in ("weights", "stats"):
         assert all(torch.equal(x, resumed[kind][k]) for k, x in whole[kind].items())
-    assert (whole["run"]["resumed"], resumed["run"]["resumed"]) == (0, 1)
     assert {*os.listdir("runs/killed")} == {"checkpoint.pt", "log.txt", "metrics.jsonl", "source"}
     with pytest.raises(ValueError, match="nothing to go on from"):
         train_gpt.main(["--resume=killed"])

@@ -1247,7 +1247,7 @@ def write_checkpoint(path, **values):
 
 CHECKPOINT = {"weights": dict, "stats": dict, "run": dict, "tokenizer": str}
 STATE = {"weights": dict, "ema": dict, "optimizers": list, "preset": str, "step": int,
-         "next_val": int, "seconds": float, "resumed": int}
+         "next_val": int, "seconds": float}
 
 
 def load_checkpoint(path, kinds=CHECKPOINT):
@@ -1587,10 +1587,8 @@ def main(argv=None):
         clock = Clock(device)
         step = 0
         next_val = 1
-        resumed = 0
         if state:
             step, next_val, clock.total = state["step"], state["next_val"], state["seconds"]
-            resumed = state["resumed"] + 1
             model.load_state_dict(state["weights"])
             ema.load_state_dict(state["ema"])
             for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
@@ -1621,7 +1619,7 @@ def main(argv=None):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a run outlives its terminal
         meter = Meter(cfg, clock, limit, log, step)
         saved_at = clock.total
-        run = {"seed": cfg.seed, **about, "finished": False, "resumed": resumed}
+        run = {"seed": cfg.seed, **about, "finished": False}
 
         def measure(looped):
             """Scores the weights as they are, the clock stopped; the log and the checkpoint will
@@ -1640,8 +1638,8 @@ def main(argv=None):
             if rank == 0:
                 moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
                 write_checkpoint(folder / "state.pt", config=asdict(cfg), preset=preset, step=step,
-                                 next_val=next_val, seconds=clock.total, resumed=resumed,
-                                 weights=model.state_dict(), ema=ema.state_dict(), optimizers=moments)
+                                 next_val=next_val, seconds=clock.total, optimizers=moments,
+                                 weights=model.state_dict(), ema=ema.state_dict())
 
         clock.start()
         while True:
