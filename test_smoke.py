@@ -902,8 +902,10 @@ def test_fineweb_grows_and_keeps_documents_for_another_tokenizer(hub, tmp_path, 
     assert len(grown) > len(first) and grown | first == grown
     prepare_main(monkeypatch, tmp_path, *small)
     assert read_meta(folder)["files"] == grown   # nothing is taken away
-    with pytest.raises(BadInput, match="begun with another"):
-        prepare_main(monkeypatch, tmp_path, *FINEWEB, "--text_rule=nmt_nfkc")
+    (other := tmp_path / "other.json").write_bytes(DEMO.replace(b"demo", b"dome"))
+    for flag in ("--text_rule=nmt_nfkc", f"--tokenizer={other}"):
+        with pytest.raises(BadInput, match="begun with another"):
+            prepare_main(monkeypatch, tmp_path, *FINEWEB, flag)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
