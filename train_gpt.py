@@ -1596,8 +1596,6 @@ def main(argv=None):
                 optimizer.load_state_dict({"state": moments, "param_groups": groups})
             log(f"resumed at step {step}, after {clock.total:.1f} s of training")
         loader = Loader(data, cfg, first_row=step * n_rows)
-        calib_cfg = replace(cfg, row_tokens=calib_row, batch_tokens=calib_row, seed=cfg.seed + 1)
-        calib_loader = Loader(data, calib_cfg)
         log(f"attention:{model.kernel.__name__} dtype:{str(model.dtype)[6:]} compiled:{compiled} "
             f"fused:{model.fused} parameters:{n_params} rows_per_step:{n_rows} "
             f"rows_per_rank:{n_rows // world_size} val_tokens:{len(data.val)}")
@@ -1685,7 +1683,7 @@ def main(argv=None):
         stats = {}
         if calib_rows:
             def next_batch():
-                return batch(calib_loader.next(), cfg.seq_len)
+                return batch(loader.next()[:calib_row + 1], cfg.seq_len)
             stats = calibrate(model, next_batch, calib_rows, cfg.seed + rank, late)
             sum_over_ranks([*stats.values()])
         clock.stop()
