@@ -27,6 +27,7 @@ from itertools import product
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
+sys.path.append(str(Path(__file__).absolute().parent))    # where PYTHONSAFEPATH leaves it out
 from train_gpt import GPT, Config, block_order, load_checkpoint  # sets what OpenMP reads: before torch
 from data.dataset import BadInput, Parser, Progress, atomic_write, command
 from data.tokenizer import Tokenizer

@@ -598,7 +598,6 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, monkeypa
     assert int(re.search(r"resumed at step (\d+)", Path("runs/killed/log.txt").read_text())[1]) > 0
     for kind in ("weights", "stats"):
         assert all(torch.equal(x, resumed[kind][k]) for k, x in whole[kind].items())
-    assert (whole["run"]["resumed"], resumed["run"]["resumed"]) == (0, 1)
     assert {*os.listdir("runs/killed")} == {"checkpoint.pt", "log.txt", "metrics.jsonl", "source"}
     with pytest.raises(ValueError, match="nothing to go on from"):
         train_gpt.main(["--resume=killed"])
@@ -688,7 +687,8 @@ def unicode_strings(n, seed):
 
 def test_tokenizer_gives_every_unicode_string_back():
     tokenizer = Tokenizer(DEMO)
-    texts = [*unicode_strings(8000, 7), "", "C the U nasa L", "A" * 999, "HTTPServer PDFs iPhone A I" * 9, " " * 100_000]
+    texts = [*unicode_strings(8000, 7), "", "C the U nasa L", "A" * 999, "HTTPServer PDFs iPhone A I" * 9,
+             " " * 100_000]
     for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
         assert restore_case(lower_case(text)) == text == tokenizer.decode(tokens)
         assert np.flatnonzero(tokens == tokenizer.boundary).tolist() == [0] and tokens.dtype == np.uint16
@@ -737,7 +737,8 @@ def texts_in(folder, split):
     """-> the documents of a split, by its tokens"""
     tokens = np.concatenate([read_shard(path) for path in sorted(folder.glob(f"{split}_*.bin"))])
     tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
-    return [tokenizer.decode(part) for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.boundary))[1:]]
+    starts = np.flatnonzero(tokens == tokenizer.boundary)
+    return [tokenizer.decode(part) for part in np.split(tokens, starts)[1:]]
 
 
 def test_a_dataset_holds_its_documents_exactly(dataset):
@@ -831,7 +832,8 @@ def test_docs_reads_every_kind_of_file_to_the_same_documents(tmp_path, monkeypat
     texts = words(60, 4)
     plain = jsonl(texts)
     lines = plain.splitlines(keepends=True)
-    kinds = {"a.jsonl": plain, "B.JSONL": b"\xef\xbb\xbf" + plain[:-1], "c.jsonl.gz": b"".join(map(gzip.compress, lines)),
+    kinds = {"a.jsonl": plain, "B.JSONL": b"\xef\xbb\xbf" + plain[:-1],
+             "c.jsonl.gz": b"".join(map(gzip.compress, lines)),
              "d.jsonl.zst": b"".join(map(zstandard.compress, lines)), "e.jsonl.zst": zstd_long(plain),
              "f.jsonl": gzip.compress(plain), "g.jsonl": plain.replace(b"\n", b"\r\n"),
              "h.jsonl": plain.replace(b"\n", b"\r"), "content.jsonl": jsonl(texts, "content")}
@@ -865,7 +867,8 @@ def test_an_error_is_one_line_that_shows_what_cannot_be_printed(monkeypatch):
 
 def test_a_terminated_docs_leaves_nothing(tmp_path):
     data = Path(shutil.copytree(ROOT / "data", tmp_path / "data", ignore=lambda *_: {"demo", "fineweb", "__pycache__"}))
-    (tmp_path / "in.jsonl").write_bytes(b"".join(b'{"text": "%d %s"}\n' % (n, b"the dog " * 200) for n in range(10_000)))
+    docs = (b'{"text": "%d %s"}\n' % (n, b"the dog " * 200) for n in range(10_000))
+    (tmp_path / "in.jsonl").write_bytes(b"".join(docs))
     before = {*os.listdir(data), "__pycache__"}
     process = start(data / "prepare.py", "docs", tmp_path / "in.jsonl", "--name=x", f"--tokenizer={DEMO_PATH}")
     while process.poll() is None and not [*data.glob(".x.*/documents")]:
@@ -1002,8 +1005,10 @@ def test_fineweb_grows_and_keeps_documents_for_another_tokenizer(hub, tmp_path, 
     assert len(grown) > len(first) and grown | first == grown
     prepare_main(monkeypatch, tmp_path, *small)
     assert read_meta(folder)["files"] == grown   # nothing is taken away
-    with pytest.raises(BadInput, match="begun with another"):
-        prepare_main(monkeypatch, tmp_path, *FINEWEB, "--text_rule=nmt_nfkc")
+    (other := tmp_path / "other.json").write_bytes(DEMO.replace(b"demo", b"dome"))
+    for flag in ("--text_rule=nmt_nfkc", f"--tokenizer={other}"):
+        with pytest.raises(BadInput, match="begun with another"):
+            prepare_main(monkeypatch, tmp_path, *FINEWEB, flag)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
