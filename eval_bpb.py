@@ -21,6 +21,7 @@ import time
 BEGIN = time.perf_counter() - time.process_time()  # of the process: so far all its time was CPU time
 import json
 import os
+import sys
 from collections import defaultdict
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: see train_gpt.py
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # where PYTHONSAFEPATH leaves it out
 from data.dataset import BadInput
 from train_gpt import Segments, block_order, make_segments
 

@@ -27,6 +27,7 @@ from itertools import product
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
+sys.path.append(str(Path(__file__).absolute().parent))    # where PYTHONSAFEPATH leaves it out
 from train_gpt import GPT, Config, block_order, load_checkpoint  # sets what OpenMP reads: before torch
 from data.dataset import BadInput, Parser, Progress, atomic_write, command
 from data.tokenizer import Tokenizer
@@ -706,6 +707,7 @@ def main(argv=None):
         print(f"{run} has not ended: packed as of step {checkpoint['run']['steps']}")
     if not checkpoint["tokenizer"]:
         raise BadInput(f"{path}: trained on synthetic tokens: no tokenizer, nothing to score")
+    Tokenizer(checkpoint["tokenizer"].encode())    # BadInput for one of another format
     measure = ("expected KL(full precision || packed), nats per token, "
                "by the checkpoint's statistics")
     if not checkpoint["stats"]:

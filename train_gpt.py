@@ -322,9 +322,10 @@ def flex_copies(q, k, tokens, targets, seg):
         mask = BlockMask.from_kv_blocks(*looked_at, BLOCK_SIZE=COPY_BLOCK, mask_mod=mask,
                                         seq_lengths=(len(q), len(q)))
         no_values = torch.zeros_like(k[None, None, :, :16])
-        _, more = flex_attention(q[None, None], k[None, None], no_values, block_mask=mask, scale=1.0,
-                                 return_aux=AuxRequest(lse=True))
-        found.append(more.lse[0, 0].clamp(min=FAR))
+        zeros, more = flex_attention(q[None, None], k[None, None], no_values, block_mask=mask,
+                                     scale=1.0, return_aux=AuxRequest(lse=True))
+        # The zeros, for torch cannot differentiate a log-sum-exp alone.
+        found.append((more.lse + zeros[..., 0])[0, 0].clamp(min=FAR))
     return found
 
 
@@ -1246,7 +1247,7 @@ def write_checkpoint(path, **values):
 
 CHECKPOINT = {"weights": dict, "stats": dict, "run": dict, "tokenizer": str}
 STATE = {"weights": dict, "ema": dict, "optimizers": list, "preset": str, "step": int,
-         "next_val": int, "seconds": float, "resumed": int}
+         "next_val": int, "seconds": float}
 
 
 def load_checkpoint(path, kinds=CHECKPOINT):
@@ -1586,10 +1587,8 @@ def main(argv=None):
         clock = Clock(device)
         step = 0
         next_val = 1
-        resumed = 0
         if state:
             step, next_val, clock.total = state["step"], state["next_val"], state["seconds"]
-            resumed = state["resumed"] + 1
             model.load_state_dict(state["weights"])
             ema.load_state_dict(state["ema"])
             for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
@@ -1597,8 +1596,6 @@ def main(argv=None):
                 optimizer.load_state_dict({"state": moments, "param_groups": groups})
             log(f"resumed at step {step}, after {clock.total:.1f} s of training")
         loader = Loader(data, cfg, first_row=step * n_rows)
-        calib_cfg = replace(cfg, row_tokens=calib_row, batch_tokens=calib_row, seed=cfg.seed + 1)
-        calib_loader = Loader(data, calib_cfg)
         log(f"attention:{model.kernel.__name__} dtype:{str(model.dtype)[6:]} compiled:{compiled} "
             f"fused:{model.fused} parameters:{n_params} rows_per_step:{n_rows} "
             f"rows_per_rank:{n_rows // world_size} val_tokens:{len(data.val)}")
@@ -1620,7 +1617,7 @@ def main(argv=None):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a run outlives its terminal
         meter = Meter(cfg, clock, limit, log, step)
         saved_at = clock.total
-        run = {"seed": cfg.seed, **about, "finished": False, "resumed": resumed}
+        run = {"seed": cfg.seed, **about, "finished": False}
 
         def measure(looped):
             """Scores the weights as they are, the clock stopped; the log and the checkpoint will
@@ -1639,8 +1636,8 @@ def main(argv=None):
             if rank == 0:
                 moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
                 write_checkpoint(folder / "state.pt", config=asdict(cfg), preset=preset, step=step,
-                                 next_val=next_val, seconds=clock.total, resumed=resumed,
-                                 weights=model.state_dict(), ema=ema.state_dict(), optimizers=moments)
+                                 next_val=next_val, seconds=clock.total, optimizers=moments,
+                                 weights=model.state_dict(), ema=ema.state_dict())
 
         clock.start()
         while True:
@@ -1686,7 +1683,7 @@ def main(argv=None):
         stats = {}
         if calib_rows:
             def next_batch():
-                return batch(calib_loader.next(), cfg.seq_len)
+                return batch(loader.next()[:calib_row + 1], cfg.seq_len)
             stats = calibrate(model, next_batch, calib_rows, cfg.seed + rank, late)
             sum_over_ranks([*stats.values()])
         clock.stop()

@@ -61,7 +61,11 @@ def printable(text, encoding="utf-8"):
 
 
 def command(main):
-    """Runs main() -> its exit code. BadInput -> "PROG: message" on stderr and 2; Ctrl-C -> 130."""
+    """Runs main() -> its exit code. BadInput -> "PROG: message" on stderr and 2; Ctrl-C -> 130. What
+    the terminal cannot show is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main() or 0
     except BadInput as error:

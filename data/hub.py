@@ -11,7 +11,7 @@ import os
 import sys
 import time
 
-from data.dataset import BadInput, atomic_write
+from data.dataset import BadInput, atomic_write, printable
 
 REPO = "willdepueoai/parameter-golf"
 DOCS = "datasets/docs_selected.jsonl"
@@ -37,7 +37,7 @@ def insist(ask, name):
             return ask()
         except Exception as error:   # whatever huggingface_hub and the HTTP library below it raise in this version
             failure = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        print(f"{name}: {failure}", file=sys.stderr)
+        print(printable(f"{name}: {failure}", sys.stderr.encoding), file=sys.stderr)
         time.sleep(WAIT_SECONDS * 2 ** attempt)
     raise BadInput(f"{name}: {failure} ({TRIES} times); run the command again to continue")
 

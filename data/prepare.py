@@ -318,6 +318,7 @@ def build(folder, args, val, ranges, wanted=sys.maxsize):
     if begun not in (None, blob):
         raise BadInput(f"{path}: begun with another tokenizer; remove {folder} or change --name")
     if not blob:
+        print("training a tokenizer", flush=True)
         blob = train_tokenizer(lambda: texts_in(ranges), args.vocab_size, args.phrases, args.name)
     with atomic_write(path) as file:
         file.write(blob)
@@ -325,8 +326,7 @@ def build(folder, args, val, ranges, wanted=sys.maxsize):
     write_shard(folder / "val_000000.bin", tokens)
     jobs = [(part, folder / f"train_{number:06d}.bin", blob) for number, part in enumerate(ranges)]
     # The guess is a little low, for ranges hold JSON's marks too; what is missing then comes last.
-    guess = wanted * val["val_bytes"] // (tokens.size * RANGE_BYTES)
-    n_jobs = max(1, guess, len([*folder.glob("train_*.bin")]))
+    n_jobs = max(1, wanted * val["val_bytes"] // (tokens.size * RANGE_BYTES))
     done = []
     with Progress("tokenizing", min(wanted, RANGE_BYTES * len(jobs)), "tokens") as progress:
         while todo := jobs[len(done):n_jobs]:

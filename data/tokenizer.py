@@ -80,7 +80,6 @@ class Tokenizer:
             spec = json.loads(blob)
             if spec["format"] != 2:
                 raise ValueError(f"format {spec['format']!r:.20}, not 2: prepare the dataset again")
-            self.name = str(spec["name"])
             self.pieces = [b"", *(bytes([byte]) for byte in range(256) if byte not in NO_TOKEN),
                            *(piece.encode("latin-1") for piece in spec["pieces"])]
             self.first_phrase = len(self.pieces)

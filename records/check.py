@@ -111,7 +111,7 @@ def check_files(r):
 
 def check_json(r):
     """Fills r.json; what no log says."""
-    r.json = json.loads(r.read("submission.json"))
+    r.json = {**json.loads(r.read("submission.json"))}   # a TypeError where it is no object
     for key in ("author", "github_id", "name", "blurb", "commit"):
         if not (isinstance(r.json.get(key), str) and r.json[key]):
             yield "json", f"{key}: missing, empty or no text"
@@ -156,7 +156,7 @@ def check_logs(r):
         facts["step"] = facts["steps"]
         ratio = nats_per_bit(facts["dataset"])
         for n, line in enumerate(body.splitlines()[:20_000], 1):
-            said = dict(re.findall(r"\b([a-z_]{1,20}):(\d{1,12}(?:\.\d{1,9})?)\b", line[:400]))
+            said = dict(re.findall(r"\b([a-z_]{1,20}): ?(\d{1,12}(?:\.\d{1,9})?)\b", line[:400]))
             for key in said.keys() & {"train_seconds", "step", "tokens", "artifact_bytes"}:
                 if float(said[key]) > facts[key] + 0.1:
                     yield "log", f"{key} {said[key]}, but {facts[key]} at its end", name, n
@@ -234,7 +234,8 @@ def check_summary(r):
 def check_sources(r):
     """The sources are those that ran, and none of them changes the judge."""
     hashes = part(r.json, "source_sha256")
-    for name in {"train_gpt.py", *hashes, *(name for name in r.files if name.endswith(".py"))}:
+    here = [name for name in r.files if name.endswith(".py")]
+    for name in sorted({"train_gpt.py", *hashes, *here}):
         known = rules.SOURCE_NAME.fullmatch(name) and (ROOT / name).exists()
         allowed = [r.committed(name), (ROOT / name).read_bytes() if known else None]
         data = r.read(name) if name in r.files else allowed[0]
@@ -297,8 +298,8 @@ def check_code(r):
             yield "plain-source", what, name, line
 
 
-CHECKS = (check_files, check_json, check_texts, check_sources, check_logs, check_seeds,
-          check_summary, check_parent, check_code)
+CHECKS = (check_files, check_json, check_texts, check_logs, check_seeds, check_summary,
+          check_parent, check_sources, check_code)
 
 
 def review(folder, report):
@@ -386,23 +387,23 @@ def show(name, findings, done):
 
 
 def review_all(folders, jobs, done):
-    """Reviews folders side by side, each shown as soon as it is read; then the copies."""
+    """Reviews folders side by side, each shown as soon as it is read; then the copies, also of the
+    records that are here already."""
+    here = {Path(folder).resolve() for folder in folders}
+    known = [str(path) for path in known_records().values() if path not in here]
     hashes = {}
     pool = ThreadPoolExecutor(jobs)
     try:
-        waiting = {pool.submit(review_in_child, folder): folder for folder in folders}
-        with Progress("reviewed", len(folders), "folders") as progress:
+        waiting = {pool.submit(review_in_child, name): name for name in [*folders, *known]}
+        with Progress("reviewed", len(waiting), "folders") as progress:
             for future in as_completed(waiting):
                 name = printable(waiting[future])
                 findings, hashes[name] = future.result()
-                show(name, findings, done)
                 progress.add()
+                if name not in known:
+                    show(name, findings, done)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    here = {Path(folder).resolve() for folder in folders}
-    for path in known_records().values():   # copies of what is here already
-        if path not in here:
-            hashes[str(path)] = review(path, lambda finding: None)
     if copies := find_copies(hashes):
         show("between the folders", copies, done)
 
@@ -426,9 +427,10 @@ def change_set(ref):
     found = []
     folders = set()
     for status, name in zip(words[0::2], words[1::2]):
-        if m := re.match(rf"(records/(?:{'|'.join(TRACKS)})/[^/]+)/", name if status == "A" else ""):
+        m = re.match(rf"(records/(?:{'|'.join(TRACKS)})/[^/]+)/", name)
+        if m and status == "A":
             folders.add(str(ROOT / m[1]))
-        elif name not in ("records/README.md", "records/leaderboard.svg"):   # generated
+        elif name != "records/README.md":   # generated
             found.append(finding("change-set", "a change set only adds a record's folder", name))
     if len(folders) != 1:
         found.append(finding("change-set", f"one record, not {len(folders)}", "records"))

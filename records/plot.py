@@ -1,4 +1,4 @@
-"""Draw runs: training loss, validation bits per byte and learning rate over the seconds of training.
+"""Draw runs: training loss, validation bits per byte, learning rate over the seconds of training.
 
     python records/plot.py RUN... [--out=FILE]     runs over each other
 
@@ -15,8 +15,8 @@ from records.folders import find_entry, is_number, read_metrics
 
 PANELS = {"train_loss": "training loss, nats per token", "val_bpb": "validation, bits per byte",
           "lr": "learning rate, of its peak"}
-COLORS = ("#0a84ff", "#d9730d", "#2da44e", "#a371f7", "#e0569b", "#768390")   # of the runs, by turns
-STYLE = "<style>text{font:12px sans-serif;fill:#768390}path,polyline{fill:none;stroke:#768390}</style>"
+COLORS = ("#0a84ff", "#d9730d", "#2da44e", "#a371f7", "#e0569b", "#768390")   # of runs, by turns
+STYLE = "text{font:12px sans-serif;fill:#768390}path,polyline{fill:none;stroke:#768390}"
 
 
 def read_points(folder, key):
@@ -62,7 +62,8 @@ def write(path, folders):
         out += panel(title, [read_points(folder, key) for folder in folders], top + 16)
         top += 205
     with atomic_write(path, "w") as f:
-        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {top}">{STYLE}{out}</svg>')
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {top}">\n'
+                f"<style>{STYLE}</style>\n{out}</svg>\n")
 
 
 def main():

@@ -167,7 +167,8 @@ def main():
     if bool(args.runs and args.name) == args.leaderboard:
         raise BadInput("name the runs of one record and --name=SLUG, or --leaderboard")
     if args.runs:
-        args.author = args.author or git("config", "user.name").decode().strip()
+        user = git("config", "--get", "--default", "", "user.name").decode().strip()
+        args.author = args.author or user
         folder = build(args)
         print(f"{folder}\nnext: write its README's own part, then: python records/check.py {folder}")
     with atomic_write(ROOT / "records/README.md", "w") as f:

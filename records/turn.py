@@ -36,7 +36,8 @@ from records.stats import compare, comparison, smallest_gain
 TURNS = Path("runs/turns")
 AXES = {"model": "model", "kernels": "model", "batch": "data", "data": "data",
         "optimizer": "optimizer", "schedules": "optimizer", "training": "optimizer",
-        "calibration": "packer", "train_gpt.py": "model", "pack.py": "packer", "eval_bpb.py": "predictor"}
+        "calibration": "packer", "train_gpt.py": "model", "pack.py": "packer",
+        "eval_bpb.py": "predictor"}
 DATA = ("demo", "proxy")   # the presets with a dataset of their name
 STOPPED = "stopped early as asked"   # so ends a run that may go on
 ON_GPU = shutil.which("nvidia-smi")
@@ -111,7 +112,7 @@ def finish(home, seed):
         [home / "train_gpt.py", *flags], [home / "pack.py", run],
         # The parent's code is not the root's, but ours: no proof, which takes minutes.
         [ROOT / "eval_bpb.py", run / "artifact.pyz", f"--data={settings['data']}", f"--out={score}",
-         "--trust"]]
+         "--trust", "--max_seconds=0"]]
     end = read_run(run)["end"]
     if end == "finished":
         commands = commands[1:]
@@ -155,7 +156,8 @@ def list_ideas():
             c = comparison(ours, theirs, 1.0)
             words = f"{c['verdict']}: {c['gain_bpb']:+.5f} bits per byte, p {c['p']:.2g}"
         else:
-            ends = {read_run(run.parent)["end"] for run in Path("runs").glob(f"{side}_s*/metrics.jsonl")}
+            runs = Path("runs").glob(f"{side}_s*")
+            ends = {read_run(run)["end"] for run in runs}
             words = f"{'undecided' if ends <= {None, 'finished'} else 'drop'}: {ends}"
         print(f"{words}; n {len(ours)}\n  {turn['idea']}\n  moved {', '.join(turn['moved'])}; {side} "
               f"against {turn['against']}, {turn['settings']}")
