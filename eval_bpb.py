@@ -106,8 +106,8 @@ class Sliding:
         back = cfg.seq_len - self.chunk
         self.past = {"embed": self.nothing(1, cfg.n_embd, model.dtype),
                      "copy": self.nothing(1, cfg.copy_dim, model.dtype),
-                     "keys": self.nothing(POINTER_REACH, cfg.copy_dim, model.dtype),
-                     "text": self.nothing(POINTER_REACH, 1, torch.long)}
+                     "keys": self.nothing(1024, cfg.copy_dim, model.dtype),
+                     "text": self.nothing(1024, 1, torch.long)}
         for visit in range(len(block_order(cfg, True))):
             for name in "kv":
                 head_dim = cfg.n_embd // cfg.n_head
@@ -124,9 +124,13 @@ class Sliding:
         self.longest[fresh] = 0
         fresh = torch.from_numpy(fresh).to(self.device)
         self.start = self.start.masked_fill(fresh[:, None], 0)
-        self.reach = 1024  # of few values, for each has its graph
-        while self.reach < min(self.longest.max(), POINTER_REACH):
-            self.reach *= 2
+        reach = 1024  # of few lengths, for each has its graph
+        while reach < min(self.longest.max() + self.chunk, POINTER_REACH):
+            reach *= 2
+        for name in ("keys", "text"):
+            past, more = self.past[name], reach - self.past[name].size(1)
+            if more:
+                self.past[name] = F.pad(past, (0, 0, self.chunk + more, 0))[:, self.chunk:]
         return self.forward(torch.from_numpy(inputs).to(self.device))
 
     def forward(self, tokens):
@@ -136,8 +140,8 @@ class Sliding:
         seg = Segments(None, (self.start + here).flatten().int(), 0)
         hidden = self.model(tokens.flatten(), seg)
         q, k, sink, gate = (x.view(*tokens.shape, -1) for x in self.model.pointer(hidden, seg))
-        k = self.recall("keys", k)[:, -self.reach - self.chunk:]
-        text = self.recall("text", tokens[..., None])[:, -self.reach - self.chunk:, 0]
+        k = self.recall("keys", k)
+        text = self.recall("text", tokens[..., None])[..., 0]
         # A place that is not of the document is far from all queries, by a dimension of its own.
         far = torch.where(self.known(k.size(1)), 0.0, -1e4)[..., None].to(k.dtype)
         q, k = F.pad(q, (0, 1), value=1.0), torch.cat([k, far], -1)
