@@ -1,13 +1,10 @@
 """The promises, as tests: offline, on a CPU, in minutes.  python -m pytest -q test_smoke.py"""
 import argparse
-import base64
-import bz2
 import gzip
 import hashlib
 import io
 import itertools
 import json
-import lzma
 import math
 import os
 import random
@@ -15,13 +12,11 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
 import tracemalloc
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, replace
@@ -42,7 +37,6 @@ import pack
 import train_gpt
 from data import hub as hub_files, prepare
 from data.dataset import BadInput, read_meta, read_shard, read_val_docs
-from data.runs import World
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
