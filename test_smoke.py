@@ -1368,18 +1368,17 @@ def score(predictor, text):
 
 
 def test_whatever_finite_logits_come_the_probabilities_sum_to_one():
-    rng, n = np.random.default_rng(0), 50
-    text, everything = eval_bpb.Text([], n), np.arange(n)
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        largest = torch.finfo(dtype).max / 4
-        for size in (0.0, 1e-30, 1e-3, 1.0, 1e4, 1e15, 1e100, largest):
-            size = min(size, largest)
-            for row in (np.full(n, size), size * (everything == 3), size * rng.choice([-1, 1], n), size * rng.random(n)):
-                logits = torch.from_numpy(row).to(dtype).repeat(1, n, 1)
-                nats = text.count(logits, everything[None], np.ones((1, n), bool))
-                assert (nats >= 0).all() and math.fsum(np.exp(-nats)) == pytest.approx(1, abs=1e-9), (dtype, size)
-    for bad in (torch.tensor([[[1.7e308, -1.7e308]]], dtype=torch.float64), torch.tensor([[[math.nan, 0]]]), None,
-                torch.zeros(1, 2, 2), torch.zeros(1, 1, 2).as_subclass(type("Liar", (torch.Tensor,), {}))):
+    rng, text, everything = np.random.default_rng(0), eval_bpb.Text([], 50), np.arange(50)[None]
+    for dtype, exponent in itertools.product((torch.float16, torch.bfloat16, torch.float32, torch.float64),
+                                             (-30, -3, 0, 4, 15, 38, 100, 308)):
+        size = min(10.0 ** exponent, torch.finfo(dtype).max / 4)
+        for row in (rng.uniform(-1, 1, 50), rng.choice([-1.0, 1.0], 50), np.eye(50)[3], np.ones(50)):
+            logits = torch.from_numpy(size * row).to(dtype).repeat(1, 50, 1)
+            nats = text.count(logits, everything, everything >= 0)
+            assert (nats >= 0).all() and math.fsum(np.exp(-nats)) == pytest.approx(1, abs=1e-9), (dtype, size)
+    rows = ([[math.nan, 0]], [[-math.inf, 0]], [[1.7e308, -1.7e308]], [[0, 0], [0, 0]], [[0, 0, 0]])
+    liar = torch.zeros(1, 1, 2).as_subclass(type("Liar", (torch.Tensor,), {}))
+    for bad in (*(torch.tensor([row], dtype=torch.float64) for row in rows), torch.zeros(1, 1, 2).int(), liar, None):
         with pytest.raises(BadInput, match=r"predict\(\)"):
             eval_bpb.Text([], 2).count(bad, np.zeros((1, 1), int), np.ones((1, 1), bool))
 
