@@ -7,10 +7,10 @@
     python artifact.pyz --data=NAME       the same score from the file alone
     python artifact.pyz --sample="import os"        what the model writes after these words; no score
 
-bits per byte = nats of all targets / ln 2 / UTF-8 bytes of all documents. A document of n tokens has
-n + 1 targets: its tokens, then the boundary that closes it, which carries 0 bytes but is charged, as
-the public scorer charges it. Its inputs are the boundary that opens it and its tokens. The bytes are
-counted on the documents, never through a table of token lengths.
+bits per byte = nats of all targets / ln 2 / UTF-8 bytes of all documents. A document of n tokens
+has n + 1 targets: its tokens, then the boundary that closes it, which carries 0 bytes but is
+charged, as the public scorer charges it. Its inputs are the boundary that opens it and its tokens.
+The bytes are counted on the documents, never through a table of token lengths.
 
 Two halves. A predictor belongs to the submission and may be forked: the artifact's own copy of this
 file is what predicts. The judge does not: the official score is the root's judge driving the
@@ -34,8 +34,8 @@ from data.dataset import BadInput
 from train_gpt import Segments, block_order, make_segments
 
 # --------------------------------------------------------------------------------------------------
-# Predictors: the half that belongs to the submission. The judge deals documents to `slots` (B), each
-# of which holds one at a time, a `chunk` of tokens (T) after the other, and calls
+# Predictors: the half that belongs to the submission. The judge deals documents to `slots` (B),
+# each of which holds one at a time, a `chunk` of tokens (T) after the other, and calls
 #   predict(fresh (B,) bool, inputs (B, T) int64) -> logits (B, T, V) over the whole vocabulary. A
 #       slot that is fresh begins a document. Logits may depend on the inputs of the slot's document
 #       up to their place and on what learn() has shown of it: on no other document, whatever its
@@ -134,7 +134,8 @@ class Sliding:
         return self.forward(torch.from_numpy(inputs).to(self.device))
 
     def forward(self, tokens):
-        """tokens (B, T) -> logits (B, T, V). self.seen is then what self.past is for the next chunk."""
+        """tokens (B, T) -> logits (B, T, V). self.seen is then what self.past is for the next
+        chunk."""
         here = torch.arange(self.chunk, device=self.device)
         self.seen = {}
         seg = Segments(None, (self.start + here).flatten().int(), 0)
@@ -153,7 +154,8 @@ class Sliding:
         return self.model.logits(hidden)
 
     def known(self, n: int):
-        """-> (B, n) bool: which of the last n places, the chunk's at their end, are of the document."""
+        """-> (B, n) bool: which of the last n places, the chunk's at their end, are of the
+        document."""
         return torch.arange(self.chunk - n, self.chunk, device=self.device) >= -self.start
 
     def recall(self, key, x):
@@ -184,10 +186,10 @@ class Sliding:
 class Adaptive(Sliding):
     """Each slot also learns, from what was scored of its document.
 
-    LoRA: y = x W^T + x A B with A (in, rank), B (rank, out), B = 0 at the document's start, one pair
-    for each visit of a looped block and one for the logits. One RMSprop step a chunk on its mean loss,
-    through the graph that scored it. The public records (#1855) compute a window of 2048 tokens for
-    each 48; here each token is computed once.
+    LoRA: y = x W^T + x A B with A (in, rank), B (rank, out), B = 0 at the document's start, one
+    pair for each visit of a looped block and one for the logits. One RMSprop step a chunk on its
+    mean loss, through the graph that scored it. The public records (#1855) compute a window of 2048
+    tokens for each 48; here each token is computed once.
     """
     rank = 8
     targets = ("qkv", "up")  # the matrices that have adapters
@@ -313,9 +315,9 @@ def sample(path: str, device: str, text: str, n_tokens: int, temperature: float,
 
 # ==================================================================================================
 # ==================================================================================================
-# The judge. Below this line nothing may be changed: records/check.py compares it with the root's. Of
-# all that stands above it uses BEGIN, build(path, name, device), sample(), and what the comment over
-# the predictors promises. Nothing above uses anything from here; even the imports are its own.
+# The judge. Below this line nothing may be changed: records/check.py compares it with the root's.
+# Of all that stands above it uses BEGIN, build(path, name, device), sample(), and what the comment
+# over the predictors promises. Nothing above uses anything from here; even the imports are its own.
 
 import hashlib
 import math
@@ -341,8 +343,9 @@ MOST_LOGITS = 1 << 31  # numbers in an answer: 8 GB
 
 
 def open_artifact(path: Path) -> tuple[bytes, Tokenizer, list[str]]:
-    """-> the file's bytes, the Tokenizer of its tokenizer.json, the names of those SOURCES in it that
-    are not the judge's own, byte for byte. Raises BadInput unless it has the known parts, each once."""
+    """-> the file's bytes, the Tokenizer of its tokenizer.json, the names of those SOURCES in it
+    that are not the judge's own, byte for byte. Raises BadInput unless it has the known parts, each
+    once."""
     if not path.is_file():
         raise BadInput("no such file; pack a run first, python pack.py")
     try:
@@ -383,8 +386,9 @@ def read_documents(folder: Path, meta: dict, limit, tokenizer: Tokenizer):
     """-> streams [int64 (n + 2,): boundary, tokens, boundary], UTF-8 bytes of all documents. Ranks
     share the encoding.
 
-    The judge's own Tokenizer encodes: the artifact's tokenizer.json is data, and none of its code sees
-    a document. Raises BadInput unless the tokens of every document decode to exactly the document.
+    The judge's own Tokenizer encodes: the artifact's tokenizer.json is data, and none of its code
+    sees a document. Raises BadInput unless the tokens of every document decode to exactly the
+    document.
     """
     encoded, n_bytes = [], 0
     rank, _, n_ranks = read_launcher()
@@ -410,8 +414,9 @@ class Text:
         self.random = np.random.default_rng(secrets.randbits(128))
 
     def deal(self, sizes: dict, slots: int, chunk: int):
-        """sizes {document: targets}, in the order of the deal -> for each round the document of each
-        slot (B,), -1 for none, and where its chunk starts (B,). Where one has ended comes the next."""
+        """sizes {document: targets}, in the order of the deal -> for each round the document of
+        each slot (B,), -1 for none, and where its chunk starts (B,). Where one has ended comes the
+        next."""
         waiting = list(sizes)[::-1]
         docs, starts = np.full(slots, -1), np.zeros(slots, np.int64)
         while True:
@@ -428,7 +433,8 @@ class Text:
         return self.random.integers(self.vocab_size, size=shape)
 
     def cut(self, docs, starts, chunk: int):
-        """A round -> inputs, targets (B, T) int64, real (B, T) bool. Behind a document's end is noise."""
+        """A round -> inputs, targets (B, T) int64, real (B, T) bool. Behind a document's end is
+        noise."""
         inputs = self.noise((len(docs), chunk))
         targets, real = np.zeros_like(inputs), np.zeros(inputs.shape, bool)
         for slot, doc in enumerate(docs):
@@ -442,8 +448,8 @@ class Text:
         """logits (B, T, V), targets (B, T) int64, asked (B, T) bool -> nats float64 of the asked.
 
         The judge's own log-softmax, in float64 and below each row's maximum: whatever the predictor
-        returns, the probabilities sum to one. Raises BadInput for another shape, and for rows that are
-        not finite or whose spread is not.
+        returns, the probabilities sum to one. Raises BadInput for another shape, and for rows that
+        are not finite or whose spread is not.
         """
         shape = (*targets.shape, self.vocab_size)
         found = tuple(logits.shape) if type(logits) is torch.Tensor else type(logits).__name__
@@ -605,7 +611,8 @@ class Judge:
                            "is yours")
 
     def predictor(self, seconds: float = 0):
-        """A predictor of the artifact that knows of nothing. A child ends after `seconds`; 0: never."""
+        """A predictor of the artifact that knows of nothing. A child ends after `seconds`; 0:
+        never."""
         vocab_size = self.tokenizer.vocab_size
         if self.mode == "own":
             predictor, name = build(str(self.copy), self.args.predictor, self.device)

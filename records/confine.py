@@ -1,12 +1,14 @@
-"""A predictor whose code is a stranger's, in a sandbox that leaves nothing behind and is shown only what is revealed.
+"""A predictor whose code is a stranger's, in a sandbox that leaves nothing behind and is shown only
+what is revealed.
 
-The judge talks to a Remote as to any predictor: predict, learn. A Remote talks to serve(), the judge's own end of the
-pipe, in the child: frames of 4 bytes of name, 8 bytes of length, content.
+The judge talks to a Remote as to any predictor: predict, learn. A Remote talks to serve(), the
+judge's own end of the pipe, in the child: frames of 4 bytes of name, 8 bytes of length, content.
 
-The sandbox is bubblewrap's (0.8 or newer; the package `bubblewrap` of Debian and Ubuntu): namespaces of its own for
-files, processes, users, network and what processes share. All files it sees, the system's and Python's, are mounted
-read-only; its folder, /tmp, is 1 GB of memory. It ends with the judge, and can reach nothing that could prevent that.
-What is left is what hardware remembers by itself: timing, and the memory of a GPU.
+The sandbox is bubblewrap's (0.8 or newer; the package `bubblewrap` of Debian and Ubuntu):
+namespaces of its own for files, processes, users, network and what processes share. All files it
+sees, the system's and Python's, are mounted read-only; its folder, /tmp, is 1 GB of memory. It ends
+with the judge, and can reach nothing that could prevent that. What is left is what hardware
+remembers by itself: timing, and the memory of a GPU.
 """
 import importlib
 import inspect
@@ -35,9 +37,10 @@ ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREA
 STDERR_BYTES = 1 << 20  # that it may write
 STDERR_LINES = 20  # of them that are shown
 
-# What the mounts leave open, by processor: its name to seccomp, then socket, socketpair; ptrace, process_vm_readv and
-# _writev; syslog; add_key, request_key, keyctl; io_uring_setup; what tells or changes which pages of a file are in
-# memory: mincore, fadvise64, preadv2, cachestat; all that begin with set, get, list and remove and end in xattr.
+# What the mounts leave open, by processor: its name to seccomp, then socket, socketpair; ptrace,
+# process_vm_readv and _writev; syslog; add_key, request_key, keyctl; io_uring_setup; what tells or
+# changes which pages of a file are in memory: mincore, fadvise64, preadv2, cachestat; all that
+# begin with set, get, list and remove and end in xattr.
 DENIED = {
     "x86_64": (0xC000003E, 41, 53, 101, 310, 311, 103, 248, 249, 250, 425, 27, 221, 327, 451, *range(188, 200)),
     "aarch64": (0xC00000B7, 198, 199, 117, 270, 271, 116, 217, 218, 219, 425, 232, 223, 286, 451, *range(5, 17)),
@@ -45,7 +48,8 @@ DENIED = {
 
 
 def quoted(data: bytes, most: int) -> str:
-    """What a child says, as Python would write it: nothing in it can make a terminal show something else."""
+    """What a child says, as Python would write it: nothing in it can make a terminal show something
+    else."""
     text = " ".join(data.decode("utf-8", "replace").split())
     return repr(text if len(text) <= most else text[:most] + "...")
 
@@ -57,9 +61,12 @@ def reachable(folder: Path) -> str:
 
 
 def forget_files() -> None:
-    """Drops the files that a child may read from memory, lest one child tells the next by which of them are there."""
-    for root in set(map(os.path.realpath, READABLE)):
-        for _, _, names, folder in os.fwalk(root):
+    """Drops the files that a child may read from memory, lest one child tells the next by which of
+    them are there."""
+    roots = sorted({os.path.realpath(path) + os.sep for path in READABLE})
+    for i, root in enumerate(roots):
+        inside = any(root.startswith(other) for other in roots[:i])
+        for _, _, names, folder in os.fwalk(root) if not inside else ():
             for name in names:
                 with suppress(OSError):
                     file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=folder)
@@ -71,7 +78,8 @@ def forget_files() -> None:
 
 
 def filter_calls() -> bytes:
-    """-> a program for seccomp: EACCES to the DENIED system calls and to those of other processors."""
+    """-> a program for seccomp: EACCES to the DENIED system calls and to those of other
+    processors."""
     load, if_equal, if_at_least, answer = 0x20, 0x15, 0x35, 0x06
     processor, *calls = DENIED[platform.machine()]
     n = len(calls)
@@ -83,7 +91,8 @@ def filter_calls() -> bytes:
 
 
 def sandbox(artifact: Path) -> list[str]:
-    """-> the words before a command that put it into the sandbox, with the artifact as /tmp/artifact.pyz."""
+    """-> the words before a command that put it into the sandbox, with the artifact as
+    /tmp/artifact.pyz."""
     words = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534",
              "--cap-drop", "ALL", "--new-session", "--die-with-parent", "--proc", "/proc", "--dev", "/dev"]
     for path in ["/sys", "/etc/alternatives", "/etc/ld.so.cache", *READABLE]:
@@ -97,7 +106,8 @@ def sandbox(artifact: Path) -> list[str]:
 
 
 class Child:
-    """A command in the sandbox, or unconfined in the artifact's folder. close() returns when nothing of it is left."""
+    """A command in the sandbox, or unconfined in the artifact's folder. close() returns when
+    nothing of it is left."""
 
     def __init__(self, artifact: Path, command: list, env: dict, confined: bool = True):
         calls, calls_in = os.pipe()
@@ -134,6 +144,7 @@ def lacking() -> str:
         return "bubblewrap (Linux on x86_64 or aarch64: apt-get install bubblewrap)"
     child = Child(Path(sys.executable), ["true"], {})
     _, said = child.process.communicate()
+    child.close()
     return f"bubblewrap that works: {quoted(said, 200)}" if child.process.returncode else ""
 
 
@@ -149,7 +160,8 @@ def send(pipe, name: bytes, *arrays) -> None:
 
 
 def receive(pipe, limits: dict) -> tuple[bytes, bytearray]:
-    """-> (name, content) of the next frame. limits: {name: most bytes}. Raises EOFError at the end, else ValueError."""
+    """-> (name, content) of the next frame. limits: {name: most bytes}. Raises EOFError at the end,
+    else ValueError."""
     header = pipe.read(12)
     if len(header) < 12:
         raise EOFError
@@ -163,7 +175,8 @@ def receive(pipe, limits: dict) -> tuple[bytes, bytearray]:
 
 
 def serve(name: str, device: str, memory: int) -> None:
-    """The child's side of Remote, until its stdin ends. Prints go to stderr. memory: bytes at most; 0: no limit."""
+    """The child's side of Remote, until its stdin ends. Prints go to stderr. memory: bytes at most;
+    0: no limit."""
     import resource
     import traceback
     resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # to one byte, for an empty core would go through a pipe
@@ -206,8 +219,8 @@ class Remote:
         self.why = ""  # it was killed
 
     def open(self, name: str, seconds: float = 0) -> str:
-        """Starts the child, which ends after `seconds`; 0: never -> the predictor's name. From then on
-        .slots and .chunk are known."""
+        """Starts the child, which ends after `seconds`; 0: never -> the predictor's name. From then
+        on .slots and .chunk are known."""
         folder = "/tmp" if self.confined else str(self.artifact.parent)
         env = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
         env |= {"HOME": folder, "TMPDIR": folder, "USER": "nobody", "PYTHONPATH": PYTHON[-1]}

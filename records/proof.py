@@ -10,8 +10,8 @@ from data.dataset import BadInput, Progress
 # Nats by which one place may move, for rounding, and by which places may cost more on average.
 PLACE_TOLERANCE = {"cpu": 1e-4, "cuda": 0.05, "mps": 0.05}
 MEAN_TOLERANCE = {"cpu": 1e-6, "cuda": 1e-4, "mps": 1e-4}
-# Places, at least. Leaks at 1 of 2,000 are then seen with 99 %, and are worth what records differ by,
-# 0.005 nats per token, if one saves what a guess among 16,384 tokens costs.
+# Places, at least. Leaks at 1 of 2,000 are then seen with 99 %, and are worth what records differ
+# by, 0.005 nats per token, if one saves what a guess among 16,384 tokens costs.
 DRAWS = 9200
 PATIENCE = 60.0  # s that a replay may take, beside four times what scoring took
 
@@ -30,7 +30,8 @@ def draw(sizes: dict, n: int) -> dict:
 
 def plan(text, places: dict, slots: int, chunk: int) -> list:
     """-> [documents (B,), starts (B,), call (B, T) int8] of each round: which call asks a place; 0:
-    none. A slot's places are asked in rising order: an earlier call shows no more than what precedes."""
+    none. A slot's places are asked in rising order: an earlier call shows no more than what
+    precedes."""
     rounds = []
     for docs, starts in text.deal({doc: each[-1] + 1 for doc, each in places.items()}, slots, chunk):
         asked = np.zeros((slots, chunk), bool)
@@ -62,7 +63,8 @@ def replay(predictor, text, nats: dict, rounds: list) -> np.ndarray:
 
 
 def verdict(moves: np.ndarray, n_targets: int, vocab_size: int, kind: str) -> str:
-    """Moves of a replay -> pass or FAIL, and what a pass is worth, in the units of the record rule."""
+    """Moves of a replay -> pass or FAIL, and what a pass is worth, in the units of the record
+    rule."""
     worst, mean = np.abs(moves).max(), moves.mean()
     passed = worst <= PLACE_TOLERANCE[kind] and mean <= MEAN_TOLERANCE[kind]
     share = 1 - 0.01 ** (1 / len(moves)) if len(moves) < n_targets else 0.0
