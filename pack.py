@@ -1,629 +1,736 @@
-"""Pack a trained model into one file: runs/<run>/checkpoint.pt -> runs/<run>/artifact.pyz, at most --cap_bytes on disk.
+"""Pack a trained model into one file: runs/<run>/checkpoint.pt -> runs/<run>/artifact.pyz.
 
-    python pack.py [RUN]        the newest run, or this one; ends just below the cap, or where finer steps buy nothing
+    python pack.py [RUN]        this run, or the newest one that has ended
 
-How. (1) Steps: for y = W x with H = E[x x^T] and g_i = E[(dL/dy_i)^2], an error e of W raises the loss by about
-1/2 sum_i g_i e_i H e_i^T; steps are such that every weight pays the same share of it. (2) Rounding: GPTQ's error
-feedback (arXiv 2210.17323) inside a trellis (Ungerboeck's code, as the dependent quantisation of ISO/IEC 15938-17).
-(3) Coding: interleaved rANS (arXiv 1311.2540) with probabilities that follow from scales, so that no tables are sent.
-(4) One constant, found by search, sets the size. All of it comes from the checkpoint: packing reads no data.
+The file ends just below --cap_bytes, or where finer steps buy nothing.
+
+How. (1) Steps: for y = W x with H = E[x x^T] and g_i = E[(dL/dy_i)^2], an error e of W raises the
+loss by about 1/2 sum_i g_i e_i H e_i^T; steps are such that every weight pays the same share of it.
+(2) Rounding: GPTQ's error feedback (arXiv 2210.17323) inside a trellis (Ungerboeck's code, as the
+dependent quantisation of ISO/IEC 15938-17). (3) Coding: interleaved rANS (arXiv 1311.2540) with
+probabilities that follow from scales, so that no tables are sent. (4) One constant, found by
+search, sets the size. All of it comes from the checkpoint: packing reads no data.
 """
-import hashlib
 import io
 import json
 import math
-import os
-import struct
 import subprocess
 import sys
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+sys.path.append(str(Path(__file__).absolute().parent))    # where PYTHONSAFEPATH leaves it out
+from train_gpt import GPT, Config, block_order, load_checkpoint  # sets what OpenMP reads: before torch
+from data.dataset import BadInput, Parser, Progress, atomic_write, command
+from data.tokenizer import Tokenizer
+
 import numpy as np
 import torch
 import zstandard
 from torch import Tensor
 
-from data.dataset import BadInput, Parser, Progress, atomic_write, command, find_run
-from data.tokenizer import Tokenizer
-from train_gpt import GPT, Config, load_checkpoint
+# --------------------------------------------------------------------------------------------------
+# Entropy coder. A value is k + half / 2 steps, kept as the integer 2 k + half; half is the lowest
+# bit of the state of a trellis, and the parity of k leads to the next state. Encoder and decoder
+# agree bit for bit on every machine.
 
-ROOT = Path(__file__).resolve().parent
-SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py", "data/__init__.py", "data/confine.py", "data/dataset.py",
-           "data/runs.py", "data/tokenizer.py")       # of the artifact
-MAIN = """import sys, eval_bpb
-from data.dataset import command
-sys.exit(command(lambda: eval_bpb.main(sys.argv)))
-"""
-MAX_FILE, MAX_WEIGHTS = 1 << 28, 1 << 27    # bytes of a file, weights of a model: more is refused unread
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Entropy coder. A value is k + half / 2 steps, kept as the integer 2 k + half; half is the lowest bit of the state of a
-# trellis, and the parity of k leads to the next state. Encoder and decoder agree bit for bit on every machine.
-
-BITS = 14                                   # probabilities are multiples of 2^-14
-LOW, HIGH = -24, 24                         # contexts: sigma = 2^(index / 4) steps, from 1/64 to 64 steps
-GRID, UNIT = 16, 1 << 20                    # points of a density a step; densities are multiples of 1 / UNIT
-NORMAL, LAPLACE = 1024, 96                  # densities at 0, one to the other: 95 % of N(0, sigma), 5 % of Laplace's
-# The states after an even and an odd k: Ungerboeck's code (13, 4). 32 states take four times as long for no less KL.
+BITS = 14               # probabilities are multiples of 2^-14
+LOW = -24               # contexts: sigma = 2^(index / 4) steps, from 1/64
+HIGH = 24               # to 64 steps
+GRID = 16               # points of a density in a step
+UNIT = 1 << 20          # densities are multiples of 1 / UNIT
+NORMAL = 1024           # the density of N(0, sigma) at 0, to
+LAPLACE = 96            # that of Laplace's with the same sigma: 95 % of one, 5 % of the other
+# The states after an even and an odd k: Ungerboeck's code (13, 4). 32 states take four times as
+# long for no less KL.
 TRELLIS = np.array([(0, 2), (5, 7), (1, 3), (4, 6), (2, 0), (7, 5), (3, 1), (6, 4)], np.int32)
 
 
 @lru_cache
-def tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """-> radius (contexts,) int32, freq and start (contexts, symbols) uint32, symbol (contexts << BITS,) uint16.
+def tables():
+    """-> radius (contexts,) int32, freq and start (contexts, symbols) uint32,
+    symbol (contexts << BITS,) uint16.
 
-    Context 2 * (index - LOW) + half. Its symbols are k + radius for |k| <= radius, and last the escape. freq and their
-    running sum start are in units of 2^-BITS, and symbol is the inverse of start.
-    p(k) ~ 0.95 N(0, sigma) + 0.05 Laplace of the same variance, integrated over the step at eight points.
+    Context 2 * (index - LOW) + half. Its symbols are k + radius for |k| <= radius, and last the
+    escape. freq and their running sum start are in units of 2^-BITS, symbol is the inverse of start.
+    p(k) ~ 0.95 N(0, sigma) + 0.05 Laplace of the same variance, integrated at eight points a step;
+    densities by products, for those are rounded alike on every machine, and exp is not.
     """
-    radii, rows = [], []
-    for index in range(LOW, HIGH + 1):
-        # Densities at each point of the grid by products: those are rounded alike everywhere, exp is not.
-        radius, sigma = int(6 * 2 ** (index / 4)) + 2, GRID * Decimal(2).sqrt().sqrt() ** index
-        normal, laplace = (np.full(GRID * (radius + 1), float(x.exp()))
-                           for x in (-1 / sigma ** 2, -Decimal(2).sqrt() / sigma))
-        normal[0] = float((-1 / sigma ** 2 / 2).exp())
-        density = NORMAL * np.cumprod(np.cumprod(normal)) + LAPLACE * np.cumprod(laplace)
-        density = (np.append(NORMAL + LAPLACE, density) * UNIT).astype(np.int64)
-        k = np.arange(-radius, radius + 1)
-        for half in (0, 1):
-            points = GRID // 2 * (2 * k + half)[:, None] + np.arange(-7, 8, 2)
-            running = np.cumsum(density[np.abs(points)].sum(1))
-            share = ((1 << BITS) - len(k) - 1) * running // running[-1]    # beyond one for each symbol and the escape
-            radii.append(radius)
-            rows.append(np.append(1 + np.diff(share, prepend=0), 1))
-    freq = np.array([np.pad(row, (0, max(map(len, rows)) - len(row))) for row in rows])
-    start = np.cumsum(freq, 1) - freq
-    symbol = np.concatenate([np.repeat(np.arange(row.size), row) for row in freq])
-    return np.array(radii, np.int32), freq.astype(np.uint32), start.astype(np.uint32), symbol.astype(np.uint16)
+    radii = [int(6 * 2 ** (index / 4)) + 2 for index in range(LOW, HIGH + 1)]
+    freq = np.zeros((2 * len(radii), 2 * radii[-1] + 2), np.uint32)
+    for context, (radius, half) in enumerate(product(radii, (0, 1))):
+        sigma = GRID * Decimal(2).sqrt().sqrt() ** (context // 2 + LOW)
+        normal = np.full(GRID * (radius + 1), float((-1 / sigma ** 2).exp()))
+        normal[0] = math.sqrt(normal[0])                    # so it is squared ratios of neighbours
+        laplace = np.full(len(normal), float((-Decimal(2).sqrt() / sigma).exp()))
+        mixture = NORMAL * np.cumprod(np.cumprod(normal)) + LAPLACE * np.cumprod(laplace)
+        mixture = (np.append(NORMAL + LAPLACE, mixture) * UNIT).astype(np.int64)
+        points = np.arange(-GRID * radius, GRID * (radius + 1), 2) + GRID // 2 * half - 7
+        running = np.cumsum(mixture[np.abs(points)])[7::8]
+        n = len(running)
+        share = ((1 << BITS) - n - 1) * running // running[-1]
+        freq[context, :n] = np.diff(share, prepend=0)
+        freq[context, :n + 1] += 1                          # to each symbol, and the escape
+    start = np.cumsum(freq, 1, np.uint32) - freq
+    symbol = np.repeat(np.arange(freq.size) % freq.shape[1], freq.ravel())
+    return np.repeat(np.int32(radii), 2), freq, start, symbol.astype(np.uint16)
 
 
-def count_lanes(shapes: list[tuple[int, int, int]]) -> int:
-    """Shapes (L, R, n) of the banks -> rows that are coded side by side; each costs 4 bytes to start."""
-    return 1 << min(max((sum(map(math.prod, shapes)) >> 13).bit_length(), 4), 11)
+def count_lanes(sigmas):
+    """-> rows that are coded side by side, by the number of weights; each costs 4 bytes to start."""
+    n_weights = sum(row.size * col.shape[2] for row, col in sigmas)
+    return 1 << min(max((n_weights >> 13).bit_length(), 4), 11)
 
 
-def pieces(shapes: list[tuple[int, int, int]]):
-    """Yields (bank, rows of its L * R rows as a slice, their layers) of what is coded together, column by column."""
-    lanes = count_lanes(shapes)
-    for bank, (L, R, n) in enumerate(shapes):
-        for start in range(0, L * R, lanes):
-            rows = slice(start, min(start + lanes, L * R))
-            yield bank, rows, np.arange(rows.start, rows.stop) // R
+def pieces(sigmas):
+    """Yields (bank, which m of its L * R rows, contexts (n, m) int32 for half = 0) of what is coded
+    together, column by column. sigmas: of each bank the exponents row (L, R, 1), col (L, 1, n)."""
+    lanes = count_lanes(sigmas)
+    for bank, (row, col) in enumerate(sigmas):
+        for first in range(0, row.size, lanes):
+            rows = np.arange(first, min(first + lanes, row.size))
+            index = row.ravel()[rows].astype(np.int32) + col[rows // row.shape[1], 0].T
+            yield bank, rows, 2 * (np.clip(index, LOW, HIGH) - LOW)
 
 
-def contexts(row: np.ndarray, col: np.ndarray) -> np.ndarray:
-    """Exponents row (rows,), col (rows, n) of sigma -> contexts (n, rows) int32, for half = 0."""
-    return 2 * (np.clip(row.astype(np.int32) + col.T, LOW, HIGH) - LOW)
+def encode(values, sigmas):
+    """values[i] (L, R, n) int32 in half steps, sigmas[i] as scales() gives them
+    -> words (uint16) and escapes (int32) for decode(), bytes of each bank by the probabilities.
 
-
-def encode(values: list, rows: list, cols: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """values[i] (L, R, n) int32 in half steps, exponents rows[i] (L * R,) and cols[i] (L, n) of their sigma
-    -> words (uint16) that decode() reads, escapes (int32), histogram (banks, contexts, symbols) int64.
-
-    Each lane has a rANS state of 32 bits, all share one stream of words: a step codes one column of a piece. Works
-    backwards, so that decoding goes forwards.
+    Each lane has a rANS state of 32 bits, all share one stream of words: a step codes one column
+    of a piece. Works backwards, so that decoding goes forwards.
     """
-    (radii, freq, begin, _), shapes = tables(), [v.shape for v in values]
-    coder, words, escapes = np.full(count_lanes(shapes), 1 << 16, np.uint32), [], []
-    histogram = np.zeros((len(values), freq.size), np.int64)
-    for bank, piece, layer in reversed(list(pieces(shapes))):
-        value = values[bank].reshape(-1, shapes[bank][2])[piece].T         # (n, rows)
-        context = contexts(rows[bank][piece], cols[bank][layer]) + (value & 1)
-        k, radius = value >> 1, radii[context]
+    radii, freq, begin, _ = tables()
+    lanes = np.full(count_lanes(sigmas), 1 << 16, np.uint32)
+    words, escapes = [], []
+    ideal = np.zeros(len(values))
+    for bank, rows, context in reversed(list(pieces(sigmas))):
+        value = values[bank].reshape(-1, len(context))[rows].T              # (n, m)
+        context += value & 1
+        k = value >> 1
+        radius = radii[context]
         outside = np.abs(k) > radius
         escapes.append(k[outside])
-        symbol = np.where(outside, 2 * radius + 1, k + radius) + context * freq.shape[1]
-        histogram[bank] += np.bincount(symbol.ravel(), minlength=freq.size)
-        head = coder[:len(layer)]
-        for share, start in zip(freq.ravel()[symbol][::-1], begin.ravel()[symbol][::-1]):
-            full = head >= share << 32 - BITS
-            words.append(head[full].astype(np.uint16))
-            head[full] >>= 16
-            head[:] = (head // share << BITS) + head % share + start
-    words.append(coder.view(np.uint16))
-    escapes = np.concatenate([np.empty(0, np.int32), *escapes[::-1]])
-    return np.concatenate(words[::-1]), escapes, histogram.reshape(-1, *freq.shape)
+        symbol = np.where(outside, 2 * radius + 1, k + radius)
+        shares = freq[context, symbol]
+        ideal[bank] += (BITS - np.log2(shares)).sum() / 8
+        lane = lanes[:len(rows)]
+        for share, start in zip(shares[::-1], begin[context, symbol][::-1]):
+            full = lane >= share << 32 - BITS
+            words.append(lane[full].astype(np.uint16))
+            lane[full] >>= 16
+            lane[:] = (lane // share << BITS) + lane % share + start
+    words.append(lanes.view(np.uint16))
+    return np.concatenate(words[::-1]), np.concatenate(escapes[::-1]), np.rint(ideal).astype(int)
 
 
-def decode(words: np.ndarray, escapes: np.ndarray, shapes, rows, cols, trellis=TRELLIS):
-    """Inverse of encode(): yields (bank, rows, layers, values (n, rows) int32) by pieces. ValueError on a bad code."""
-    (radii, freq, begin, symbols), at, escape = tables(), 2 * count_lanes(shapes), 0
-    coder, width, freq, begin = words[:at].copy().view(np.uint32), freq.shape[1], freq.ravel(), begin.ravel()
-    for bank, piece, layer in pieces(shapes):
-        base = contexts(rows[bank][piece], cols[bank][layer])
-        values, state, head = np.empty_like(base), np.zeros(len(layer), np.int32), coder[:len(layer)]
-        for j, context in enumerate(base):
+def decode(words, escapes, sigmas):
+    """Inverse of encode() -> values. ValueError on a code that is not one."""
+    radii, freq, begin, symbols = tables()
+    lanes, words = np.split(words, [2 * count_lanes(sigmas)])
+    lanes = lanes.copy().view(np.uint32)
+    values = [np.empty(np.broadcast_shapes(row.shape, col.shape), np.int32) for row, col in sigmas]
+    for bank, rows, value in pieces(sigmas):
+        state = np.zeros(len(rows), np.int32)
+        lane = lanes[:len(rows)]
+        for context in value:                               # each makes room for the column's values
             half = state & 1
             context += half
-            slot = head & (1 << BITS) - 1
+            slot = lane & (1 << BITS) - 1
             symbol = symbols[(context << BITS) + slot]
             radius = radii[context]
             k = symbol - radius
-            where = context * width + symbol
-            head[:] = freq[where] * (head >> BITS) + slot - begin[where]
-            low = (head < 1 << 16).nonzero()[0]
-            head[low] = head[low] << 16 | words[at:at + len(low)]
-            at += len(low)
-            outside = k > radius
-            if outside.any():
-                number = np.count_nonzero(outside)
-                k[outside] = escapes[escape:escape + number]
-                escape += number
-            values[j] = 2 * k + half
-            state = trellis[state, k & 1]
-        yield bank, piece, layer, values
+            where = context * freq.shape[1] + symbol
+            lane[:] = freq.take(where) * (lane >> BITS) + slot - begin.take(where)
+            low = (lane < 1 << 16).nonzero()[0]
+            lane[low] = lane[low] << 16 | words[:len(low)]
+            words = words[len(low):]
+            outside = (k > radius).nonzero()[0]
+            k[outside] = escapes[:len(outside)]
+            escapes = escapes[len(outside):]
+            context[:] = 2 * k + half
+            state = TRELLIS[state, k & 1]
+        values[bank].reshape(-1, len(value))[rows] = value.T
     # Where words or escapes were missing, numpy has refused to fill the places, or this does.
-    if at != len(words) or escape != len(escapes) or (coder != 1 << 16).any():
-        raise ValueError("the code does not end where it should")
+    left = len(words) + len(escapes) + np.count_nonzero(lanes != 1 << 16)
+    need(not left, "the code does not end where it should")
+    return values
 
 
-def scales(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """values (L, R, n) in half steps -> row (L * R,), col (L, n) int8, exponents: sigma ~ 2^((row + col) / 4) steps."""
-    def exponent(square):
-        return np.clip(np.round(2 * np.log2(np.maximum(square, 1e-9))), -60, 60)
+def exponent(x, times=4, limit=127):
+    """x -> n int8, within the limit: x ~= 2^(n / times)."""
+    n = np.round(times * np.log2(np.maximum(x, 1e-10)))
+    return np.clip(n, -limit, limit).astype(np.int8)
+
+
+def scales(values):
+    """values (L, R, n) in half steps
+    -> row (L, R, 1), col (L, 1, n), int8: sigma ~ 2^((row + col) / 4) steps."""
     steps = values.astype(np.float32) / 2
-    col = exponent((steps * steps).mean(1))
-    steps *= np.exp2(-col / 4, dtype=np.float32)[:, None]
-    return exponent((steps * steps).mean(2)).reshape(-1).astype(np.int8), col.astype(np.int8)
+    col = exponent((steps * steps).mean(1, keepdims=True), 2, 60)
+    steps *= np.exp2(-col / 4, dtype=np.float32)
+    return exponent((steps * steps).mean(2, keepdims=True), 2, 60), col
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Quantiser. The numbers are KL measured on training text: proxy preset after 25 minutes on a CPU, 3.4 bits a weight.
+# --------------------------------------------------------------------------------------------------
+# Quantiser. The numbers are KL measured on training text: proxy preset after 25 minutes on a CPU,
+# 3.4 bits a weight.
 
-ROW_EXPONENT = 0.45                         # rows' steps ~ g^-0.45; 0.5 is the theory: 4 % more KL, 0.35: 9 % more
-G_RANGE = 1e-3, 20.0                        # g of a row, relative to its matrix, is held in this range
-DAMP = 0.05                                 # of the mean of H's diagonal, added; 0.01: 10 % more KL, 0.1: 2 % more
-BEST_KL = 1e-4                              # nats per token: below it finer steps buy nothing
-ROWS_AT_ONCE, BLOCK, LOOKAHEAD = 1024, 128, 16      # rows, columns in the trellis at a time; columns until it decides
+ROW_EXPONENT = 0.45     # rows' steps ~ g^-0.45; 0.5 is the theory: 4 % more KL, 0.35: 9 % more
+G_LEAST = 1e-3          # g of a row, relative to its matrix, is held between this
+G_MOST = 20.0           # and this
+DAMP = 0.05             # of the mean of H's diagonal, added; 0.01: 10 % more KL, 0.1: 2 % more
+BEST_KL = 1e-4          # nats per token: below it finer steps buy nothing
+ROWS_AT_ONCE = 1024     # rows of a matrix that one thread rounds at a time
+BLOCK = 128             # columns that are decided at a time
+LOOKAHEAD = 16          # columns behind them that the decision looks at
 
 
 @dataclass
 class Bank:
-    """Matrices W of one role and what is known about them. Their steps are constant * 2^((row_i + col_j) / 4)."""
+    """Matrices W of one role and what is known of them. Steps are constant * 2^((row + col) / 4)."""
     W: Tensor               # (L, R, n) float32
     H: Tensor               # (L, n, n) float32, per token
-    g: Tensor               # (L, R) float32, per token
-    row: np.ndarray         # (L, R) int8
-    col: np.ndarray         # (L, n) int8
-    feedback: Tensor        # (L, n, n) float32, upper triangle: an error of one step in column i, in steps of column j
-    cost: Tensor            # (L, n) float32: of a squared error of one step, after what later columns make up for
+    g: Tensor               # (L, R, 1) float32, per token
+    row: np.ndarray         # (L, R, 1) int8
+    col: np.ndarray         # (L, 1, n) int8
+    feedback: Tensor        # (L, n, n) float32, upper: an error of a step in column i, in steps of j
+    cost: Tensor            # (L, n) float32: of a squared error of a step, after later columns' help
+    price: float            # 24 times the KL in nats per token, where constant is 1 and errors spread evenly
 
 
-def quarter(exponent: np.ndarray) -> np.ndarray:
-    """2^(exponent / 4) float64, by operations that are exact everywhere."""
-    exponent = np.asarray(exponent, np.int64)
+def quarter(exponent):
+    """exponent, array of int8 -> 2^(exponent / 4) float64, by operations that are exact everywhere."""
+    exponent = exponent.astype(np.int64)
     fraction = np.array([1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429])
-    return np.ldexp(fraction[exponent & 3], exponent >> 2)
+    return torch.from_numpy(np.ldexp(fraction[exponent & 3], exponent >> 2))
 
 
-def dequantise(values: np.ndarray, row: np.ndarray, col: np.ndarray, constant: float) -> np.ndarray:
-    """values (..., n) int32 in half steps, exponents row (...), col (..., n) -> W (..., n) float32, exactly."""
-    row_step, col_step = (constant / 2 * quarter(row)).astype(np.float32), quarter(col).astype(np.float32)
-    return values.astype(np.float32) * row_step[..., None] * col_step
+def dequantise(values, row, col, constant):
+    """values (L, R, n) int32 in half steps, exponents row (L, R, 1), col (L, 1, n) int8
+    -> W float32, the same bits everywhere."""
+    row_step = (constant / 2 * quarter(row)).float()
+    return torch.from_numpy(values).float() * row_step * quarter(col).float()
 
 
-def plan(W: Tensor, H: Tensor, g: Tensor) -> Bank:
-    """Choose the exponents of the steps. W (L, R, n), H (L, n, n) and g (L, R) per token.
+def plan(W, H, g):
+    """Choose the exponents of the steps -> Bank. W (L, R, n), H (L, n, n) and g (L, R, 1) per token.
 
-    With H^-1 = U^T U, GPTQ's error costs exactly 1/2 sum_ij g_i (step_ij / U_jj)^2 e_ij^2, e in steps, and a weight's
-    rate falls by log2 step. So all weights pay alike where step_ij = constant * g_i^-1/2 U_jj: reverse water-filling,
-    in which a direction that is not worth a step rounds to zero by itself.
+    With H^-1 = U^T U, GPTQ's error costs exactly 1/2 sum_ij g_i (step_ij / U_jj)^2 e_ij^2, e in
+    steps, and a weight's rate falls by log2 step. So all weights pay alike where step_ij = constant
+    * g_i^-1/2 U_jj: reverse water-filling, in which a direction that is not worth a step rounds to
+    zero by itself.
     """
-    def exponent(step):
-        return np.clip(np.round(4 * np.log2(step.cpu().numpy())), -127, 127).astype(np.int8)
     eye = torch.eye(W.size(2), dtype=torch.float64, device=W.device)
     level = H.diagonal(dim1=1, dim2=2).double().mean(1)[:, None, None]
     damped = H.double() + eye * torch.where(level > 0, DAMP * level, 1.0)
     # U is the inverse of H's upper Cholesky factor: flip, factorise, flip back.
-    U = torch.linalg.solve_triangular(torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2), eye, upper=True)
-    mean = g.double().mean(1, keepdim=True).clamp(min=1e-12)
-    relative = (g.double() / mean).clamp(*G_RANGE)
-    share = relative ** -ROW_EXPONENT                                      # scaled so that the mean of g share^2 is 1
-    share = share * ((relative * share.square()).mean(1, keepdim=True) * mean) ** -0.5
-    diagonal = U.diagonal(dim1=1, dim2=2)
-    row, col = exponent(share), exponent(diagonal)
-    step = torch.from_numpy(quarter(col)).to(W.device)
+    factor = torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2)
+    U = torch.linalg.solve_triangular(factor, eye, upper=True)
+    diagonal = U.diagonal(dim1=1, dim2=2)[:, None]
+    mean = g.double().mean(1, True).clamp(min=1e-12)
+    relative = (g.double() / mean).clamp(G_LEAST, G_MOST)
+    share = relative ** -ROW_EXPONENT                       # scaled so that the mean of g share^2 is 1
+    share *= ((relative * share.square()).mean(1, True) * mean) ** -0.5
+    row = exponent(share.cpu().numpy())
+    col = exponent(diagonal.cpu().numpy())
+    step = quarter(col).to(W.device)
     weight = step / diagonal
-    return Bank(W, H, g, row, col, (U * weight[..., None] / step[:, None]).float(), weight.square().float())
+    feedback = (U * weight.mT / step).float()
+    cost = weight[:, 0].square().float()
+    rows = g.double() * quarter(row).square().to(W.device)
+    price = (cost.double().sum(1) * rows.sum((1, 2))).sum().item()
+    return Bank(W, H, g, row, col, feedback, cost, price)
 
 
-def constant_for(banks: list[Bank], kl: float) -> float:
-    """-> the constant at which errors spread evenly over the steps cost this KL in all, nats per token."""
-    g_steps = [bank.g.cpu().double() * torch.from_numpy(quarter(bank.row) ** 2) for bank in banks]
-    price = sum((bank.cost.cpu().double().sum(1) * x.sum(1)).sum().item() for bank, x in zip(banks, g_steps))
-    return math.sqrt(24 * kl / max(price, 1e-30))
+def expected_kl(bank, packed):
+    """The bank's weights as packed -> KL(full precision || packed) in nats per token:
+    1/2 sum_i g_i e_i H e_i^T."""
+    E = bank.W - packed.to(bank.W.device)
+    return 0.5 * ((E @ bank.H * E).sum(2, True).double() * bank.g.double()).sum().item()
 
 
-def expected_kl(bank: Bank, packed: Tensor) -> float:
-    """The bank's weights as packed -> KL(full precision || packed), nats per token: 1/2 sum_i g_i e_i H e_i^T."""
-    E = bank.W - packed.view(bank.W.shape).to(bank.W.device)
-    return 0.5 * float(((E @ bank.H * E).sum(2).double() * bank.g.double()).sum())
+def quantise(bank, layer, top, constant):
+    """Rows of a matrix, from top -> values (R, n) int32 in half steps.
 
-
-def quantise(bank: Bank, layer: int, rows: slice, constant: float, trellis=TRELLIS) -> np.ndarray:
-    """-> values (R, n) int32 in half steps: GPTQ in blocks of columns, each rounded to a path through the trellis."""
-    feedback, cost, device = bank.feedback[layer], bank.cost[layer], bank.W.device
-    row = torch.from_numpy(1 / (constant * quarter(bank.row[layer, rows]))).to(device)
-    col = torch.from_numpy(1 / quarter(bank.col[layer])).to(device)
-    X = (bank.W[layer, rows] * row[:, None] * col).T.float().clamp(-2 ** 29, 2 ** 29).contiguous()   # (n, R), in steps
-    values, state = torch.empty_like(X, dtype=torch.int32), torch.zeros_like(row, dtype=torch.int64)
-    for start in range(0, len(X), BLOCK):
-        block = slice(start, start + BLOCK)
-        ahead, later = slice(start, start + BLOCK + LOOKAHEAD), slice(start + BLOCK, None)
-        path = best_path(X[ahead], feedback[ahead, ahead], cost[ahead], state, trellis)
-        values[block], errors, after = (x[:BLOCK] for x in path)
+    GPTQ in blocks of columns, each of which is a path through the trellis.
+    """
+    rows = slice(top, top + ROWS_AT_ONCE)
+    feedback, cost = bank.feedback[layer], bank.cost[layer]
+    row = 1 / (constant * quarter(bank.row[layer, rows])).to(cost.device)
+    col = 1 / quarter(bank.col[layer]).to(cost.device)
+    X = (bank.W[layer, rows] * row * col).T.float()         # (n, R), in steps
+    X = X.clamp(-2 ** 29, 2 ** 29).contiguous()
+    values = torch.empty_like(X, dtype=torch.int32)
+    before = torch.from_numpy(np.argsort(TRELLIS, 0)).to(X.device)      # (states, parity) -> state
+    state = torch.zeros_like(X[0], dtype=torch.int64)
+    for first in range(0, len(X), BLOCK):
+        block = slice(first, first + BLOCK)
+        seen = slice(first, first + BLOCK + LOOKAHEAD)
+        later = slice(first + BLOCK, None)
+        paths = survivors(X[seen], feedback[seen, seen], cost[seen], state, before)
+        values[block], errors, states = (x[:BLOCK] for x in trace_back(*paths, before))
         X[later] -= feedback[block, later].T @ errors
-        state = after[-1]
+        state = states[-1]
     return values.T.cpu().numpy()
 
 
-def best_path(X: Tensor, feedback: Tensor, cost: Tensor, state: Tensor, trellis) -> tuple[Tensor, Tensor, Tensor]:
-    """The cheapest path of each row through the trellis, over the columns X (n, R) in steps, from state (R,)
-    -> values int32 in half steps, their errors in steps, states after each column: all (n, R).
-
-    Viterbi, where each of the states keeps its own residual: its survivor's errors are fed forward, as GPTQ does.
-    """
-    (n, R), states = X.shape, len(trellis)
-    before = [[trellis[:, odd].tolist().index(after) for after in range(states)] for odd in (0, 1)]
-    from_even, from_odd = (torch.tensor(state, device=X.device) for state in before)
-    half = (torch.arange(states, device=X.device) & 1)[:, None] / 2
-    metric = torch.full((states, R), torch.inf, device=X.device).scatter_(0, state[None], 0.0)
-    # Residuals (n, states, R). Step j reads one buffer and writes what is after column j to the other, by turns: so
-    # column j stays in buffer j % 2 as each state saw it.
-    buffers = X[:, None].repeat(1, states, 1), torch.empty(n, states, R, device=X.device)
-    choices = torch.empty(n, states, R, dtype=torch.bool, device=X.device)
-    for j in range(n):
-        now, then = buffers[j % 2][j + 1:], buffers[1 - j % 2][j + 1:]
-        y = buffers[j % 2][j] - half
-        even = y - 2 * (y / 2).round()                                     # errors of the nearest even and odd k
+def survivors(X, feedback, cost, state, before):
+    """Viterbi over the columns X (n, R) in steps, from state (R,), where each state keeps its own
+    residual: its survivor's errors are fed forward, as GPTQ does
+    -> residual (n, states, R): what a state before column j finds there, less its half;
+    parity (n, states, R) bool of the k by which the survivor enters a state after column j;
+    metric (states, R): what the survivors cost."""
+    even_before, odd_before = before.T.contiguous()
+    states = torch.arange(len(before), device=X.device)[:, None]
+    half = (states & 1) / 2
+    metric = torch.where(states == state, 0.0, torch.inf)
+    left = X[:, None].repeat(1, len(before), 1)             # of the columns from j on, by each survivor
+    spare, residual = torch.empty_like(left), torch.empty_like(left)
+    parity = torch.empty_like(left, dtype=torch.bool)
+    for j in range(len(X)):
+        y = torch.sub(left[0], half, out=residual[j])
+        even = y - 2 * (y / 2).round()                      # errors of the nearest even and odd k
         odd = even - torch.ones_like(even).copysign(even)
-        to_even = (metric + cost[j] * even.square()).index_select(0, from_even)
-        to_odd = (metric + cost[j] * odd.square()).index_select(0, from_odd)
-        take = torch.lt(to_odd, to_even, out=choices[j])
-        metric = torch.minimum(to_odd, to_even)
-        error = torch.where(take, odd.index_select(0, from_odd), even.index_select(0, from_even))
-        for i, even_before, odd_before in zip(range(states), *before):
-            torch.where(take[i], now[:, odd_before], now[:, even_before], out=then[:, i])
-        then.addcmul_(feedback[j, j + 1:, None, None], error, value=-1)
-    path, y = torch.empty(n + 1, R, dtype=torch.int64, device=X.device), torch.empty_like(X)
-    parity = torch.empty(n, R, dtype=torch.bool, device=X.device)
-    path[n] = metric.argmin(0)
-    for j in reversed(range(n)):
-        parity[j] = choices[j].gather(0, path[j + 1][None])[0]
-        path[j] = torch.where(parity[j], from_odd[path[j + 1]], from_even[path[j + 1]])
-        y[j] = buffers[j % 2][j].gather(0, path[j][None])[0]
-    half = path[:-1] & 1
-    y -= half / 2
+        even_metric = (metric + cost[j] * even.square()).index_select(0, even_before)
+        odd_metric = (metric + cost[j] * odd.square()).index_select(0, odd_before)
+        is_odd = torch.lt(odd_metric, even_metric, out=parity[j])
+        metric = torch.minimum(odd_metric, even_metric)
+        error = torch.where(is_odd, odd.index_select(0, odd_before),
+                            even.index_select(0, even_before))
+        left, spare = spare[1:], left[1:]
+        for i, (by_even, by_odd) in enumerate(before.tolist()):
+            torch.where(is_odd[i], spare[:, by_odd], spare[:, by_even], out=left[:, i])
+        left.addcmul_(feedback[j, j + 1:, None, None], error, value=-1)
+    return residual, parity, metric
+
+
+def trace_back(residual, parity, metric, before):
+    """What survivors() found, from the cheapest end
+    -> values int32 in half steps, their errors in steps, states after each column: all (n, R)."""
+    y = torch.empty_like(residual[:, 0])
+    odd = torch.empty_like(y, dtype=torch.int64)
+    path = torch.cat([odd, metric.argmin(0, True)])
+    for j in reversed(range(len(y))):
+        odd[j] = parity[j].gather(0, path[j + 1:j + 2])
+        path[j] = before[path[j + 1], odd[j]]
+        y[j] = residual[j].gather(0, path[j:j + 1])
     even = 2 * (y / 2).round()
-    up = torch.ones_like(y).copysign(y - even) * parity                    # from there to the odd neighbour, or 0
-    return (2 * (even.int() + up.int()) + half).int(), y - even - up, path[1:]
+    step = torch.ones_like(y).copysign(y - even) * odd      # from there to the odd neighbour, or 0
+    values = 2 * (even.int() + step.int()) + (path[:-1] & 1)
+    return values.int(), y - even - step, path[1:]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model <-> bytes
+# --------------------------------------------------------------------------------------------------
+# Model <-> model.bin: the size of the header, 4 bytes; the header, JSON; the words of encode(); the
+# sections of the table below, each an array of integers a tensor.
 
-SMALL_BITS = 6                              # steps of small vectors: 2^-6 of their spread; KL 6e-6, with 5 bits 3e-5
-SECTIONS = ("header", "weights", "steps of rows", "steps of columns", "spreads of rows", "spreads of columns",
-            "escapes", "small vectors: steps", "small vectors: means", "small vectors: rest")
-
-
-def split(state: dict[str, Tensor]) -> tuple[dict[str, tuple], dict[str, tuple]]:
-    """A model's tensors -> matrices {name: (L, R, n)}, a bank each, and small vectors {name: (rows, n)}."""
-    matrices = {name: (1, *x.shape)[-3:] for name, x in state.items() if name in (*GPT.MATRICES, "embed.weight")}
-    return matrices, {k: (math.prod(x.shape[:-1]), x.shape[-1]) for k, x in state.items() if k not in matrices}
+MATRICES = (*GPT.MATRICES, "embed.weight")      # what is quantised; all others are small vectors
+SMALL_STEP = 1 / 64     # steps of small vectors, of their spread; KL 6e-6, with 1/32 3e-5
+MAX_WEIGHTS = 1 << 27   # of a model
+MAX_BLOCKS = 64         # applications of its blocks to a token
+MAX_ROW = 1 << 30       # bytes of the activations of a row of tokens
 
 
-def encode_small(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows, n) -> exponent (rows,) int8, offset (rows,) int16, q (rows, n) int16: (offset + q) 2^(exponent / 4)."""
-    vectors = vectors.astype(np.float64)
-    mean = vectors.mean(1)
-    spread = np.maximum(vectors.std(1), np.maximum(np.abs(mean) / 64, 1e-9))
-    exponent = np.clip(np.round(4 * (np.log2(spread) - SMALL_BITS)), -127, 127).astype(np.int8)
-    step = quarter(exponent)
-    offset = np.round(mean / step).astype(np.int16)
-    return exponent, offset, np.round(vectors / step[:, None] - offset[:, None]).astype(np.int16)
+def need(fact, otherwise):
+    """ValueError(otherwise) unless fact."""
+    if not fact:
+        raise ValueError(otherwise)
 
 
-def decode_small(exponent: np.ndarray, offset: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Inverse of encode_small() -> (rows, n) float32."""
-    return (offset.astype(np.float32)[:, None] + q.astype(np.float32)) * quarter(exponent).astype(np.float32)[:, None]
+def split(state):
+    """A model's tensors -> matrices {name: (L, R, n)}, a bank each; small vectors {name: (V, m)}."""
+    matrices = {name: state[name].view(-1, *state[name].shape[-2:]) for name in MATRICES}
+    vectors = {name: x.view(-1, x.shape[-1]) for name, x in state.items() if name not in matrices}
+    return matrices, vectors
 
 
-def squeeze(arrays) -> bytes:
-    """Integer arrays of one dtype -> zstd of their bytes, the low ones first."""
-    flat = np.concatenate([x.ravel() for x in arrays])
-    planes = flat.view(np.uint8).reshape(len(flat), flat.itemsize).T
-    return zstandard.ZstdCompressor(level=19).compress(planes.tobytes())
+def table(matrices, vectors, n_escapes):
+    """Tensors from split() -> of each section its name, the type and the shapes of its arrays."""
+    rows = [W[:, :, :1].shape for W in matrices.values()]
+    columns = [W[:, :1].shape for W in matrices.values()]
+    heads = [x[:, :1].shape for x in vectors.values()]
+    return [
+        ("steps of rows", "i1", rows),
+        ("steps of columns", "i1", columns),
+        ("spreads of rows", "i1", rows),        # of the weights: sigma times the step, which is
+        ("spreads of columns", "i1", columns),  # more even than sigma: a fifth fewer bytes
+        ("escapes", "i4", [(n_escapes,)]),
+        ("small vectors: steps", "i1", heads),
+        ("small vectors: means", "i2", heads),
+        ("small vectors: rest", "i2", [x.shape for x in vectors.values()]),
+    ]
 
 
-def unsqueeze(blob: bytes, dtype: str, shapes: list[tuple]) -> list[np.ndarray]:
-    """Inverse of squeeze(). ValueError unless the bytes are exactly those of arrays of these shapes."""
-    size, counts = np.dtype(dtype).itemsize, [math.prod(shape) for shape in shapes]
-    if zstandard.get_frame_parameters(blob).content_size != size * sum(counts):
-        raise ValueError("a section has another size than the config says")
-    planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(blob), np.uint8).reshape(size, sum(counts))
-    flat = np.ascontiguousarray(planes.T).view(dtype).ravel()
-    return [x.reshape(shape) for x, shape in zip(np.split(flat, np.cumsum(counts)[:-1]), shapes)]
+def encode_small(vectors):
+    """(V, m) -> integers step (V, 1), mean (V, 1), rest (V, m): (mean + rest) 2^(step / 4)."""
+    vectors = vectors.double().numpy()
+    mean = vectors.mean(1, keepdims=True)
+    spread = np.maximum(vectors.std(1, keepdims=True), np.abs(mean) / 64)
+    step = exponent(spread * SMALL_STEP)
+    size = quarter(step).numpy()
+    mean = np.round(mean / size)
+    return step, mean, np.round(vectors / size - mean)
 
 
-@dataclass
-class Packed:
-    """model.bin and what is told about it."""
-    blob: bytes
-    sizes: dict[str, int]           # bytes of its sections
-    state: dict[str, Tensor]        # the weights as they will load
-    histogram: np.ndarray           # (banks, contexts, symbols): how often each was coded
+def quantise_all(banks, constant, label):
+    """-> values (L, R, n) int32 in half steps of each bank. label: of the progress line, or none."""
+    values = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                    # matrices side by side: kernels are small
+    with (Progress(label, sum(bank.W.numel() for bank in banks), "weights") as progress,
+          ThreadPoolExecutor(threads if banks[0].W.is_cpu else 1) as pool):
+        for bank in banks:
+            tops = range(0, bank.W.size(1), ROWS_AT_ONCE)
+            chunks = product([bank], range(len(bank.W)), tops, [constant])
+            parts = []
+            for part in pool.map(quantise, *zip(*chunks)):
+                parts.append(part)
+                progress.add(part.size)
+            values.append(np.concatenate(parts).reshape(bank.W.shape))
+    torch.set_num_threads(threads)
+    return values
 
 
-def pack_model(config: dict, weights: dict, banks: list[Bank], constant: float, trellis=TRELLIS, label="") -> Packed:
-    """Quantise and code a model with one constant for all steps. banks: as gather() plans them."""
-    values, threads = [np.empty(bank.W.shape, np.int32) for bank in banks], torch.get_num_threads()
-    with Progress(label, sum(v.size for v in values), "weights") as progress:
-        def run(job):
-            bank, value, layer, rows = job
-            value[layer, rows] = quantise(bank, layer, rows, constant, trellis)
-            progress.add(value[layer, rows].size)
-        jobs = [(bank, value, layer, slice(top, top + ROWS_AT_ONCE)) for bank, value in zip(banks, values)
-                for layer in range(len(value)) for top in range(0, value.shape[1], ROWS_AT_ONCE)]
-        torch.set_num_threads(1)                                           # jobs side by side: kernels are small
-        try:
-            with ThreadPoolExecutor(threads if banks[0].W.device.type == "cpu" else 1) as pool:
-                list(pool.map(run, jobs))
-        finally:
-            torch.set_num_threads(threads)
-    matrices, vectors = split(weights)
-    small = [encode_small(weights[name].view(shape).numpy()) for name, shape in vectors.items()]
-    back = [dequantise(value, bank.row, bank.col[:, None], constant) for bank, value in zip(banks, values)]
-    state = dict(zip((*matrices, *vectors), (*back, *(decode_small(*x) for x in small))))
-    rows, cols = [bank.row.ravel() for bank in banks], [bank.col for bank in banks]
-    sigma_rows, sigma_cols = zip(*map(scales, values))
-    words, escapes, histogram = encode(values, sigma_rows, sigma_cols)
-    # A sigma times its step is the spread of the weights themselves, which is more even: a fifth fewer bytes.
-    sides = [rows, cols, [*map(np.add, sigma_rows, rows)], [*map(np.add, sigma_cols, cols)], [escapes], *zip(*small)]
-    sections = [words.tobytes(), *map(squeeze, sides)]
-    header = {"config": config, "constant": constant, "escapes": len(escapes), "sections": [*map(len, sections)]}
+def pack_model(checkpoint, banks, constant, label=""):
+    """Quantise and code a model with one constant for all steps; banks as gather() plans them
+    -> {section: bytes} of model.bin, bytes of each bank by the coder's probabilities."""
+    values = quantise_all(banks, constant, label)
+    sigmas = [scales(value) for value in values]
+    words, escapes, ideal = encode(values, sigmas)
+    steps = [(bank.row, bank.col) for bank in banks]
+    spreads = [map(np.add, *pair) for pair in zip(steps, sigmas)]
+    matrices, vectors = split(checkpoint["weights"])
+    small = zip(*map(encode_small, vectors.values()))
+    sides = [*zip(*steps), *zip(*spreads), [escapes], *small]
+    sections = {"weights": words.tobytes()}
+    for (name, dtype, _), arrays in zip(table(matrices, vectors, len(escapes)), sides):
+        flat = np.concatenate([x.ravel() for x in arrays]).astype(dtype)
+        planes = flat[:, None].view(np.uint8).T             # the low bytes, then the high ones
+        sections[name] = zstandard.ZstdCompressor(level=19).compress(planes.tobytes())
+    header = {"config": vars(checkpoint["config"]), "constant": constant, "escapes": len(escapes),
+              "sections": [*map(len, sections.values())]}
     header = json.dumps(header, separators=(",", ":")).encode()
-    sections = [struct.pack("<I", len(header)) + header, *sections]
-    state = {name: torch.from_numpy(x).view(weights[name].shape) for name, x in state.items()}
-    return Packed(b"".join(sections), dict(zip(SECTIONS, map(len, sections))), state, histogram)
+    return {"header": len(header).to_bytes(4, "little") + header, **sections}, ideal
 
 
-def unpack_model(blob: bytes):
-    """model.bin -> (Config, GPT). Every size is checked before it is used. Exceptions of many kinds for bad bytes."""
-    (size,) = struct.unpack_from("<I", blob)
-    header = json.loads(blob[4:4 + min(size, 1 << 16)])
-    config, constant, n_escapes, sizes = (header[key] for key in ("config", "constant", "escapes", "sections"))
-    if (any(type(x) is not int or not 0 <= x <= MAX_WEIGHTS for x in (n_escapes, *sizes))
-            or len(sizes) != len(SECTIONS) - 1 or sum(sizes) != len(blob) - 4 - size
-            or type(constant) is not float or not 0 < constant < 1e30
-            or config["n_layer"] * config["loop_passes"] > 4096 or config["vocab_size"] > 1 << 16):
-        raise ValueError("the header does not fit the file")
-    cfg = Config(**config)
+def check_limits(cfg):
+    """ValueError for a config that asks for more than a model under the cap can use."""
+    visits = len(block_order(cfg, True))
+    need(visits <= MAX_BLOCKS, f"{visits} block applications: at most {MAX_BLOCKS} can be packed")
+    row = max(cfg.seq_len * visits * cfg.n_embd, cfg.row_tokens * cfg.n_embd, 8192 * cfg.mlp_dim)
+    need(4 * row <= MAX_ROW, f"a row of tokens takes {4 * row:,} bytes: at most {MAX_ROW:,}")
+
+
+def unpack_model(blob):
+    """model.bin -> (Config, GPT). Every size is checked before it is used; bad bytes raise many errors."""
+    at = 4 + int.from_bytes(blob[:4], "little")
+    need(at < 1 << 16, "its header is too long")
+    header = json.loads(blob[4:at])
+    n_escapes = header["escapes"]
+    cfg = Config(**header["config"])
+    check_limits(cfg)
     with torch.device("meta"):
         model = GPT(cfg).eval().requires_grad_(False)
-    meta = model.state_dict()
-    if not n_escapes <= sum(x.numel() for x in meta.values()) <= MAX_WEIGHTS:
-        raise ValueError(f"the config asks for more than {MAX_WEIGHTS:,} weights, or fewer than there are escapes")
-    ends = np.cumsum([4 + size, *sizes])
-    words, *sides = (blob[a:b] for a, b in zip(ends, ends[1:]))
-    matrices, vectors = split(meta)
-    shapes, rests = list(matrices.values()), list(vectors.values())
-    by_row, by_col, by_vector = [(L * R,) for L, R, n in shapes], [(L, n) for L, R, n in shapes], [x[:1] for x in rests]
-    layout = [("i1", by_row), ("i1", by_col), ("i1", by_row), ("i1", by_col), ("i4", [(n_escapes,)]),
-              ("i1", by_vector), ("i2", by_vector), ("i2", rests)]
-    rows, cols, *spreads, (escapes,), exponents, means, qs = [unsqueeze(x, *of) for x, of in zip(sides, layout)]
-    sigmas = [list(map(np.subtract, spread, step)) for spread, step in zip(spreads, (rows, cols))]
-    words, out = np.frombuffer(words, np.uint16), [np.empty((L * R, n), np.float32) for L, R, n in shapes]
-    for bank, piece, layer, values in decode(words, escapes, shapes, *sigmas):
-        out[bank][piece] = dequantise(values.T, rows[bank][piece], cols[bank][layer], constant)
-    state = dict(zip((*matrices, *vectors), (*out, *map(decode_small, exponents, means, qs))))
-    if not all(np.isfinite(x).all() for x in state.values()):
-        raise ValueError("weights are not finite")
-    model.load_state_dict({name: torch.from_numpy(x).view(meta[name].shape) for name, x in state.items()}, assign=True)
+    state = model.state_dict()
+    n_weights = sum(x.numel() for x in state.values())
+    need(n_weights <= MAX_WEIGHTS, f"its config asks for more than {MAX_WEIGHTS:,} weights")
+    need(n_escapes <= n_weights, "it has more escapes than weights")
+    matrices, vectors = split(state)
+    ends = at + np.cumsum(header["sections"])
+    words = np.frombuffer(blob[at:ends[0]], np.uint16)
+    sides = []
+    sections = table(matrices, vectors, n_escapes)
+    for (name, dtype, shapes), at, end in zip(sections, ends, ends[1:]):
+        bounds = np.cumsum([math.prod(shape) for shape in shapes])
+        size = zstandard.get_frame_parameters(blob[at:end]).content_size
+        itemsize = np.dtype(dtype).itemsize
+        need(size == itemsize * bounds[-1], f"its {name} are not as many as the config says")
+        planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(blob[at:end]), np.uint8)
+        flat = planes.reshape(itemsize, -1).T.copy().view(dtype)
+        sides.append([x.reshape(shape) for x, shape in zip(np.split(flat, bounds), shapes)])
+    rows, cols, row_spreads, col_spreads, (escapes,), *small = sides
+    sigmas = map(np.subtract, row_spreads, rows), map(np.subtract, col_spreads, cols)
+    values = decode(words, escapes, list(zip(*sigmas)))
+    arrays = {}
+    for name, value, row, col in zip(matrices, values, rows, cols):
+        arrays[name] = dequantise(value, row, col, header["constant"])
+    for name, step, mean, rest in zip(vectors, *small):
+        vector = torch.from_numpy(np.add(mean, rest, dtype=np.float32))
+        arrays[name] = vector * quarter(step).float()
+    need(all(x.isfinite().all() for x in arrays.values()), "its weights are not finite")
+    arrays = {name: arrays[name].view(x.shape) for name, x in state.items()}
+    model.load_state_dict(arrays, assign=True)
     return cfg, model
 
 
-def digest(state: dict[str, Tensor]) -> str:
-    """sha256 over all weights: equal for two models of one config only if they are the same bit for bit."""
-    return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
+def digest(state):
+    """sha256 of all weights: equal for two models of one config only if all their bits are."""
+    return sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The artifact: a zip that Python runs, whose archive comment is the sha256 of every byte before it.
 
+SOURCES = ("train_gpt.py", "pack.py", "eval_bpb.py",    # of an artifact: all that scores it
+           "data/__init__.py", "data/dataset.py", "data/tokenizer.py")
+MAIN = b"""import sys, eval_bpb
+from data.dataset import command
+sys.exit(command(lambda: eval_bpb.main(sys.argv)))
+"""
+NAMES = ["__main__.py", *SOURCES, "tokenizer.json", "model.bin"]
+MAX_FILE = 1 << 28      # bytes of an artifact, and of all that is in it: more is refused unread
 
-def build_artifact(files: dict[str, bytes], model: bytes) -> bytes:
-    """files {name: bytes} compressed, model.bin stored. The same input gives the same bytes at any time."""
+
+def build_artifact(files, model):
+    """files {name: bytes} compressed, model.bin stored -> a zip, the same bytes at any time."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compresslevel=9) as archive:
-        for name, data in [*files.items(), ("model.bin", model)]:
-            info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            info.create_system, info.external_attr = 3, 0o644 << 16
-            archive.writestr(info, data, zipfile.ZIP_STORED if name == "model.bin" else zipfile.ZIP_DEFLATED)
+    with ZipFile(buffer, "w", compresslevel=9) as archive:
+        for name, data in {**files, "model.bin": model}.items():
+            info = ZipInfo(name)                            # of 1980
+            info.create_system = 3
+            info.external_attr = 0o644 << 16
+            archive.writestr(info, data, ZIP_STORED if name == "model.bin" else ZIP_DEFLATED)
         archive.comment = bytes(32)
-    data = buffer.getvalue()
-    return data[:-32] + hashlib.sha256(data[:-32]).digest()
+    data = buffer.getvalue()[:-32]
+    return data + sha256(data).digest()
+
+
+def read_archive(data):
+    """Inverse of build_artifact() -> {name: bytes}. ValueError, or an error of zipfile's, unless it
+    has the known files and no more."""
+    need(sha256(data[:-32]).digest() == data[-32:], "damaged, cut short or no artifact (checksum)")
+    with ZipFile(io.BytesIO(data)) as archive:
+        parts = archive.infolist()
+        names = sorted(part.filename for part in parts)
+        need(names == sorted(NAMES), "it has other files than an artifact, or one of them twice")
+        kinds = {part.compress_type for part in parts}
+        need(kinds == {ZIP_STORED, ZIP_DEFLATED}, "it is compressed in another way")
+        need(sum(part.file_size for part in parts) <= MAX_FILE, "its files are too large")
+        return {part.filename: archive.open(part).read(part.file_size) for part in parts}
 
 
 def load(path):
-    """artifact.pyz -> (Config, GPT in eval mode on the CPU in float32, Tokenizer); the same bits in every process.
+    """artifact.pyz -> (Config, GPT in eval mode on the CPU in float32, Tokenizer); the same bits in
+    every process.
 
-    BadInput for any file that pack.py did not write whole. One that was made to harm can at most ask for MAX_WEIGHTS
-    weights: nothing in it is executed, and every length is checked before it is used.
+    BadInput for any file that pack.py did not write whole. One that was made to harm can at most ask
+    for what the limits above allow: nothing in it is executed, every length is checked before use.
     """
     try:
-        data = Path(path).read_bytes() if Path(path).stat().st_size <= MAX_FILE else b""
+        need(Path(path).stat().st_size <= MAX_FILE, "it is too large")
+        files = read_archive(Path(path).read_bytes())
+        tokenizer = Tokenizer(files["tokenizer.json"])
+        cfg, model = unpack_model(files["model.bin"])
+        need(tokenizer.vocab_size == cfg.vocab_size, "its tokenizer does not fit its model")
+        return cfg, model, tokenizer
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror}: pack a run first, python pack.py") from None
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise BadInput(f"{path}: damaged, cut short or not an artifact (the checksum at its end does not match)")
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if max(archive.getinfo(name).file_size for name in ("tokenizer.json", "model.bin")) > len(data) + (1 << 24):
-                raise ValueError("its parts are larger than they can be")
-            tokenizer = Tokenizer(archive.read("tokenizer.json"))
-            cfg, model = unpack_model(archive.read("model.bin"))
     except Exception as e:  # zip, zstd, JSON and torch each have errors of their own for bad bytes
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise BadInput(f"{path}: not an artifact that this pack.py can read: {reason}") from None
-    if tokenizer.vocab_size != cfg.vocab_size:
-        raise BadInput(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {cfg.vocab_size}")
-    return cfg, model, tokenizer
 
 
-def sources(run: Path) -> dict[str, bytes]:
-    """The artifact's code: as the run started with, but for pack.py, which must be able to read what it writes."""
-    files = {"__main__.py": MAIN.encode()}
-    for name in SOURCES:
-        path = run / "source" / name
-        path = ROOT / name if name == "pack.py" or not path.is_file() else path
-        files[name] = path.read_bytes()
-        if files[name] != (ROOT / name).read_bytes():
-            print(f"note: {name} is not the one beside this pack.py; the artifact gets {path}")
-    return files
-
-
-def verify(path: Path, wanted: str) -> None:
-    """The artifact, loaded by its own code in another process, must be the packed model bit for bit: RuntimeError."""
+def verify(path, wanted):
+    """RuntimeError unless the artifact, loaded by its own code in another process, has that digest."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import pack\n"
             "print(pack.digest(pack.load(sys.argv[1])[1].state_dict()))")
-    child = subprocess.run([sys.executable, "-c", code, str(path.resolve())], capture_output=True, text=True)
+    child = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     if child.stdout.split()[-1:] != [wanted]:
-        raise RuntimeError(f"the artifact does not load as it was packed: {child.stderr[-2000:] or child.stdout}")
+        said = child.stderr[-2000:] or child.stdout
+        raise RuntimeError(f"the artifact does not load as it was packed: {said}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Packing a checkpoint
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+LIVE = "9"              # when a run ends that is still in training: after all others
 
 
-def gather(checkpoint: dict, path: Path, device: str = "cpu") -> list[Bank]:
-    """Checkpoint -> its banks, planned. BadInput names what is not finite.
+def lifetime(run):
+    """-> when a run ended and when it began, ISO in UTC, by its metrics.jsonl. The end is LIVE for one
+    in training, which the trainer's lock tells, and "" for one that was killed."""
+    end = begin = ""
+    with suppress(Exception):                               # no file, half a line, or a lock that is held
+        with open(run / "metrics.jsonl", "rb") as file:
+            lines = file.read().splitlines()
+            begin = json.loads(lines[0])["time"]
+            last = json.loads(lines[-1])
+            if last["kind"] == "end":
+                return last["time"], begin
+            import fcntl                                    # not on Windows
+            end = LIVE
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            end = ""
+    return end, begin
 
-    A looped layer makes the same error in each pass, so H and g, both sums over the passes, are not divided by their
-    number: the KL measured for such layers is 2 to 4 times that of passes that err independently. Without statistics
-    H and g make expected_kl() the mean squared error, relative to the mean square of the weight's row.
+
+def find_run(name=""):
+    """A run's folder, its name in runs/, or "" for the newest that has ended -> its folder.
+
+    BadInput where there is none, or another was in training beside the newest: either may be meant.
+    """
+    for folder in (Path(name), Path("runs") / name):
+        if name and folder.is_dir():
+            return folder
+    runs = sorted((*lifetime(run), run) for run in Path("runs").glob("*/"))
+    ended = [run for run in runs if "" < run[0] < LIVE]
+    if name or not ended:
+        raise BadInput(f"{name or 'runs/'}: no such run; train one first, python train_gpt.py")
+    end, begin, newest = ended[-1]
+    for other_end, other_begin, other in runs:
+        if other != newest and other_end > begin and other_begin < end:
+            raise BadInput(f"{newest} and {other} were in training at the same time: name one")
+    return newest
+
+
+# --------------------------------------------------------------------------------------------------
+# Packing a run
+
+
+def gather(checkpoint, device="cpu"):
+    """Checkpoint -> its banks, planned. ValueError names what is not finite; KeyError, RuntimeError where
+    the statistics do not fit the weights.
+
+    A looped layer makes the same error in each pass, so H and g, both sums over the passes, are not
+    divided by their number: the KL measured for such layers is 2 to 4 times that of passes that err
+    independently. Without statistics H and g make expected_kl() the mean squared error, relative to
+    the mean square of the weight's row.
     """
     weights, stats = checkpoint["weights"], checkpoint["stats"]
     for name, x in (weights | stats).items():
-        if not (isinstance(x, Tensor) and x.is_floating_point() and x.isfinite().all()):
-            raise BadInput(f"{path}: {name} is not a tensor of finite numbers")
-    banks, matrices = [], split(weights)[0]
-    n_weights = sum(map(math.prod, matrices.values()))
-    for name, (L, R, n) in matrices.items():
-        W, key = weights[name].float().view(L, R, n), name.removesuffix(".weight")
-        H, g = torch.eye(n).expand(L, n, n), 2 / n_weights / W.square().mean(2).clamp(min=1e-12)
-        try:
-            if stats:
-                tokens = float(stats["tokens"].sum())
-                H, g = stats[f"{key}.H"].view(L, n, n) / tokens, stats[f"{key}.g"].view(L, R) / tokens
-                if key == "embed":                                         # tokens are inputs as often as targets
-                    H = H + stats["embed.S"] / tokens / g.sum().clamp(min=1e-12)
-            banks.append(plan(W.to(device), H.to(device), g.to(device)))
-        except (KeyError, RuntimeError, ZeroDivisionError) as e:
-            raise BadInput(f"{path}: the statistics of {name} do not fit it: {str(e).splitlines()[0]}") from None
+        need(isinstance(x, Tensor) and x.isfinite().all(), f"{name} is not a tensor of finite numbers")
+    matrices, _ = split(weights)
+    n_weights = sum(W.numel() for W in matrices.values())
+    banks = []
+    for name, W in matrices.items():
+        L, R, n = W.shape
+        key = name.removesuffix(".weight")
+        if stats:
+            tokens = stats["tokens"].sum()
+            H = stats[f"{key}.H"].view(L, n, n) / tokens
+            g = stats[f"{key}.g"].view(L, R, 1) / tokens
+        else:
+            H = torch.eye(n).expand(L, n, n)
+            g = 2 / n_weights / W.square().mean(2, True).clamp(min=1e-12)
+        if f"{key}.S" in stats:                             # tokens are inputs as often as targets
+            H = H + stats[f"{key}.S"] / tokens / g.sum().clamp(min=1e-12)
+        banks.append(plan(W.to(device), H.to(device), g.to(device)))
     return banks
 
 
-def search(pack_at, cap: int, slope: float) -> tuple[Packed, bytes]:
-    """-> what pack_at gives where its file ends within 0.05 % below cap, or at octave 0 where that fits.
-
-    pack_at(octave, number of the try) -> Packed with steps 2^octave times the finest, its file; slope: bytes an octave.
-    """
-    octave, tries, best = 0.0, [], None                                    # tries: (octave, bytes)
-    while len(tries) < 15:
-        packed, data = pack_at(octave, len(tries) + 1)
-        size = len(data)
-        if size <= cap:
-            best = packed, data                                            # the tries close in on the cap
-            if octave == 0 or size >= 0.9995 * cap:
-                break
-        if tries:
-            slope = (tries[-1][1] - size) / (octave - tries[-1][0])
-        tries.append((octave, size))
-        low = max(tried for tried, size in tries if size > cap)
-        high = min((tried for tried, size in tries if size <= cap), default=math.inf)
-        octave += min((size - 0.99975 * cap) / max(slope, 1.0), 4.0)
+def search(checkpoint, banks, files, cap):
+    """-> what pack_model() gives and the artifact: within 0.05 % below cap, or with the finest steps."""
+    price = sum(bank.price for bank in banks)
+    finest = math.sqrt(24 * BEST_KL / max(price, 1e-30))
+    slope = sum(bank.W.numel() for bank in banks) / 8       # bytes an octave of the steps
+    octave, low, high = 0.0, 0.0, math.inf                  # the cap is met between low and high
+    best, last = None, None
+    for number in range(1, 16):
+        packed = pack_model(checkpoint, banks, finest * 2 ** octave, f"pass {number}:")
+        data = build_artifact(files, b"".join(packed[0].values()))
+        excess = len(data) - cap
+        if excess <= 0:
+            best, high = (*packed, data), octave
+        else:
+            low = octave
+        if high == 0 or -0.0005 * cap <= excess <= 0:
+            break
+        if last:
+            slope = (last[1] - excess) / (octave - last[0])
+        last = octave, excess
+        octave += min((excess + 0.00025 * cap) / max(slope, 1.0), 4.0)
         if not low < octave < high:
             octave = (low + high) / 2
     if best is None:
-        raise BadInput(f"--cap_bytes={cap}: this model does not fit; the smallest file tried has {size:,} bytes")
+        raise BadInput(f"--cap_bytes={cap}: this model does not fit; the last file tried has {len(data):,} bytes")
     return best
 
 
-def entropies(histogram: np.ndarray) -> tuple[np.ndarray, float]:
-    """(banks, contexts, symbols) -> bytes of each bank by the coder's probabilities, of all by the symbols' own."""
-    ideal = (histogram * np.log2((1 << BITS) / np.maximum(tables()[1], 1))).sum((1, 2)) / 8
-    count = histogram.sum(0)
-    return ideal, -(count * np.log2(np.maximum(count, 1) / np.maximum(count.sum(1, keepdims=True), 1))).sum() / 8
-
-
-def ledger(banks: list[Bank], packed: Packed, data: bytes, measure: str) -> str:
+def ledger(banks, state, sections, ideal, data, measure):
     """Where the artifact's bytes went, and what each bank of weights costs of `measure`: a table."""
-    (ideal, entropy), matrices, code = entropies(packed.histogram), split(packed.state)[0], packed.sizes["weights"]
-    costs = [expected_kl(bank, packed.state[name]) for name, bank in zip(matrices, banks)]
-    n_weights, sizes, total = sum(map(math.prod, matrices.values())), np.rint(ideal).astype(int), sum(costs)
-    line = "{:<26}{:>12}{:>11}{:>9}{:>14}".format
-    table = [line("", "weights", "bits each", "cost", "bytes")]
-    for name, bank, cost, size in zip(matrices, banks, costs, sizes):
-        bits, share = 8 * size / bank.W.numel(), cost / max(total, 1e-30)
-        table.append(line(name, f"{bank.W.numel():,}", f"{bits:.3f}", f"{share:.1%}", f"{size:,}"))
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        files = {part.filename: part.compress_size for part in archive.infolist() if part.filename != "model.bin"}
-    rest = {**packed.sizes, "weights": code - sizes.sum(), **files}        # of the weights: rounding and start-up
-    rest["zip directory, checksum"] = len(data) - len(packed.blob) - sum(files.values())
-    table += [line(name, "", "", "", f"{size:,}") for name, size in rest.items()]
-    bits = 8 * len(packed.blob) / n_weights
-    table += [line("artifact.pyz", f"{n_weights:,}", f"{bits:.3f}", "", f"{len(data):,}"),
-              f"the weights' code above the entropy of its symbols: {code / max(entropy, 1) - 1:.2%}",
-              f"{measure}: {total:.5f}"]
-    return "\n".join(table)
+    table = [f"{'weights':>38}{'bits each':>11}{'cost':>9}{'bytes':>14}"]
+    costs = [expected_kl(bank, state[name]) for name, bank in zip(MATRICES, banks)]
+    n_weights = sum(bank.W.numel() for bank in banks)
+    for name, bank, cost, size in zip(MATRICES, banks, costs, ideal):
+        n = bank.W.numel()
+        share = cost / max(sum(costs), 1e-30)
+        table.append(f"{name:<26}{n:>12,}{8 * size / n:>11.3f}{share:>9.1%}{size:>14,}")
+    sizes = {name: len(section) for name, section in sections.items()}
+    bits = 8 * sum(sizes.values()) / n_weights
+    sizes["weights"] -= sum(ideal)                          # rounding and the lanes' start-up
+    with ZipFile(io.BytesIO(data)) as archive:
+        sizes |= {part.filename: part.compress_size for part in archive.infolist()}
+    del sizes["model.bin"]
+    sizes["zip directory, checksum"] = len(data) - sum(ideal) - sum(sizes.values())
+    table += [f"{name:<26}{size:>46,}" for name, size in sizes.items()]
+    table.append(f"{'artifact.pyz':<26}{n_weights:>12,}{bits:>11.3f}{len(data):>23,}")
+    return "\n".join([*table, f"{measure}: {sum(costs):.5f}"])
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser, begin = Parser(prog="pack.py", description=__doc__), time.perf_counter()
-    parser.add_argument("run", nargs="?", default="", metavar="RUN", help="folder, or name in runs/; empty: newest")
-    parser.add_argument("--cap_bytes", type=int, default=16_000_000, metavar="N", help="bytes of the file, at most")
+def sources(run):
+    """The artifact's code {name: bytes}: the train_gpt.py of the run, the rest from beside this file."""
+    files = {name: (Path(__file__).parent / name).read_bytes() for name in SOURCES}
+    path = run / "source" / "train_gpt.py"
+    if path.is_file() and path.read_bytes() != files["train_gpt.py"]:
+        print(f"note: train_gpt.py is not the one beside this pack.py; the artifact gets {path}")
+        files["train_gpt.py"] = path.read_bytes()
+    return {"__main__.py": MAIN, **files}
+
+
+def main(argv=None):
+    begin = time.perf_counter()
+    parser = Parser(prog="pack.py", description=__doc__)
+    parser.add_argument("run", nargs="?", default="", metavar="RUN",
+                        help="folder, or name in runs/; empty: the newest that has ended")
+    parser.add_argument("--cap_bytes", type=int, default=16_000_000, metavar="N",
+                        help="bytes of the file, at most")
     args = parser.parse_args(argv)
-    run = find_run(args.run)
+    run, cap = find_run(args.run), args.cap_bytes
     path = run / "checkpoint.pt"
     try:
         checkpoint = load_checkpoint(path)
-    except ValueError as e:
-        raise BadInput(str(e)) from None
+        check_limits(checkpoint["config"])
+        banks = gather(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    except (ValueError, KeyError, RuntimeError) as e:
+        reason = str(e).splitlines()[0].removeprefix(f"{path} ")
+        raise BadInput(f"{path}: {reason}") from None
+    if not "" < lifetime(run)[0] < LIVE:
+        print(f"{run} has not ended: packed as of step {checkpoint['run']['steps']}")
     if not checkpoint["tokenizer"]:
-        raise BadInput(f"{path}: trained on synthetic tokens, so there is no tokenizer and nothing to score")
-    measure = "expected KL(full precision || packed), nats per token, by the checkpoint's statistics"
+        raise BadInput(f"{path}: trained on synthetic tokens: no tokenizer, nothing to score")
+    Tokenizer(checkpoint["tokenizer"].encode())    # BadInput for one of another format
+    measure = ("expected KL(full precision || packed), nats per token, "
+               "by the checkpoint's statistics")
     if not checkpoint["stats"]:
         measure = "mean squared error of a weight, relative to the mean square of its row"
-        print(f"{path} has NO STATISTICS (train with --calib_tokens above 0): at the same bytes it will lose more")
-    files = sources(run) | {"tokenizer.json": checkpoint["tokenizer"].encode()}
-    if (fixed := len(build_artifact(files, b""))) > args.cap_bytes:
-        raise BadInput(f"--cap_bytes={args.cap_bytes}: the code and the tokenizer alone take {fixed:,} bytes")
-    banks = gather(checkpoint, path, "cuda" if torch.cuda.is_available() else "cpu")
-    config, weights, finest = asdict(checkpoint["config"]), checkpoint["weights"], constant_for(banks, BEST_KL)
-
-    def pack_at(octave, number):
-        packed = pack_model(config, weights, banks, finest * 2 ** octave, label=f"pass {number}:")
-        return packed, build_artifact(files, packed.blob)
-    packed, data = search(pack_at, args.cap_bytes, sum(bank.W.numel() for bank in banks) / 8)
+        print(f"{path} has NO STATISTICS (train with --calib_tokens above 0): "
+              "at the same bytes it will lose more")
+    files = {**sources(run), "tokenizer.json": checkpoint["tokenizer"].encode()}
+    fixed = len(build_artifact(files, b""))
+    if fixed > cap:
+        raise BadInput(f"--cap_bytes={cap}: the code and the tokenizer alone take {fixed:,} bytes")
+    sections, ideal, data = search(checkpoint, banks, files, cap)
+    state = unpack_model(b"".join(sections.values()))[1].state_dict()
     with atomic_write(run / "artifact.pyz") as f:
         f.write(data)
         f.flush()
-        verify(Path(f.name), digest(packed.state))                         # before it replaces the one that is there
-    quality = ": the best quality setting; finer steps buy nothing" if len(data) < 0.9995 * args.cap_bytes else ""
-    text = f"{ledger(banks, packed, data, measure)}\n{len(data) / args.cap_bytes:.2%} of the cap{quality}"
+        verify(f.name, digest(state))                       # before it replaces the one that is there
+    text = f"{ledger(banks, state, sections, ideal, data, measure)}\n{len(data) / cap:.2%} of the cap"
+    if len(data) < 0.9995 * cap:
+        text += ": the best quality setting; finer steps buy nothing"
     with atomic_write(run / "pack.txt", "w") as f:
         f.write(text + "\n")
-    print(text, "---", f"artifact_bytes: {len(data)}", f"pack_seconds: {time.perf_counter() - begin:.1f}",
-          f"artifact: {run / 'artifact.pyz'}", sep="\n")
+    print(f"{text}\n---\nartifact_bytes: {len(data)}")
+    print(f"pack_seconds: {time.perf_counter() - begin:.1f}\nartifact: {run / 'artifact.pyz'}")
     return 0
 
 

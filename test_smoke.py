@@ -1,12 +1,10 @@
 """The promises, as tests: offline, on a CPU, in minutes.  python -m pytest -q test_smoke.py"""
 import argparse
-import base64
-import bz2
+import gzip
 import hashlib
 import io
 import itertools
 import json
-import lzma
 import math
 import os
 import random
@@ -14,15 +12,13 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
 import tracemalloc
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,13 +36,11 @@ import eval_bpb
 import pack
 import train_gpt
 from data import hub as hub_files, prepare
-from data.dataset import BadInput, find_run, read_meta, read_shard, read_val_docs
-from data.runs import World
+from data.dataset import BadInput, read_meta, read_shard, read_val_docs
 from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case, restore_case
 from data.train_bpe import train_tokenizer
-from records import check, ledger, plot, rules, sources, stats, submit, turn
-from records.evidence import ladder
+from records import check, folders, plot, rules, stats, submit
 from train_gpt import Config, GPT, Loader, make_segments
 
 
@@ -116,6 +110,44 @@ def dense_attention(q, k, v, seg):
     return y.transpose(0, 1).contiguous()
 
 
+def dense_copies(q, k, tokens, targets, seg):
+    """segment_copies() of a whole row at once, which a compiled graph can be made of on a CPU."""
+    at = torch.arange(len(q))
+    seen = (at[:, None] > at) & (at >= (at - seg.pos)[:, None])
+    scores = (q @ k.T).masked_fill(~seen, train_gpt.FAR)
+    same = scores.masked_fill(targets[:, None] != tokens, train_gpt.FAR)
+    return scores.logsumexp(1), same.logsumexp(1)
+
+
+def test_the_pointers_sums_are_of_the_places_before_in_the_segment():
+    torch.manual_seed(0)
+    tokens, starts = torch.randint(5, (301,)), np.array([0, 1, 130, 131, 200])
+    q, k = torch.randn(2, 300, 16)
+    seg = make_segments(starts, 300, 70)
+    expected, *found = [torch.stack([*f(q, k, tokens[:-1], tokens[1:], seg)]).clamp(min=-1e3)
+                        for f in (dense_copies, train_gpt.segment_copies, train_gpt.flex_copies)]
+    for sums in found:
+        torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_follows_is_the_mixture_that_the_pointer_promises_and_what_is_trained():
+    model = tiny_model()
+    text = torch.randint(9, (129,))
+    tokens, targets, seg = text[:-1], text[1:], make_segments(np.array([0, 50]), 128, 48)
+    with torch.no_grad():
+        hidden = model(tokens, seg)
+        q, k, sink, gate = model.pointer(hidden, seg)
+        own = model.logits(hidden).softmax(-1)
+        found = model.probabilities(hidden, tokens, seg)
+        losses = model.losses(tokens, targets, seg, True)
+    for t in range(128):
+        begin = t - int(seg.pos[t])
+        share = torch.cat([k[begin:t] @ q[t], sink[t:t + 1]]).softmax(0)[:-1] * gate[t].sigmoid()
+        p = (own[t] * (1 - share.sum())).index_add(0, tokens[begin:t], share)
+        torch.testing.assert_close(found[t], p)
+        assert losses[t].item() == pytest.approx(-p[targets[t]].log().item(), rel=1e-4)
+
+
 def test_a_token_sees_only_its_own_segment_and_its_past():
     model, tokens, starts = tiny_model(), torch.randint(64, (128,)), np.array([0, 30, 77])
     seg = make_segments(starts, 128, 48)                             # segments 0-30, 30-77, 77-125, 125-128
@@ -146,8 +178,8 @@ def test_compiled_graphs_see_segments_of_one_shape_whatever_the_documents():
 def test_parameter_count_and_flops_of_the_record():
     cfg = replace(Config(), vocab_size=8192)
     with torch.device("meta"):
-        n = sum(p.numel() for p in GPT(cfg).parameters())
-    assert 35.9e6 < n < 36.0e6                                       # the public record: 35,945,671
+        n = sum(p.numel() for name, p in GPT(cfg).named_parameters() if not name.startswith("copy"))
+    assert 35.9e6 < n < 36.0e6                     # the public record, without a pointer: 35,945,671
     # Public figures without attention's products.
     assert abs(train_gpt.count_flops(cfg, False) / 215.5e6 - 1) < 0.01
     assert abs(train_gpt.count_flops(cfg, True) / 319.3e6 - 1) < 0.01
@@ -273,7 +305,7 @@ def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
     for name, p in model.named_parameters():
         w, g = before[name], grads[name]
         if name in GPT.MATRICES:
-            parts = model.qkv_sizes if name == "qkv" else [g.size(1)]
+            parts = {"qkv": model.qkv_sizes, "copy": [cfg.copy_dim] * 3}.get(name, [g.size(1)])
             u = torch.cat([train_gpt.orthogonalize(1.9 * x) for x in g.split(parts, 1)], 1)
             expect = w * (1 - 0.5 * cfg.matrix_lr * cfg.matrix_wd) - 0.5 * cfg.matrix_lr * u
         else:
@@ -479,48 +511,29 @@ def test_a_damaged_checkpoint_is_refused_and_a_full_disk_keeps_the_old_one(tmp_p
 
 
 @torch.library.custom_op("flash_attn_3::_flash_attn_forward", mutates_args=())
-def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
-                  max_len: int) -> torch.Tensor:
-    return dense_attention(q, k, v, train_gpt.Segments(cu_q, None, max_len))
-
-
-@torch.library.custom_op("flash_attn_3::_flash_attn_backward", mutates_args=())
-def flash_backward(dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor,
-                   max_len: int) -> list[torch.Tensor]:
-    at, group = torch.arange(len(q)), q.size(1) // k.size(1)
-    segment = torch.searchsorted(cu[1:].contiguous(), at.int(), right=True)
-    seen = (segment[:, None] == segment) & (at[:, None] >= at)
-    wide = lambda x: x.repeat_interleave(group, 1)
-    scores = torch.einsum("thd,shd->hts", q, wide(k)) * q.size(2) ** -0.5
-    p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    dp = torch.einsum("thd,shd->hts", dy, wide(v))
-    ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * q.size(2) ** -0.5
-    dq, dk, dv = (torch.einsum(path, a, b) for path, a, b in (
-        ("hts,shd->thd", ds, wide(k)), ("hts,thd->shd", ds, q), ("hts,thd->shd", p, dy)))
-    return [dq.contiguous(), *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))]
+def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor,
+                  cu_k: torch.Tensor) -> torch.Tensor:
+    return dense_attention(q, k, v, train_gpt.Segments(cu_q, None, len(q)))
 
 
 flash_forward.register_fake(lambda q, *_: torch.empty_like(q))
-flash_backward.register_fake(lambda dy, q, k, v, *_: [torch.empty_like(x) for x in (q, k, v)])
 
 
 class Flash(torch.autograd.Function):
-    """FlashAttention-3's interface: an autograd.Function over operators of its own."""
+    """FlashAttention-3's interface: an autograd.Function over an operator of its own. Its gradients are zeros."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, max_len):
+    def forward(ctx, q, k, v, cu_q, cu_k):
         ctx.save_for_backward(q, k, v, cu_q, cu_k)
-        ctx.max_len = max_len
-        return flash_forward(q, k, v, cu_q, cu_k, max_len)
+        return flash_forward(q, k, v, cu_q, cu_k)
 
     @staticmethod
     def backward(ctx, dy):
-        q, k, v, cu, _ = ctx.saved_tensors
-        return *flash_backward(dy.contiguous(), q, k, v, cu, ctx.max_len), None, None, None
+        return *(torch.zeros_like(x) for x in ctx.saved_tensors[:3]), None, None
 
 
 def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k, causal):
-    return Flash.apply(q, k, v, cu_q, cu_k, max_seqlen_q)
+    return Flash.apply(q, k, v, cu_q, cu_k)
 
 
 @pytest.mark.parametrize("flash", (True, False))
@@ -546,14 +559,15 @@ def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up_and_never_after(tmp
         monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
         kernel = train_gpt.pick_attention(torch.device("cuda"), torch.bfloat16)
     monkeypatch.setattr(train_gpt, "pick_attention", lambda *_: kernel)
+    monkeypatch.setattr(train_gpt, "flex_copies", dense_copies)      # which has no gradients on a CPU
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=backend, **how))
     torch.compiler.reset()
     shape = {"n_layer": 2, "loop_first": 0, "loop_last": 0, "loop_passes": 2, "two_lane_from": 1, "row_tokens": 576,
              "batch_tokens": 1152}
     run = {"max_steps": 12, "val_points": 3, "log_every": 1, "run": "compiled"}
     assert train_gpt.main([*RUN, *(f"--{k}={v}" for k, v in (shape | run).items())]) == 0
-    # losses: looped or not, with gradients or without. Newton-Schulz: down, up, q, k and v, o.
-    assert ready == [4 + 5] and len(graphs) == 4 + 5
+    # losses: looped or not, with gradients or without. Newton-Schulz: down, up, q, k and v, o, copy.
+    assert ready == [4 + 6] and len(graphs) == 4 + 6
     assert metrics(tmp_path, "compiled", "step")[-1]["step"] == 12 and len(metrics(tmp_path, "compiled", "val")) == 3
     assert f"attention:{kernel.__name__} " in Path("runs/compiled/log.txt").read_text()
     assert kernel.__name__ == ("fa3" if flash else "dense_attention")
@@ -578,7 +592,6 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, monkeypa
     assert int(re.search(r"resumed at step (\d+)", Path("runs/killed/log.txt").read_text())[1]) > 0
     for kind in ("weights", "stats"):
         assert all(torch.equal(x, resumed[kind][k]) for k, x in whole[kind].items())
-    assert (whole["run"]["resumed"], resumed["run"]["resumed"]) == (0, 1)
     assert {*os.listdir("runs/killed")} == {"checkpoint.pt", "log.txt", "metrics.jsonl", "source"}
     with pytest.raises(ValueError, match="nothing to go on from"):
         train_gpt.main(["--resume=killed"])
@@ -621,11 +634,21 @@ def prepare_main(monkeypatch, root, *args):
     prepare.main()
 
 
+def prepare_docs(monkeypatch, root, *args, name="x"):
+    """-> meta.json of data/x/, made of the user's files with the demo tokenizer, and then moved out of the way."""
+    prepare_main(monkeypatch, root, "docs", *args, f"--name={name}", f"--tokenizer={DEMO_PATH}")
+    return read_meta(root / "data" / name)
+
+
 def words(n, seed):
     """n documents of random English-looking text."""
     rng = random.Random(seed)
     some = "the of and to in a is that it was for on are with as I his they be at one have NASA McDonald".split()
     return [" ".join(rng.choices(some, k=rng.randint(20, 60))).capitalize() + f", number {seed}.{i}." for i in range(n)]
+
+
+def jsonl(texts, key="text"):
+    return "".join(json.dumps({key: text}) + "\n" for text in texts).encode()
 
 
 ODD = ["x", "é", "👩‍👩‍👧 naïve", "a\r\nb\rc\n", "\ufeff\x00\u2028 NASA PDFs", "long " * 60, "tail  "]
@@ -637,11 +660,10 @@ TEXTS = ODD + [f"Document {i}: the quick brown fox number {i * 7919} jumps over 
 def dataset(tmp_path_factory):
     """A `docs` dataset with the demo tokenizer, of 60 documents for training and TEXTS for validation -> its folder."""
     root = tmp_path_factory.mktemp("data")
-    for name, texts in (("train", words(60, 1)), ("val", TEXTS)):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (root / "train.jsonl").write_bytes(jsonl(words(60, 1)))
+    (root / "val.jsonl").write_bytes(jsonl(TEXTS))
     with pytest.MonkeyPatch.context() as patch:
-        prepare_main(patch, root, "docs", root / "train.jsonl", f"--val_path={root / 'val.jsonl'}", "--name=odd",
-                     f"--tokenizer={DEMO_PATH}")
+        prepare_docs(patch, root, root / "train.jsonl", f"--val_path={root / 'val.jsonl'}", name="odd")
     return root / "data/odd"
 
 
@@ -657,75 +679,67 @@ def unicode_strings(n, seed):
                       else rng.choice(rng.choice(pools)) for _ in range(rng.randrange(40)))
 
 
-@pytest.mark.parametrize("pattern", [None, "[a-z]+"])    # the second has holes
-def test_tokenizer_gives_every_unicode_string_back(pattern):
-    tokenizer = Tokenizer(json.dumps(json.loads(DEMO) | ({"pattern": pattern} if pattern else {})).encode())
-    texts = [*unicode_strings(8000, 7), "", "\0", "C the U nasa L", "A" * 999, "HTTPServer PDFs USA's iPhone A I" * 9,
-             "the" * 5000, " " * 100_000]
-    for text, lower, tokens in zip(texts, lower_case(texts), tokenizer.encode_batch(texts), strict=True):
-        assert restore_case(lower) == text and lower_case([text]) == [lower]
-        assert tokenizer.decode(tokens) == text and np.flatnonzero(tokens == tokenizer.boundary).tolist() == [0]
-        assert tokens.dtype == np.uint16 and tokens.max() < tokenizer.vocab_size
+def test_tokenizer_gives_every_unicode_string_back():
+    tokenizer = Tokenizer(DEMO)
+    texts = [*unicode_strings(8000, 7), "", "C the U nasa L", "A" * 999, "HTTPServer PDFs iPhone A I" * 9,
+             " " * 100_000]
+    for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert restore_case(lower_case(text)) == text == tokenizer.decode(tokens)
+        assert np.flatnonzero(tokens == tokenizer.boundary).tolist() == [0] and tokens.dtype == np.uint16
+        assert tokenizer.text_bytes[tokens].sum() == len(text.encode())
     assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts[:500])
 
 
 def test_case_costs_one_token_before_the_space():
-    assert lower_case([" The THE camelCase PDFs I", "HTTPServer PDFsize"]) == ["C theU the camelCcaseU pdfLsC i",
-                                                                              "UhttpCserverU pdCfsize"]
-    tokenizer = Tokenizer(DEMO)
-    plain, title, upper = (tokenizer.encode("x" + word).tolist() for word in (" return", " Return", " RETURN"))
-    assert len(title) == len(upper) == len(plain) + 1 and title[-1:] == upper[-1:] == plain[-1:]
+    assert lower_case(" The THE camelCase PDFs I") == "C theU the camelCcaseU pdfLsC i"
+    assert lower_case("HTTPServer PDFsize ABc") == "UhttpCserverU pdCfsizeC aCbc"
+    plain, title = (Tokenizer(DEMO).encode("x" + word).tolist() for word in (" return", " Return"))
+    assert len(title) == len(plain) + 1 and title[-1:] == plain[-1:]
 
 
 def test_lone_surrogates_and_damaged_tokenizers_are_refused_by_name():
     with pytest.raises(BadInput, match="lone surrogate at character 1"):
         Tokenizer(DEMO).encode("x\ud800")
-    spec = json.loads(DEMO)
-    changes = ({"pieces": ["th", "th"], "phrases": []}, {"pieces": ["\u2019"]}, {"phrases": [[1, 9999]]},
-               {"phrases": [[1]]}, {"pattern": "("}, {"format": 2},
-               {"phrases": [[1, 2]] * 5000}, {"pieces": [], "phrases": [[220 + n, 220 + n] for n in range(60)]})
-    for blob in (b"", DEMO[:-40], b"[]", b"{}", *(json.dumps(spec | change).encode() for change in changes)):
+    changes = [{"pieces": ["th", "th"]}, {"pieces": ["\u2019"]}, {"phrases": [[1, 9999]]}, {"phrases": [[1]]},
+               {"format": 1}, {"pieces": ["x" * 65]}, {"phrases": [[1, 2]] * 65_400},
+               {"phrases": [[220 + n, 220 + n] for n in range(8)]}]   # 256 bytes
+    damaged = [json.dumps({"format": 2, "name": "x", "pieces": [], "phrases": [], **change}) for change in changes]
+    for blob in (b"", DEMO[:-40], b"[]", b"{}", *map(str.encode, damaged)):
         with pytest.raises(BadInput, match="tokenizer.json"):
             Tokenizer(blob)
 
 
-def test_training_a_tokenizer_is_deterministic():
+def test_training_a_tokenizer_is_deterministic_and_quick_on_stretches():
     pytest.importorskip("tokenizers")
-    texts = words(300, 5)
+    texts = [*words(300, 5), "a" * 300_000, "\n" * 300_000, "一二三四五" * 60_000]
+    begin = time.process_time()
     first, second = (train_tokenizer(lambda: iter(texts), 300, 10, "x") for _ in range(2))
-    tokenizer = Tokenizer(first)
-    assert first == second and tokenizer.vocab_size == 300
-    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
-    assert any(b" " in piece[1:] for piece in tokenizer.pieces[tokenizer.first_phrase:])
+    assert first == second and Tokenizer(first).vocab_size == 300
+    assert time.process_time() - begin < 30   # it was two minutes for each of the three
 
 
-def test_nmt_nfkc_is_sentencepieces_on_every_character_and_on_marks_hangul_and_kana():
+def test_nmt_nfkc_is_sentencepieces():
+    pytest.importorskip("sentencepiece")
     assert nmt_nfkc("  Ａ\u00a0\ufb01ne\u200b \x07 e\u0301\u2581x\t\n½ \u00b4 ～ ") == "A fine é x 1\u20442 \u0301 ～"
-    assert nmt_nfkc("ｶﾞ \u1100\u1161\u11a8 q\u0307\u0323 \U0001e030\U0001ccd6\u0301") == "ガ 각 q\u0307\u0323 аÁ"
-    rng, every = random.Random(3), [*range(0xD800), *range(0xE000, 0x30000)]
-    ranges = ([(0x300, 0x34F), (0x3099, 0x309B), (0x1161, 0x1176), (0x11A8, 0x11C3)],
-              [(0x3000, 0x3400), (0x1100, 0x1113)], [(0xFF00, 0xFFF0)])
-    pools = ["aeoAEOU  \u3000\u00b4<=", *([chr(code) for span in spans for code in range(*span)] for spans in ranges)]
-    mixed = ("".join(rng.choice(rng.choice(pools)) for _ in range(12)) for _ in range(20_000))
-    for mapped, digest in (  # those of sentencepiece 0.2.3; on Python 3.11 to 3.13
-            (nmt_nfkc("".join(f"x{chr(code)}x" for code in every)),
-             "bbd13d1196b727c036a5a24f8f5cf4a2144e7eae652feff13cb608ad50bde803"),
-            ("".join(map(nmt_nfkc, mixed)), "41e3e024b32953030e29bdb9e5b9401ed8e03f4d7166f28cca61a9b28223b3c3")):
-        assert hashlib.sha256(mapped.encode()).hexdigest() == digest
+    assert nmt_nfkc("ｶﾞ \u1100\u1161\u11a8 q\u0307\u0323") == "ガ 각 q\u0307\u0323" and nmt_nfkc("  ") == ""
 
 
 # ---- datasets
 
 
+def texts_in(folder, split):
+    """-> the documents of a split, by its tokens"""
+    tokens = np.concatenate([read_shard(path) for path in sorted(folder.glob(f"{split}_*.bin"))])
+    tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
+    starts = np.flatnonzero(tokens == tokenizer.boundary)
+    return [tokenizer.decode(part) for part in np.split(tokens, starts)[1:]]
+
+
 def test_a_dataset_holds_its_documents_exactly(dataset):
-    meta, tokenizer = read_meta(dataset), Tokenizer((dataset / "tokenizer.json").read_bytes())
+    meta = read_meta(dataset)
     for split, texts in (("train", words(60, 1)), ("val", TEXTS)):
-        shards = sorted(dataset.glob(f"{split}_*.bin"))
-        tokens = np.concatenate([read_shard(path, meta["vocab_size"]) for path in shards])
-        starts = np.flatnonzero(tokens == tokenizer.boundary)
-        assert [tokenizer.decode(part) for part in np.split(tokens, starts)[1:]] == texts
-        counts = len(texts), len(tokens), sum(len(text.encode()) for text in texts)
-        assert counts == tuple(meta[f"{split}_{unit}"] for unit in ("docs", "tokens", "bytes"))
+        assert texts_in(dataset, split) == texts and meta[f"{split}_docs"] == len(texts)
+        assert meta[f"{split}_bytes"] == sum(len(text.encode()) for text in texts)
     assert list(read_val_docs(dataset, meta)) == TEXTS and list(read_val_docs(dataset, meta, 2)) == TEXTS[:2]
     framed = b"".join(len(text.encode()).to_bytes(8, "little") + text.encode() for text in TEXTS)
     assert meta["val_docs_sha256"] == hashlib.sha256(framed).hexdigest()
@@ -734,189 +748,261 @@ def test_a_dataset_holds_its_documents_exactly(dataset):
 def test_a_damaged_dataset_is_refused_by_file_name(dataset, tmp_path, monkeypatch):
     """By whoever opens it, by whoever reads that file, or by `prepare.py verify`, which sees every flip."""
     folder = Path(shutil.copytree(dataset, tmp_path / "copy"))
-    meta, zip, unzip = read_meta(folder), zstandard.compress, zstandard.decompress
+    meta = read_meta(folder)
     read_docs = lambda folder: list(read_val_docs(folder, meta))
-    read_train = lambda folder: read_shard(folder / "train_000000.bin", meta["vocab_size"])
+    read_train = lambda folder: read_shard(folder / train, meta["vocab_size"])
     verify = lambda folder: prepare_main(monkeypatch, tmp_path, "verify", folder)
-    edit = lambda old, new: lambda data: data.replace(old, new, 1)
-    for read, name, damage, message in (
-            (read_meta, "train_000000.bin", lambda data: data[:-2], "bytes, but meta.json says"),
-            (read_meta, "val_docs.jsonl.zst", lambda data: data + b"x", "bytes, but meta.json says"),
-            (read_meta, "val_000000.bin", lambda data: b"\1" + data[1:], "not a token shard"),
-            (read_meta, "val_000000.bin", lambda data: data[:8] + b"\5\0\0\0" + data[12:], "header says 5 tokens"),
-            (read_meta, "tokenizer.json", edit(b"demo", b"dome"), "tokenizer_sha256"),
-            (read_meta, "meta.json", lambda data: data[:-9], "not JSON"),
-            (read_meta, "meta.json", edit(b'"train_tokens": ', b'"train_tokens": 1'), "train_tokens is"),
-            (read_meta, "meta.json", edit(b'"val_bytes": ', b'"val_bytes": -'), "val_bytes"),
-            (read_meta, "meta.json", edit(b'"train_000000.bin"', b'"../train.bin"'), "bad entry"),
-            (read_meta, "meta.json", edit(b'"format": 1', b'"format": 2'), "format 2"),
-            (read_docs, "val_docs.jsonl.zst", lambda data: data[:-9], ""),
-            (read_docs, "val_docs.jsonl.zst", lambda data: zip(b'{"text": "x"}\n'), ""),
-            (read_docs, "val_docs.jsonl.zst", lambda data: zip(edit(b"the", b"teh")(unzip(data, 1 << 20))), ""),
-            (read_docs, "val_docs.jsonl.zst", lambda data: unzip(data, 1 << 20), ""),
-            (read_train, "train_000000.bin", lambda data: data[:1024] + b"\xff\x7f" + data[1026:], "is outside"),
-            (verify, "train_000000.bin", lambda data: flip(data, 1034), "its sha256"),
-            (verify, "meta.json", edit(b'"train_docs": 60', b'"train_docs": 61'), "train_docs is")):
+    train, val, docs, about = "train_000000.bin", "val_000000.bin", "val_docs.jsonl.zst", "meta.json"
+    begin = meta["train_tokens"].to_bytes(4, "little") + bytes(1014)   # and the first token
+    for read, name, old, new, message in (
+            (read_meta, train, b"\0\0", b"", "bytes, but meta.json says"),
+            (read_meta, val, b"\x88", b"\x89", "not a token shard"),
+            (read_meta, val, meta["val_tokens"].to_bytes(4, "little"), b"\5\0\0\0", "header says 5 tokens"),
+            (read_meta, "tokenizer.json", b"demo", b"dome", "tokenizer_sha256"),
+            (read_meta, about, b"{", b"", "not JSON"),
+            (read_meta, about, b'"train_tokens": ', b'"train_tokens": 1', "train_tokens is"),
+            (read_meta, about, b'"val_bytes": ', b'"val_bytes": -', "val_bytes"),
+            (read_meta, about, b'"train_000000.bin"', b'"../train.bin"', "bad entry"),
+            (read_docs, docs, b"\n", b"", "damaged after 0"),
+            (read_docs, docs, b"the", b"teh", "sha256 differ"),
+            (read_train, train, begin, begin[:-2] + b"\xff\x7f", "is outside"),
+            (verify, train, begin, begin[:-2] + b"\1\0", f"{train} is"),
+            (verify, about, b'"train_bytes": ', b'"train_bytes": 1', "train_bytes is")):
         whole = (folder / name).read_bytes()
+        damaged = whole.replace(old, new, 1)
+        if name == docs:
+            damaged = zstandard.compress(zstandard.decompress(whole, 1 << 20).replace(old, new, 1))
         read(folder)
-        (folder / name).write_bytes(damage(whole))
-        with pytest.raises(BadInput, match=f"{name}.*{message}|{message}" if message else name):
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(BadInput, match=message):
             read(folder)
         (folder / name).write_bytes(whole)
 
 
 def test_demo_is_deterministic_and_disjoint(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "DEMO_TRAIN_BYTES", 200_000)
-    metas = []
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        prepare_main(monkeypatch, tmp_path / name, "demo")
-        metas.append(read_meta(tmp_path / name / "data" / "demo"))
-    assert metas[0] == metas[1] and 100_000 < metas[0]["val_tokens"] < 300_000
+    prepare_main(monkeypatch, tmp_path, "demo")
+    meta = read_meta(tmp_path / "data/demo")
+    prepare_main(monkeypatch, tmp_path, "demo")   # takes the place of the first
+    assert meta == read_meta(tmp_path / "data/demo") and 100_000 < meta["val_tokens"] < 300_000
     val, train = prepare.demo_documents()
     assert not {*val} & {*train} and not any("/usr/" in text and "sysconfigdata" in text for text in val + train)
 
 
 def test_docs_names_every_document_that_it_skips(tmp_path, monkeypatch, capsys):
-    good = [json.dumps({"text": text}) for text in words(20, 2)]
-    bad = ['{"text": "x"', '{"no": 1}', "[]", r'{"text": "\ud800"}', '{"text": " "}', ""]
-    lines = [*good[:10], *bad, good[0], *good[10:]]
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "caf\xe9"}\n')
-    (tmp_path / "in" / "b.txt").write_bytes(b"\xff")
-    (tmp_path / "in" / "c.jsonl.zst").write_bytes(zstandard.compress(json.dumps({"text": "one more"}).encode()))
-    flags = ["docs", tmp_path / "in", f"--tokenizer={DEMO_PATH}", "--val_docs=5"]
-    prepare_main(monkeypatch, tmp_path, *flags, "--name=d")
-    meta = read_meta(tmp_path / "data" / "d")
-    assert (meta["val_docs"], meta["train_docs"]) == (5, 16)
-    skipped = [line.split("in/")[1] for line in (tmp_path / "data" / "d" / "skipped.txt").read_text().splitlines()]
-    assert sorted(skipped) == ["a.jsonl:11: bad JSON", "a.jsonl:12: no text", "a.jsonl:13: no text",
-                               "a.jsonl:14: lone surrogate", "a.jsonl:15: empty", "a.jsonl:16: empty",
-                               "a.jsonl:17: duplicate", "a.jsonl:28: not UTF-8", "b.txt: not UTF-8"]
-    assert "skipped 9: " in capsys.readouterr().out
-    for more, message in (("--name=e --on_bad=refuse", "a.jsonl:11: bad JSON"), ("--name=d", "is there already"),
-                          ("--name=../e", "--name"), ("--name=e --val_docs=99", "only 21 good documents"),
-                          ("--name=e --val_path=none", "not with --val_path"),
-                          ("--name=e --vocab_size=x", "--vocab_size"), ("--name=e --phrases=9999", "--phrases"),
-                          ("--name=e --tokenizer=none", "--tokenizer=none"),
-                          ("--name=e --nmae=3", "--nmae=3")):
+    good = jsonl(words(20, 2)).splitlines(keepends=True)
+    bad = b'{"text": "x"\n{"no": 1}\n[]\n{"text": "\\ud800"}\n{"text": " "}\n\n{"text": "caf\xe9"}\n'
+    (tmp_path / "in/sub").mkdir(parents=True)
+    (tmp_path / "in/a.jsonl").write_bytes(b"".join([*good[:10], bad, good[0], *good[10:]]))
+    Path(os.fsdecode(bytes(tmp_path) + b"/in/caf\xe9.txt")).write_bytes(b"\xff")
+    (tmp_path / "in/sub/c.parquet").write_bytes(b"PAR1")
+    meta = prepare_docs(monkeypatch, tmp_path, tmp_path / "in", "--val_docs=5")
+    assert (meta["val_docs"], meta["train_docs"]) == (5, 15)
+    skipped = (tmp_path / "data/x/skipped.txt").read_text().splitlines()
+    assert [line.split("in/")[1].partition(" (")[0] for line in skipped] == [
+        "sub/c.parquet: .parquet files, not read", "a.jsonl:11: bad JSON", "a.jsonl:12: no text", "a.jsonl:13: no text",
+        "a.jsonl:14: lone surrogate", "a.jsonl:15: empty", "a.jsonl:16: empty", "a.jsonl:17: not UTF-8",
+        "a.jsonl:18: duplicate", "caf\\udce9.txt:1: not UTF-8"]
+    assert "skipped 10: 2 no text (" in capsys.readouterr().out
+    for flags, message in (("--on_bad=refuse", "a.jsonl:11: bad JSON"), ("--name=x", "is there already"),
+                           ("--name=../e", "--name"), ("--name=demo", "--name"), ("--nmae=3", "--nmae=3"),
+                           ("--val_docs=99", "only 20 good documents, 20 for validation: 2 no text"),
+                           ("--text_key=x", "only 0 good .* no text .*--text_key"), ("--tokenizer=none", "r=none"),
+                           ("--val_path=none --val_docs=5", "not with --val_path")):
         with pytest.raises(BadInput, match=message):
-            prepare_main(monkeypatch, tmp_path, *flags, *more.split())
-    assert os.listdir(tmp_path / "data") == ["d"]
+            prepare_main(monkeypatch, tmp_path, "docs", tmp_path / "in", "--name=e", f"--tokenizer={DEMO_PATH}",
+                         *flags.split())
+    assert os.listdir(tmp_path / "data") == ["x"]
+
+
+def zstd_long(data):
+    """As zstd --long=31 packs a stream."""
+    how = zstandard.ZstdCompressionParameters.from_level(3, window_log=31, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=how).compressobj()
+    return packer.compress(data) + packer.flush()
+
+
+def test_docs_reads_every_kind_of_file_to_the_same_documents(tmp_path, monkeypatch):
+    texts = words(60, 4)
+    plain = jsonl(texts)
+    lines = plain.splitlines(keepends=True)
+    kinds = {"a.jsonl": plain, "B.JSONL": b"\xef\xbb\xbf" + plain[:-1],
+             "c.jsonl.gz": b"".join(map(gzip.compress, lines)),
+             "d.jsonl.zst": b"".join(map(zstandard.compress, lines)), "e.jsonl.zst": zstd_long(plain),
+             "f.jsonl": gzip.compress(plain), "g.jsonl": plain.replace(b"\n", b"\r\n"),
+             "h.jsonl": plain.replace(b"\n", b"\r"), "content.jsonl": jsonl(texts, "content")}
+    for name, data in kinds.items():
+        (tmp_path / name).write_bytes(data)
+        key = "content" if name == "content.jsonl" else "text"
+        meta = prepare_docs(monkeypatch, tmp_path, tmp_path / name, f"--text_key={key}", name=f"{name}-")
+        assert meta["files"] == read_meta(tmp_path / "data/a.jsonl-")["files"] and meta["train_docs"] == 54
+    for name in ("c.jsonl.gz", "d.jsonl.zst", "e.jsonl.zst", "f.jsonl"):
+        (tmp_path / name).write_bytes(kinds[name][:-9])
+        with pytest.raises(BadInput, match=f"{name}: cut short"):
+            prepare_docs(monkeypatch, tmp_path, tmp_path / name)
+
+
+def test_a_single_text_is_cut_into_documents_at_blank_lines(tmp_path, monkeypatch, capsys):
+    (tmp_path / "Input.TXT").write_bytes(b"\xef\xbb\xbf" + (text := "\n\n".join(words(800, 6)).encode()))
+    meta = prepare_docs(monkeypatch, tmp_path, tmp_path / "Input.TXT")
+    n_docs = meta["train_docs"] + meta["val_docs"]
+    assert meta["train_bytes"] + meta["val_bytes"] == len(text) and 7000 < len(text) / n_docs < 8192
+    assert f"Input.TXT: a single text, cut at blank lines into {n_docs} documents" in capsys.readouterr().out
+
+
+def test_an_error_is_one_line_that_shows_what_cannot_be_printed(monkeypatch):
+    def fail():
+        raise BadInput("café \x1b[2J\nval_bpb: 0.5 \u202e")
+
+    monkeypatch.setattr(sys, "stderr", stderr := io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True))
+    assert prepare.command(fail) == 2
+    assert stderr.buffer.getvalue().endswith(rb": caf\xe9 \x1b[2J\nval_bpb: 0.5 \u202e" + b"\n")
+
+
+def test_a_terminated_docs_leaves_nothing(tmp_path):
+    data = Path(shutil.copytree(ROOT / "data", tmp_path / "data", ignore=lambda *_: {"demo", "fineweb", "__pycache__"}))
+    docs = (b'{"text": "%d %s"}\n' % (n, b"the dog " * 200) for n in range(10_000))
+    (tmp_path / "in.jsonl").write_bytes(b"".join(docs))
+    before = {*os.listdir(data), "__pycache__"}
+    process = start(data / "prepare.py", "docs", tmp_path / "in.jsonl", "--name=x", f"--tokenizer={DEMO_PATH}")
+    while process.poll() is None and not [*data.glob(".x.*/documents")]:
+        time.sleep(0.01)
+    process.terminate()
+    end(process, code=143)
+    assert {*os.listdir(data)} <= before
 
 
 # ---- FineWeb, against a stand-in for the hub's client
 
 
-class Hub:
-    """What hub.py uses of huggingface_hub; each fault is of one download of the documents."""
+HUB = """
+import hashlib, io, os, pathlib, signal, types
 
-    def __init__(self, texts):
-        docs = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-        self.texts, self.faults, self.sha = texts, [], {}
-        self.files = {hub_files.DOCS: docs,
-                      hub_files.SIDECAR: json.dumps({"docs_sha256": hashlib.sha256(docs).hexdigest()}).encode()}
+class HfApi:
+    def __init__(self, endpoint):
+        self.repo_info = lambda repo, repo_type: types.SimpleNamespace(sha="c0ffee")
 
-    def HfApi(self, endpoint):
-        return self
+class HfFileSystem:   # of the folder that HF_ENDPOINT names; "log" gets the size of each request, "faults" has theirs
+    def __init__(self, endpoint):
+        self.root = pathlib.Path(endpoint)
 
-    def repo_info(self, repo, *, repo_type):
-        return SimpleNamespace(sha="c" * 40)
+    def info(self, path):
+        data = (self.root / path.split("@c0ffee/")[1]).read_bytes()
+        return {"size": len(data), "lfs": {"sha256": hashlib.sha256(data).hexdigest()}}
 
-    def get_paths_info(self, repo, names, *, repo_type, revision):
-        sha = lambda name: self.sha.get(name) or hashlib.sha256(self.files[name]).hexdigest()
-        return [SimpleNamespace(size=len(self.files[name]), lfs=SimpleNamespace(sha256=sha(name)))
-                for name in names if name in self.files and revision == "c" * 40]
+    def open(self, path, mode, **_):
+        return File(self.root, self.root / path.split("@c0ffee/")[1])
 
-    def hf_hub_download(self, repo, name, *, repo_type, revision, local_dir, endpoint):
-        fault, data = self.faults.pop(0) if self.faults and name == hub_files.DOCS else None, self.files[name]
-        if fault == 503:
+class File(io.FileIO):
+    def __init__(self, root, path):
+        super().__init__(path)
+        self.root = root
+
+    def read(self, size=-1):
+        fault, *others = (self.root / "faults").read_text().split(" ")
+        (self.root / "faults").write_text(" ".join(others))
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "503":
             raise ConnectionError("503 Server Error")
-        (local_dir / name).parent.mkdir(exist_ok=True)
-        (local_dir / name).write_bytes({"wrong": data[::-1], "short": data[:len(data) // 2]}.get(fault, data))
+        data = super().read(size)
+        with open(self.root / "log", "a") as log:
+            log.write(f"{len(data)}\\n")
+        return data[:len(data) // 2] if fault == "short" else data
+"""
+SMALL = {"WAIT_SECONDS": 0.01, "BLOCK_BYTES": 4000, "TAIL_BYTES": 100, "RANGE_BYTES": 9000, "FINEWEB_VAL_DOCS": 40,
+         "FINEWEB_VAL_BYTES": 1}
+FINEWEB = ["fineweb", f"--tokenizer={DEMO_PATH}", "--text_rule=raw"]
 
 
 @pytest.fixture()
-def hub(monkeypatch):
-    """A hub of 400 documents. Of the 40 of validation two are alike, and two others come again in training."""
-    texts = words(400, 11)
-    texts[7], texts[100], texts[200] = texts[8], texts[3], "  " + texts[4]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub := Hub(texts))
-    monkeypatch.setattr(hub_files, "WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(hub_files, "TRIES", 3)
-    monkeypatch.setattr(prepare, "SHARD_TOKENS", 3000)
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 8000)
-    monkeypatch.setattr(prepare, "FINEWEB_VAL_DOCS", 40)
-    monkeypatch.setattr(prepare, "FINEWEB_VAL_BYTES", sum(len(nmt_nfkc(text).encode()) for text in texts[:40]))
-    return hub
+def hub(tmp_path, monkeypatch):
+    """The folder of a hub of 800 documents. Of the 40 of validation two are alike, two others are in training too."""
+    texts = words(800, 11)
+    texts[7], texts[100], texts[200] = texts[8], texts[3], texts[4]
+    docs = jsonl(texts)
+    root = tmp_path / "hub"
+    (root / "datasets").mkdir(parents=True)
+    (root / "faults").write_text("")
+    (root / hub_files.DOCS).write_bytes(docs)
+    (root / hub_files.SIDECAR).write_text(json.dumps({"docs_sha256": hashlib.sha256(docs).hexdigest()}))
+    (tmp_path / "huggingface_hub.py").write_text(HUB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "huggingface_hub", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", str(root))
+    monkeypatch.setitem(prepare.TEXT_RULES, "nmt_nfkc", str.strip)
+    for name, value in SMALL.items():
+        monkeypatch.setattr(prepare if hasattr(prepare, name) else hub_files, name, value)
+    yield root
+    sys.modules.pop("huggingface_hub", None)
 
 
-FINEWEB = ["fineweb", f"--tokenizer={DEMO_PATH}"]
+def test_fineweb_fetches_what_it_needs_and_survives_faults(hub, tmp_path, monkeypatch):
+    (hub / "faults").write_text("ok 503 short ok ok short")
+    prepare_main(monkeypatch, tmp_path, *FINEWEB, "--train_tokens=25000")
+    folder = tmp_path / "data/fineweb"
+    lines = (hub / hub_files.DOCS).read_bytes().splitlines(keepends=True)
+    texts, train = [json.loads(line)["text"] for line in lines], texts_in(folder, "train")
+    assert list(read_val_docs(folder, read_meta(folder))) == texts[:40] and train[60] == texts[101]
+    assert train == [text for text in texts[40:] if text not in texts[:40]][:len(train)]
+    assert 25_000 <= read_meta(folder)["train_tokens"] < 29_000
+    needed = sum(map(len, lines[:len(train) + 42]))
+    assert needed <= requested(hub) < 1.1 * needed + 3 * 4000   # three requests are broken
 
 
-def test_fineweb_survives_faults_and_splits_at_the_frozen_document(hub, tmp_path, monkeypatch, capsys):
-    hub.faults = [503, "wrong"]
-    prepare_main(monkeypatch, tmp_path, *FINEWEB)
-    folder = tmp_path / "data" / "fineweb"
-    meta = read_meta(folder)
-    assert list(read_val_docs(folder, meta)) == [nmt_nfkc(text) for text in hub.texts[:40]]
-    assert meta["train_docs"] == 358 and "2 documents left out of train" in capsys.readouterr().out
-    assert meta["text_rule"] == "nmt_nfkc" and len(list(folder.glob("train_*.bin"))) > 3
+def requested(hub):
+    """-> the bytes that were asked for since the last time"""
+    return sum(map(int, (hub / "log").rename(hub / "old").read_text().split()))
 
 
-def test_fineweb_stops_and_continues_to_the_same_files(hub, tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+def test_fineweb_is_the_same_after_kills_and_with_any_workers(hub, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir(), (tmp_path / "b/data").mkdir(parents=True)
     prepare_main(monkeypatch, tmp_path / "a", *FINEWEB)
-    real, calls = prepare.write_shard, []
-
-    def full_disk(path, tokens):
-        calls.append(path)
-        if len(calls) == 4:
-            raise BadInput(f"{path}: No space left on device")
-        real(path, tokens)
-    monkeypatch.setattr(prepare, "write_shard", full_disk)
-    with pytest.raises(BadInput, match="No space left"):
-        prepare_main(monkeypatch, tmp_path / "b", *FINEWEB)
-    with pytest.raises(BadInput, match="begun with another tokenizer"):
-        prepare_main(monkeypatch, tmp_path / "b", *FINEWEB, "--text_rule=raw")
-    prepare_main(monkeypatch, tmp_path / "b", *FINEWEB, "--train_tokens=9000")
-    part = read_meta(tmp_path / "b" / "data" / "fineweb")
-    assert 9000 <= part["train_tokens"] < 9200
-    assert len(calls) == len({*calls}) + 1, "finished shards are not written again"
-    prepare_main(monkeypatch, tmp_path / "b", *FINEWEB)
-    whole = [read_meta(tmp_path / name / "data" / "fineweb") for name in "ab"]
-    for key in ("train_tokens", "train_bytes", "val_docs_sha256"):
-        assert whole[0][key] == whole[1][key]
-    (tmp_path / "b" / "data" / "fineweb" / "train_000001.bin").unlink()
-    with pytest.raises(BadInput, match="train_000001.bin"):
-        prepare_main(monkeypatch, tmp_path / "b", *FINEWEB)
+    code = (f"import sys, pathlib; sys.path[:0] = sys.argv[1:2]; from data import prepare, hub; {SMALL = }; "
+            "vars(prepare).update(SMALL, ROOT=pathlib.Path(sys.argv[2])); vars(hub).update(SMALL); "
+            "sys.argv[1:3] = []; prepare.main()")
+    command = ["-c", code, ROOT, tmp_path / "b", *FINEWEB]
+    for n_requests in (3, 9, 20):
+        (hub / "faults").write_text("ok " * n_requests + "kill")
+        end(start(*command, "--workers=1", PYTHONPATH=str(tmp_path)), code=-signal.SIGKILL)
+    (hub / "faults").write_text("")
+    (tmp_path / "b/data/fineweb/train_000001.bin").write_bytes(b"cut")
+    end(start(*command, "--workers=2", PYTHONPATH=str(tmp_path)))
+    one, other = (read_meta(tmp_path / name / "data/fineweb") for name in "ab")
+    assert one == other and len(one["files"]) > 15
 
 
-@pytest.mark.parametrize("break_it, words", [
-    (lambda hub: hub.faults.extend(["short"] * 9), r"docs_selected.jsonl: .*3 times.; run the command again"),
-    (lambda hub: hub.faults.extend([503] * 9), r"docs_selected.jsonl: .*503.*3 times"),
-    (lambda hub: hub.sha.update({hub_files.DOCS: "f" * 64}), "the hub says .* ffff"),
-    (lambda hub: hub.files.update({hub_files.SIDECAR: b'{"docs_sha256": "0"}'}), "docs_sha256 is 0"),
-    (lambda hub: hub.files.update({hub_files.SIDECAR: b"{}"}), "no docs_sha256"),
-    (lambda hub: hub.files.pop(hub_files.DOCS), "the hub has no"),
-    (lambda hub: setattr(prepare, "FINEWEB_VAL_BYTES", prepare.FINEWEB_VAL_BYTES * 2), "would not compare"),
-    (lambda hub: setattr(hub_files.shutil, "disk_usage", lambda path: argparse.Namespace(free=5)),
-     "the disk has 5 left"),
-])
-def test_fineweb_refuses_what_it_cannot_trust(hub, tmp_path, monkeypatch, break_it, words):
-    monkeypatch.setattr(prepare, "FINEWEB_VAL_BYTES", prepare.FINEWEB_VAL_BYTES)   # both are put back after the test
-    monkeypatch.setattr(hub_files.shutil, "disk_usage", hub_files.shutil.disk_usage)
-    break_it(hub)
-    with pytest.raises(BadInput, match=words):
-        prepare_main(monkeypatch, tmp_path, *FINEWEB)
-    assert not (tmp_path / "data" / "fineweb" / "meta.json").exists()
+@pytest.mark.parametrize("file, content, flag, message", [
+    ("faults", "ok" + " short" * 9, "", r"docs_selected.jsonl: .*EOF.*5 times.; run"),
+    ("faults", "503 " * 9, "", r"docs_selected.jsonl: .*503.*5 times"),
+    (hub_files.SIDECAR, '{"docs_sha256": "0"}', "", "docs_sha256 is 0"),
+    (hub_files.DOCS, "{}", "", "docs_sha256 is"),
+    ("x", "", "--text_rule=nmt_nfkc", "would not compare"),
+    ("x", "", "--train_tokens=1e14", "the disk has"),
+    ("x", "", "--name=synthetic", "--name")])
+def test_fineweb_refuses_what_it_cannot_trust(hub, tmp_path, monkeypatch, file, content, flag, message):
+    (hub / file).write_text(content)
+    with pytest.raises(BadInput, match=message):
+        prepare_main(monkeypatch, tmp_path, *FINEWEB, *flag.split())
+    assert not (tmp_path / "data/fineweb/meta.json").exists()
 
 
-def test_a_pool_of_workers_gives_what_one_process_gives(monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 2000)
-    source = prepare.texts_source(words(60, 8), "x")
-    one, two = ([docs for _, docs in prepare.process(source(), DEMO, "nmt_nfkc", workers)] for workers in (1, 2))
-    assert len(one) > 3 and repr(one) == repr(two)
+def test_fineweb_grows_and_keeps_documents_for_another_tokenizer(hub, tmp_path, monkeypatch):
+    folder, small = tmp_path / "data/fineweb", [*FINEWEB, "--train_tokens=9000"]
+    prepare_main(monkeypatch, tmp_path, *small, "--keep_documents")
+    first = read_meta(folder)["files"]
+    requested(hub)
+    prepare_main(monkeypatch, tmp_path, *small, "--keep_documents", "--name=another")
+    assert requested(hub) < 200 and read_meta(tmp_path / "data/another")["train_tokens"] >= 9000   # the sidecar
+    prepare_main(monkeypatch, tmp_path, *FINEWEB, "--train_tokens=20000")
+    grown = read_meta(folder)["files"]
+    assert len(grown) > len(first) and grown | first == grown
+    prepare_main(monkeypatch, tmp_path, *small)
+    assert read_meta(folder)["files"] == grown   # nothing is taken away
+    (other := tmp_path / "other.json").write_bytes(DEMO.replace(b"demo", b"dome"))
+    for flag in ("--text_rule=nmt_nfkc", f"--tokenizer={other}"):
+        with pytest.raises(BadInput, match="begun with another"):
+            prepare_main(monkeypatch, tmp_path, *FINEWEB, flag)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -926,15 +1012,13 @@ def test_a_pool_of_workers_gives_what_one_process_gives(monkeypatch):
 @pytest.fixture(scope="session")
 def run_to_pack(tmp_path_factory):
     """A run folder with the checkpoint of a small random model and its statistics."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    folder.mkdir()
-    tokenizer = Tokenizer(DEMO)
-    model = tiny_model(vocab_size=tokenizer.vocab_size, seq_len=24, row_tokens=96, batch_tokens=96, data="synthetic")
-    tokens = torch.from_numpy(synthetic_tokens(tokenizer.vocab_size, 513, seed=1).astype(np.int64))
-    row = tokens[:-1], tokens[1:], make_segments(np.arange(0, 512, 60), 512, 24)
-    stats = train_gpt.calibrate(model, SimpleNamespace(next=lambda seq_len: row), 8, 0)
-    train_gpt.save_checkpoint(folder / "checkpoint.pt", model.cfg, model, SimpleNamespace(tokenizer=tokenizer), stats,
-                              {"steps": 1})
+    folder = tmp_path_factory.mktemp("tiny")
+    model = tiny_model(vocab_size=1024, seq_len=24, row_tokens=96, batch_tokens=96)
+    tokens = torch.from_numpy(train_gpt.synthetic_tokens(1024, 513, 1).astype(np.int64))
+    batch = tokens[:-1], tokens[1:], make_segments(np.arange(0, 512, 60), 512, 24)
+    stats = train_gpt.calibrate(model, lambda: batch, 8, 0)
+    train_gpt.write_checkpoint(folder / "checkpoint.pt", config=asdict(model.cfg), stats=stats, run={"steps": 7},
+                               weights=model.state_dict(), tokenizer=DEMO.decode())
     return folder
 
 
@@ -942,117 +1026,138 @@ def run_to_pack(tmp_path_factory):
 def packed_run(run_to_pack):
     """The same folder after pack.py, with what it printed."""
     with redirect_stdout(io.StringIO()) as out:
-        assert pack.main([str(run_to_pack)]) == 0
+        pack.main([str(run_to_pack)])
     return run_to_pack, out.getvalue()
 
 
+@pytest.fixture
+def copied_run(run_to_pack, tmp_path, monkeypatch):
+    """A copy of the run without its artifact, packed without the process that verifies: packed_run has had it."""
+    monkeypatch.setattr(pack, "verify", lambda *_: None)
+    shutil.copy(run_to_pack / "checkpoint.pt", tmp_path)
+    return tmp_path
+
+
 def gaussian_matrix(rows=384, n=256):
-    """A random matrix with a skewed Hessian and sensitivities."""
-    generator = torch.Generator().manual_seed(0)
-    rand = lambda *shape: torch.randn(*shape, generator=generator)
-    x = rand(4 * n, n) @ rand(n, n) * n ** -0.5 * (rand(n).abs() + 0.1)
-    return rand(rows, n), (x.mT @ x / len(x)), rand(rows) ** 2
+    """A random matrix (1, rows, n) with a skewed Hessian (1, n, n) and sensitivities (1, rows, 1)."""
+    torch.manual_seed(0)
+    x = torch.randn(4 * n, n) @ torch.randn(n, n) * n ** -0.5 * (torch.randn(n).abs() + 0.1)
+    return torch.randn(1, rows, n), (x.mT @ x / len(x))[None], torch.randn(1, rows, 1) ** 2
 
 
-SCALAR = np.zeros((1, 2), np.int32)                                  # a trellis of one state: plain rounding
+def quantised(bank, constant):
+    """-> values (1, R, n), the weights that they stand for."""
+    values = pack.quantise(bank, 0, 0, constant)[None]
+    return values, pack.dequantise(values, bank.row, bank.col, constant)
 
 
-def coded(values, trellis):
-    """values (R, n) -> bytes of their code without the lanes' start-up; decoded they are the same."""
-    row, col = pack.scales(values[None])
-    words, escapes, _ = pack.encode([values[None]], [row], [col])
-    pieces = pack.decode(words, escapes, [values[None].shape], [row], [col], trellis)
-    assert np.array_equal(np.concatenate([piece.T for *_, piece in pieces]), values)
-    return 2 * (len(words) - pack.count_lanes([values[None].shape]))   # half of each lane's state is start-up
+def coded(*values):
+    """values (L, R, n) of banks, which decode as they are -> bits of their code, without the lanes' start."""
+    sigmas = [*map(pack.scales, values)]
+    words, escapes, ideal = pack.encode(values, sigmas)
+    assert all(map(np.array_equal, pack.decode(words, escapes, sigmas), values))
+    for cut in ((words[:-1], escapes), (np.append(words, 0), escapes), (words, np.append(escapes, 0))):
+        with pytest.raises(ValueError):
+            pack.decode(*cut, sigmas)
+    bits = 16 * len(words) - 32 * pack.count_lanes(sigmas)
+    assert bits < 8.04 * ideal.sum() + 8
+    return bits
 
 
 def test_probabilities_are_the_same_on_every_machine():
-    radius, freq, start, symbol = pack.tables()
-    used = np.arange(freq.shape[1]) < 2 * radius[:, None] + 2
-    assert (freq.sum(1) == 1 << pack.BITS).all() and (freq[used] > 0).all()
-    digest = hashlib.sha256(freq.astype("<u4").tobytes() + radius.astype("<i4").tobytes()).hexdigest()
+    radius, freq, *_ = pack.tables()
+    digest = hashlib.sha256(freq.tobytes() + radius.tobytes()).hexdigest()
     assert digest == "c5f407dd8e9544a43f74ce6e2a98d42ed43d9cc306c31ce75a6c3fdf078a37ca"
 
 
 def test_coder_returns_every_value_and_wastes_nothing():
-    rng = np.random.default_rng(0)
-    shapes, values = [(2, 300, 200), (1, 1, 7), (3, 40, 50)], []
-    for L, R, n in shapes:
-        sigma = 2 ** (rng.normal(1, 1, (L, R, 1)) + rng.normal(0, 1, (L, 1, n)))
-        target, state, v = rng.standard_normal((L, R, n)) * sigma, np.zeros((L, R), int), np.zeros((L, R, n), np.int32)
-        for j in range(n):                                           # values that a trellis can make
-            k = np.rint(target[..., j] - (state & 1) / 2).astype(int)
-            v[..., j], state = 2 * k + (state & 1), pack.TRELLIS[state, k & 1]
-        values.append(v)
-    values[0][0, 5, 100] += 4 * 10 ** 6                              # far outside of any table
-    rows, cols = zip(*[pack.scales(v) for v in values])
-    words, escapes, histogram = pack.encode(values, rows, cols)
-    out = [np.full((L * R, n), -1) for L, R, n in shapes]
-    for bank, piece, _, v in pack.decode(words, escapes, shapes, rows, cols):
-        out[bank][piece] = v.T
-    assert all((a == b.reshape(a.shape)).all() for a, b in zip(out, values)) and 10 ** 6 < np.abs(escapes).max()
-    for cut in ((words[:-1], escapes), (np.append(words, words[:1]), escapes), (words, escapes[:-1])):
-        with pytest.raises(ValueError):
-            list(pack.decode(*cut, shapes, rows, cols))
-    ideal, entropy = pack.entropies(histogram)
-    assert 2 * len(words) - 4 * pack.count_lanes(shapes) < 1.005 * ideal.sum()             # the lanes' start-up apart
-    assert entropy < ideal.sum() < 1.02 * entropy                    # which has its tables for free
+    W, _, g = gaussian_matrix(300, 200)
+    sigma = 2 ** torch.rand(W.shape[1:]).add(1).sort().values        # in steps, from 2 to 4
+    bank = pack.plan(W * sigma, torch.eye(200)[None], g * 0 + 1)
+    values, _ = quantised(bank, float(1 / (pack.quarter(bank.col) * pack.quarter(bank.row)).mean()))
+    entropy = (sigma * math.sqrt(2 * math.pi * math.e)).log2().sum()
+    assert 0.95 * entropy < coded(values) < 1.02 * entropy
+    values[0, 5, 100] += 4 * 10 ** 6                                 # far outside of any table
+    coded(values, values[:, :1, :7], values[:, :, :50].reshape(3, 100, 50))
 
 
-def test_trellis_gains_at_least_0_8_dB_over_scalar_and_statistics_3_dB_more():
-    W, H, g = (x[None] for x in gaussian_matrix())
-    known, blind = pack.plan(W, H, g), pack.plan(W, torch.eye(256)[None], 1 / W.square().mean(2))
+def test_trellis_gains_at_least_0_8_dB_and_statistics_3_dB_more(monkeypatch):
+    W, H, g = gaussian_matrix()
+    known = pack.plan(W, H, g)
+    blind = pack.plan(W, torch.eye(256)[None], 1 / W.square().mean(2, True))
 
-    def measure(bank, constant, trellis):
-        """-> KL per weight, and what it is worth in dB: equal for equal quality at 6.02 dB a bit."""
-        values = pack.quantise(bank, 0, slice(None), constant, trellis)
-        kl = pack.expected_kl(known, torch.from_numpy(pack.dequantise(values, bank.row[0], bank.col, constant)))
-        return kl, 10 * np.log10(kl / W.numel()) + 6.0206 * 8 * coded(values, trellis) / W.numel()
+    def measure(bank, constant):
+        """-> KL, and what it is worth in dB: equal for equal quality at 6.02 dB a bit."""
+        values, packed = quantised(bank, constant)
+        kl = pack.expected_kl(known, packed)
+        return kl, 10 * math.log10(kl / W.numel()) + 6.0206 * coded(values) / W.numel()
 
-    (kl, scalar), (_, trellis), (_, even) = (measure(*x) for x in ((known, 0.05, SCALAR), (known, 0.05, pack.TRELLIS),
-                                                                   (blind, 0.3, SCALAR)))
-    assert trellis < scalar - 0.8 and scalar < even - 3
-    assert 0.6 < kl / (0.05 / pack.constant_for([known], 1.0)) ** 2 < 1.02   # uniform errors at the plan's own price
+    _, trellis = measure(known, 0.05)
+    monkeypatch.setattr(pack, "TRELLIS", np.zeros((1, 2), np.int32))        # of one state: plain rounding
+    kl, scalar = measure(known, 0.05)
+    assert trellis < scalar - 0.8 and scalar < measure(blind, 0.3)[1] - 3
+    assert 0.6 < kl / (known.price * 0.05 ** 2 / 24) < 1.02          # uniform errors at the plan's price
 
 
 def test_expected_kl_is_the_measured_one_for_every_bank(run_to_pack):
     checkpoint = train_gpt.load_checkpoint(run_to_pack / "checkpoint.pt")
-    model, weights, banks = GPT(checkpoint["config"]), checkpoint["weights"], pack.gather(checkpoint, run_to_pack)
-    packed = pack.pack_model(asdict(checkpoint["config"]), weights, banks, 1e-3)
-    tokens = torch.from_numpy(synthetic_tokens(1024, 2048, seed=1).astype(np.int64))
+    banks = pack.gather(checkpoint)
+    sections, _ = pack.pack_model(checkpoint, banks, 3e-4)
+    packed = pack.unpack_model(b"".join(sections.values()))[1].state_dict()
+    model = GPT(checkpoint["config"]).requires_grad_(False)
+    tokens = torch.from_numpy(train_gpt.synthetic_tokens(1024, 2048, 1).astype(np.int64))
+    segments = make_segments(np.arange(0, 2048, 60), 2048, 24)
 
-    @torch.no_grad()
-    def log_p(**changes):
-        model.load_state_dict(weights | changes)
-        return model.logits(model(tokens, make_segments(np.arange(0, 2048, 60), 2048, 24))).log_softmax(-1)
+    def log_p(weights):
+        model.load_state_dict(weights)
+        return model.probabilities(model(tokens, segments), tokens, segments).log()
 
-    for name, bank in zip(pack.split(weights)[0], banks):
-        error = log_p() - log_p(**{name: packed.state[name]})
-        measured = (log_p().exp() * error).sum(-1).mean().item()
-        most = 2 if name == "embed.weight" else 1.25                  # whose two uses are added as if they were apart
-        assert 0.8 < measured / pack.expected_kl(bank, packed.state[name]) < most, name
-
-
-DEGENERATE = {"zeros": lambda W, H, g: W.zero_(), "rank one": lambda W, H, g: W.copy_(W[:1] * W[:, :1]),
-              "outliers": lambda W, H, g: W[3, ::4].mul_(1e7), "zero rows": lambda W, H, g: W[::2].zero_(),
-              "dead columns": lambda W, H, g: (H[:, ::2].zero_(), H[::2].zero_()), "one row": (1, 40),
-              "one column": (48, 1), "no Hessian": lambda W, H, g: H.zero_(), "insensitive": lambda W, H, g: g.zero_()}
+    exact = log_p(checkpoint["weights"])
+    for name, bank in zip(pack.MATRICES, banks):
+        error = exact - log_p(checkpoint["weights"] | {name: packed[name]})
+        measured = (exact.exp() * error).sum(-1).mean()
+        most = 2.5 if name == "embed.weight" else 1.25               # its uses are added as if they were apart
+        assert 0.8 < measured / pack.expected_kl(bank, packed[name]) < most, name
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("case", DEGENERATE)
-def test_degenerate_matrices_pack(case):
-    change = DEGENERATE[case]
-    W, H, g = gaussian_matrix(*(change if isinstance(change, tuple) else (48, 40)))
-    if callable(change):
-        change(W, H, g)
-    bank = pack.plan(W[None], H[None], g[None])
-    values = pack.quantise(bank, 0, slice(None), 0.05)
-    coded(values, pack.TRELLIS)
-    error = torch.from_numpy(pack.dequantise(values, bank.row[0], bank.col, 0.05)) - W
-    assert error.isfinite().all()
-    if case not in ("no Hessian", "insensitive", "dead columns"):
-        assert (error.abs() < 20 + 1e-6 * W.abs()).all()
+def test_degenerate_matrices_pack():
+    W, H, g = gaussian_matrix(48, 40)
+    alive = torch.arange(40) % 2
+    outliers = W * 1e7 ** (alive * (torch.arange(48)[:, None] == 3))
+    for W, H, g in ((W * 0, H, g), (W[:, :1] * W[:, :, :1], H, g), (outliers, H, g), gaussian_matrix(1, 40),
+                    gaussian_matrix(48, 1), (W, H * alive * alive[:, None], g), (W, H * 0, g), (W, H, g * 0)):
+        values, packed = quantised(pack.plan(W, H, g), 0.05)
+        coded(values)
+        if H.count_nonzero() == H.numel() and g.any():               # else errors may cost nothing
+            assert ((packed - W).abs() < 20 + 1e-6 * W.abs()).all()
+        assert packed.isfinite().all()
+
+
+def test_newest_run_is_the_last_that_ended_unless_another_trained_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write_metrics(run, **hours):
+        (folder := Path("runs") / run).mkdir(parents=True)
+        lines = [{"kind": kind, "time": f"2026-11-28T0{hour}:00:00Z"} for kind, hour in hours.items()]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    write_metrics("latest", start=1, end=2)
+    write_metrics("z", start=3, end=4)
+    write_metrics("a", start=5, end=6)
+    write_metrics("killed", start=5)
+    write_metrics("later", start=7)
+    assert pack.find_run() == pack.find_run("a") == Path("runs/a")
+    assert pack.find_run("latest") == Path("runs/latest")
+    fcntl = pytest.importorskip("fcntl")
+    with open("runs/later/metrics.jsonl") as later, open("runs/killed/metrics.jsonl") as killed:
+        fcntl.flock(later, fcntl.LOCK_EX)                            # as if they were in training
+        assert pack.find_run() == Path("runs/a")
+        fcntl.flock(killed, fcntl.LOCK_EX)
+        with pytest.raises(BadInput, match="runs/a and runs/killed .* name one"):
+            pack.find_run()
+    write_metrics("b", start=4, end=7)
+    assert end(start(ROOT / "pack.py"), 2)[1].startswith("pack.py: runs/b and runs/a ")
 
 
 # ---- the file
@@ -1061,116 +1166,117 @@ def test_degenerate_matrices_pack(case):
 def test_ledger_accounts_for_every_byte_and_says_when_the_cap_is_far(packed_run):
     folder, out = packed_run
     size = (folder / "artifact.pyz").stat().st_size
-    assert f"\nartifact_bytes: {size}\n" in out and "best quality setting" in out and "expected KL" in out
+    assert f"{folder} has not ended: packed as of step 7" in out     # it has no metrics.jsonl
+    assert f"\nartifact_bytes: {size}\n" in out and "best quality setting" in out
     text = (folder / "pack.txt").read_text()
     rows = [line.split("  ") for line in text.split("\nartifact.pyz")[0].splitlines()[1:]]
     assert sum(int(row[-1].replace(",", "")) for row in rows) == size
-    assert {*train_gpt.SOURCES, *GPT.MATRICES, "tokenizer.json"} <= {row[0] for row in rows}
-    assert 0.3e-4 < float(re.search(r"statistics: ([\d.]+)", text)[1]) < 1.5e-4    # the best is 1e-4
-    cfg, model, tokenizer = pack.load(folder / "artifact.pyz")
-    assert not model.training and tokenizer.vocab_size == cfg.vocab_size
+    assert {*pack.SOURCES, *pack.MATRICES, "tokenizer.json"} <= {row[0] for row in rows}
+    assert 0.3e-4 < float(re.search(r"statistics: ([\d.]+)", text)[1]) < 1.5e-4     # the best is 1e-4
+    assert not pack.load(folder / "artifact.pyz")[1].training
 
 
 def test_an_artifact_that_its_own_code_cannot_load_replaces_nothing(packed_run, tmp_path):
     """The run's train_gpt.py goes into the artifact, and this one makes other weights of it."""
-    for name in ("checkpoint.pt", "artifact.pyz"):
-        (tmp_path / name).write_bytes((packed_run[0] / name).read_bytes())
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source/train_gpt.py").write_text((ROOT / "train_gpt.py").read_text() + """
-GPT.state_dict = lambda self: {k: v + 1 for k, v in nn.Module.state_dict(self).items()}
-""")
+    run = shutil.copytree(packed_run[0], tmp_path / "run")
+    (run / "source").mkdir()
+    other = "\nGPT.state_dict = lambda self: {k: v + 1 for k, v in nn.Module.state_dict(self).items()}\n"
+    (run / "source/train_gpt.py").write_text((ROOT / "train_gpt.py").read_text() + other)
     with pytest.raises(RuntimeError, match="does not load as it was packed"):
-        pack.main([str(tmp_path)])
-    assert (tmp_path / "artifact.pyz").read_bytes() == (packed_run[0] / "artifact.pyz").read_bytes()
+        pack.main([str(run)])
+    assert (run / "artifact.pyz").read_bytes() == (packed_run[0] / "artifact.pyz").read_bytes()
 
 
-def test_file_ends_within_a_twentieth_percent_below_the_cap_and_is_reproducible(run_to_pack, monkeypatch, capsys):
-    monkeypatch.setattr(pack, "verify", lambda *_: None)             # a process each; the fixture has done it
+def test_file_ends_within_a_twentieth_percent_below_the_cap_and_is_reproducible(copied_run):
     files = []
     for cap in (100_000, 90_000, 100_000):
-        assert pack.main([str(run_to_pack), f"--cap_bytes={cap}"]) == 0
-        files.append((run_to_pack / "artifact.pyz").read_bytes())
+        pack.main([str(copied_run), f"--cap_bytes={cap}"])
+        files.append((copied_run / "artifact.pyz").read_bytes())
         assert 0.9995 * cap <= len(files[-1]) <= cap
-    with zipfile.ZipFile(io.BytesIO(files[2])) as z:
-        assert files[0] == files[2] and {i.date_time[0] for i in z.infolist()} == {1980}
+    assert files[0] == files[2]
     with pytest.raises(BadInput, match="cap_bytes=40000"):
-        pack.main([str(run_to_pack), "--cap_bytes=40000"])
-    assert (run_to_pack / "artifact.pyz").read_bytes() == files[2]
+        pack.main([str(copied_run), "--cap_bytes=40000"])
 
 
-def test_checkpoint_without_statistics_is_packed_loudly_and_one_that_is_not_finite_is_refused_by_name(
-        run_to_pack, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pack, "verify", lambda *_: None)
-    load = lambda: torch.load(run_to_pack / "checkpoint.pt", weights_only=True)
-    for kind, name in (("weights", "up"), ("stats", "down.H"), ("stats", "tokens")):
-        saved = load()
-        saved[kind][name].view(-1)[0] = float("nan")
-        torch.save(saved, tmp_path / "checkpoint.pt")
+def test_packs_without_statistics_loudly_and_refuses_what_is_not_finite_by_name(copied_run, capsys):
+    path = copied_run / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"stats": {}}, path)
+    pack.main([str(copied_run)])
+    assert "NO STATISTICS" in capsys.readouterr().out
+    W = saved["weights"]["qkv"]
+    error = pack.load(copied_run / "artifact.pyz")[1].qkv - W
+    assert 0.5e-4 < error.square().mean() / W.square().mean() < 1.5e-4
+    for kind, name in (("stats", "down.H"), ("stats", "tokens"), ("weights", "up")):
+        saved[kind][name].view(-1)[0] = math.nan
+        torch.save(saved, path)
         with pytest.raises(BadInput, match=f"checkpoint.pt: {name} is not"):
-            pack.main([str(tmp_path)])
-    assert not (tmp_path / "artifact.pyz").exists()
-    torch.save({**load(), "stats": {}}, tmp_path / "checkpoint.pt")
-    assert pack.main([str(tmp_path)]) == 0
-    out, (_, model, _) = capsys.readouterr().out, pack.load(tmp_path / "artifact.pyz")
-    error = ((model.qkv - load()["weights"]["qkv"]).norm() / model.qkv.norm()).item() ** 2
-    assert "NO STATISTICS" in out and 0.5e-4 < error < 1.5e-4        # the squared error, relative, is what is held
+            pack.main([str(copied_run)])
 
 
 def test_damaged_artifacts_end_in_one_line(packed_run, tmp_path):
-    data, path = (packed_run[0] / "artifact.pyz").read_bytes(), tmp_path / "artifact.pyz"
-    places = np.random.default_rng(0).integers(0, len(data), 200)
-    for bad in [*(data[:at] for at in places), *(flip(data, at) for at in places)]:
-        path.write_bytes(bad)
-        with pytest.raises(BadInput, match="artifact.pyz: damaged"):
-            pack.load(path)
+    data = (packed_run[0] / "artifact.pyz").read_bytes()
+    for at in np.random.default_rng(0).integers(0, len(data), 100):
+        for bad in (data[:at], flip(data, at)):
+            (tmp_path / "x").write_bytes(bad)
+            with pytest.raises(BadInput, match="x: .* damaged"):
+                pack.load(tmp_path / "x")
 
 
-def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path):
+def test_forged_artifacts_are_refused_or_load_without_harm(packed_run, tmp_path, monkeypatch):
     """With the checksum made to fit, nothing but the lengths' own checks is left."""
-    with zipfile.ZipFile(packed_run[0] / "artifact.pyz") as z:
-        files, blob = {"tokenizer.json": z.read("tokenizer.json")}, z.read("model.bin")
-    rng, path, size = np.random.default_rng(0), tmp_path / "artifact.pyz", struct.unpack_from("<I", blob)[0]
-    header, body, refused = json.loads(blob[4:4 + size]), blob[4 + size:], 0
-    starts = np.cumsum([0, *header["sections"]])
-
-    def forge(body=body, **changes):
-        text = json.dumps({**header, **changes}).encode()
-        return struct.pack("<I", len(text)) + text + body
-
-    forged = [forge(**{key: value}) for key in header for value in (0, -1, 1 << 40, 1e308, None, [], {}, "x")]
-    forged += [forge(config={**header["config"], key: 1 << 30}) for key in TINY]
+    files = pack.read_archive((packed_run[0] / "artifact.pyz").read_bytes())
+    blob = files.pop("model.bin")
+    start = 4 + int.from_bytes(blob[:4], "little")
+    header = json.loads(blob[4:start])
+    ends = start + np.cumsum([0, *header["sections"]])
+    sections = [blob[a:b] for a, b in zip(ends, ends[1:])]
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
-    for i in range(len(header["sections"])):                         # each section a bomb, and cut short
-        for part, n in ((bomb, header["escapes"]), (bomb, 1 << 26), (body[starts[i]:starts[i + 1] - 2], 0)):
-            lengths = [*header["sections"][:i], len(part), *header["sections"][i + 1:]]
-            forged.append(forge(body[:starts[i]] + part + body[starts[i + 1]:], sections=lengths, escapes=n))
-    forged = [pack.build_artifact(files, bad) for bad in forged]
-    forged.append(pack.build_artifact({"tokenizer.json": bytes(1 << 28)}, blob))
-    whole, other = pack.build_artifact(files, blob), []
-    for at in rng.integers(0, len(blob), 10):
-        other += [pack.build_artifact(files, bad) for bad in (flip(blob, at), blob[:at])]
-    for at in rng.integers(len(whole) - 400, len(whole) - 32, 20):   # the zip's own structure
-        other.append((bad := flip(whole, at)[:-32]) + hashlib.sha256(bad).digest())
-    for bad in forged + other:
-        path.write_bytes(bad)
-        if bad in forged:
-            tracemalloc.start()
-        try:
-            pack.load(path)
-        except BadInput as error:
-            assert "\n" not in str(error)
-            refused += 1
-        if bad in forged:
-            assert tracemalloc.get_traced_memory()[1] < 1 << 27
-            tracemalloc.stop()
-    assert refused > 0.7 * len(forged + other)
+
+    def forge(parts=sections, **changes):
+        text = json.dumps(header | {"sections": [*map(len, parts)]} | changes).encode()
+        return pack.build_artifact(files, b"".join([len(text).to_bytes(4, "little"), text, *parts]))
+
+    def patched(data, old=b"", new=b""):
+        data = data[:-32].replace(old, new)
+        return data + hashlib.sha256(data).digest()
+
+    whole = pack.build_artifact(files, blob)
+    (tmp_path / "x").write_bytes(forge())
+    pack.load(tmp_path / "x")
+    large = pack.build_artifact(files | {"tokenizer.json": bytes(1 << 28)}, blob)
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "ZIP_DEFLATED", zipfile.ZIP_LZMA)        # which zipfile decompresses without a limit
+        refused = [pack.build_artifact(files, blob)]
+    refused += [large, patched(large, (1 << 28).to_bytes(4, "little"), (1 << 20).to_bytes(4, "little")),
+                pack.build_artifact(files | {"data/x/__init__.py": b""}, blob),
+                patched(whole, b"__main__.py", b"eval_bpb.py"),       # one name twice
+                forge(escapes=1 << 40), forge(sections=[1]), forge(config=[]), forge(constant=1e308),
+                forge(pad="x" * 70_000),
+                forge(config=header["config"] | {"loop_first": 0, "loop_passes": 63})]
+    for key in ("n_layer", "n_embd", "mlp_dim", "vocab_size", "row_tokens", "seq_len"):
+        refused.append(forge(config=header["config"] | {key: header["config"][key] << 24}))
+    for i, section in enumerate(sections):
+        for part in (bomb, section[:-2]):
+            refused.append(forge([*sections[:i], part, *sections[i + 1:]]))
+    for bad in refused:
+        (tmp_path / "x").write_bytes(bad)
+        tracemalloc.start()
+        with pytest.raises(BadInput, match="^[^\n]*$"):
+            pack.load(tmp_path / "x")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 27
+        tracemalloc.stop()
+    for at in np.random.default_rng(0).integers(0, len(whole) - 32, 40):
+        (tmp_path / "x").write_bytes(patched(flip(whole, at)))
+        with suppress(BadInput):                                     # it may be another weight
+            pack.load(tmp_path / "x")
 
 
 def test_bad_input_exits_2_with_one_line(packed_run, tmp_path):
     commands = {(ROOT / "train_gpt.py", "--layers=3"): "train_gpt.py: .*--layers",
                 (ROOT / "pack.py", "nothing"): "pack.py: nothing: no such run",
-                (packed_run[0] / "artifact.pyz", "--data=nowhere"): "artifact.pyz: no dataset 'nowhere'",
-                (ROOT / "data/prepare.py", "docs", "/nowhere", "--name=x"): "prepare.py: /nowhere: not there"}
+                (packed_run[0] / "artifact.pyz", "--data=nowhere"): "artifact.pyz: .*no dataset 'nowhere'",
+                (ROOT / "data/prepare.py", "docs", "/nowhere", "--name=x"): "prepare.py: /nowhere: "}
     for process, words in [(start(*command, cwd=tmp_path), words) for command, words in commands.items()]:
         err = end(process, 2)[1]
         assert re.fullmatch(words + r".*\n", err), err
@@ -1659,573 +1765,409 @@ def test_an_artifact_or_a_flag_that_is_not_right_is_refused(dataset, packed_run,
 # Records
 
 
-DELETE, AUDIT = object(), dict.fromkeys(check.PROOFS, "pass")
-DATASET = {"val_docs_sha256": "d" * 64, "val_tokens": 40_540_160, "val_bytes": 151_078_222}
-NATS_PER_BIT = math.log(2) * 151_078_222 / 40_540_160
-TRAINER = """import torch
-
-LR = 0.02
-
-
-def train(model, loader):
-    for x, y in loader:
-        model(x, y).backward()
-"""
-
-
-def wrap(source):
-    raw = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])
-    return f'import lzma, base64\nexec(lzma.decompress(base64.b85decode("{base64.b85encode(raw).decode()}")))\n'
+DATASET = {"name": "fineweb", "val_docs_sha256": "d" * 64, "val_docs": 50_000,
+           "val_tokens": 40_540_160, "val_bytes": 151_078_222}
+NATS = math.log(2) * 151_078_222 / 40_540_160
+TRAINER = "import torch\n\n# Model\nLR = 0.02\n"
+RUN = {  # what train_gpt.py and pack.py leave, without weights
+    "metrics.jsonl": """{"kind": "start", "config": {"seed": SEED, "run": "NAME", "max_seconds": 600.0},
+ "environment": {"device": "8 x NVIDIA H100", "torch": "2.13.0"}, "dataset": DATASET}
+{"kind": "cut
+{"kind": "summary", "val_bpb": 1.3, "train_seconds": 599.5, "steps": 5000, "tokens": 9999}
+{"kind": "end", "reason": "END", "exit_code": 0}
+""".replace(",\n", ","),
+    "log.txt": "step:5000 val_loss:3.1255 val_bpb:1.2100 train_seconds:599.0\n", "pack.txt": "8 bits"}
 
 
-def fake_run(folder, seed=1, val_bpb=1.2, data="fineweb", device="8 x NVIDIA H100", source=TRAINER, seconds=599.5,
-             score={}, **config):
-    """A run folder as train_gpt.py, pack.py and eval_bpb.py leave it, without the weights."""
-    (folder / "source").mkdir(parents=True)
-    (folder / "source/train_gpt.py").write_text(source)
-    start = {"config": {"seed": seed, "run": folder.name, "lr": 0.02, "max_seconds": 600.0, "parent": "", **config},
-             "environment": {"device": device}, "dataset": {"name": data, **DATASET},
-             "source_sha256": {"train_gpt.py": hashlib.sha256(source.encode()).hexdigest()}}
-    lines = {"kind": "start", **start}, {"kind": "summary", "steps": 5000, "tokens": 10 ** 9, "train_seconds": seconds}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "log.txt").write_text("step:1 train_loss:9.0\n---\nval_bpb: 1.0\n")
-    (folder / "score.json").write_text(json.dumps({
-        "val_bpb": val_bpb, "val_loss": val_bpb * NATS_PER_BIT, **DATASET, "val_docs": 50_000, "limit_docs": None,
-        "artifact_bytes": 15_900_000, "artifact_sha256": f"{seed:064d}", "phases": {"total": 400.0},
-        "audit": AUDIT, **score}))
+def fake_run(folder, seed=1, val_bpb=1.2, end="finished", source=TRAINER, **score):
+    """A run folder, trained, packed and scored."""
+    words = {"SEED": seed, "NAME": folder.name, "END": end, "DATASET": json.dumps(DATASET)}
+    for name, text in RUN.items():
+        for word, value in words.items():
+            text = text.replace(word, str(value))
+        write(folder / name, text)
+    with zipfile.ZipFile(folder / "artifact.pyz", "w") as archive:
+        archive.writestr("train_gpt.py", source)
+        archive.write(ROOT / "eval_bpb.py", "eval_bpb.py")
+        archive.write(ROOT / "data/tokenizer.py", "data/tokenizer.py")
+        archive.writestr("model.bin", folder.name)
+    artifact = (folder / "artifact.pyz").read_bytes()
+    write(folder / "score.json", json.dumps({
+        "val_bpb": val_bpb, "val_loss": NATS * val_bpb, "dataset": DATASET, "mode": "own",
+        "artifact_bytes": len(artifact), "phases": {"total": 400.0},
+        "artifact_sha256": hashlib.sha256(artifact).hexdigest(),
+        "audit": {"replay": "pass: 9,200 places"}, **score}))
     return folder
 
 
-def submit_runs(tmp_path, runs, name="x", track=None):
-    args = dict(author="Ann", github_id="ann", date="2026-01-02", parent=None, idea=None)
-    return submit.build(argparse.Namespace(runs=runs, name=name, track=track, **args), tmp_path / "records")
+def submit_runs(folder, runs, name="good"):
+    args = argparse.Namespace(
+        runs=[str(run) for run in runs], name=name, track=None, parent=None, author="Ann",
+        github_id=None, date="2026-01-02", idea="faster", commit="HEAD")
+    return submit.build(args, folder / "records")
 
 
-def make_record(tmp_path, name="good", **kwargs):
-    runs = [fake_run(tmp_path / f"runs/{name}{s}", s, 1.2 + s / 1e4, **kwargs) for s in (1, 2, 3)]
-    folder = submit_runs(tmp_path, runs, name)
-    replaced("README.md", "(write this)", "Words.")(folder)
-    return folder
+def make_record(folder, name="good", spread=1e-4, source=TRAINER):
+    runs = [folder / f"runs/{name}{seed}" for seed in (1, 2, 3)]
+    for seed, run in enumerate(runs, 1):
+        fake_run(run, seed, 1.2 + seed * spread, source=source)
+    record = submit_runs(folder, runs, name)
+    replace_in(record / "README.md", "(write this)", "Words.")
+    return record
 
 
-def command(*args, code):
+def review(folder):
+    found = []
+    check.review(folder, found.append)
+    return found
+
+
+def check_command(*args, code):
     return "".join(end(start(ROOT / "records/check.py", *args), code))
 
 
-def load(folder):
-    return json.loads((folder / "submission.json").read_text())
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
-# Ways to change a record.
-def json_with(**changes):
-    return lambda f: write("submission.json", json.dumps(
-        {k: v for k, v in (load(f) | changes).items() if v is not DELETE}))(f)
+def replace_in(path, old, new):
+    text = path.read_text()
+    assert old in text, (path, old)
+    path.write_text(text.replace(old, new))
 
 
-def seed_with(**changes):
-    def edit(f):
-        results = load(f)["seed_results"]
-        json_with(seed_results=results | {"2": results["2"] | changes})(f)
-    return edit
+# rule: words of its message | file | what is replaced, nothing: the file is written | by this
+EDITS = r"""
+missing-file | README.md | | 
+forbidden-file | sub/CLAUDE.md | | x
+forbidden-file | model.pt | | x
+file-name | two words.md | | x
+secret | run.sh | | export HF_TOKEN=hf_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
+machine-path | run.sh | | cd /home/ann/data
+plain-source | train_gpt.py | LR | exec
+review-limit: check_json | submission.json | | {
+json: blurb | submission.json | "faster" | ""
+date | submission.json | 2026-01-02 | 2020-01-01
+log: val_bpb is -1 | train_seed2.log | val_bpb: 1.2002 | val_bpb: -1
+log: facts | train_seed2.log | steps: 5000 | steps: ?
+log: train_seconds 599.0 | train_seed2.log | train_seconds: 599.5 | train_seconds: 9.5
+log-score: val_bpb is 1.1 | submission.json | "val_bpb": 1.2002, | "val_bpb": 1.1,
+log-score: seed_results | submission.json | "seed_results" | "x"
+readme: does not say | README.md | 1.200200 | 1.1
+readme-words | README.md | Words. | (write this)
+seeds: same seed | train_seed2.log | seed: 2 | seed: 1
+seeds: another config | train_seed2.log | "max_seconds": 600.0 | "max_seconds": 6
+environment | train_seed2.log | 2.13.0 | 2.11.0
+artifact-cap | train_seed2.log | steps: 5000 | steps: 5000\nartifact_bytes: 16000001
+track: 2 logs | train_seed2.log | | 
+track: track 'x' | submission.json | track_10min_16mb | x
+track: ran on | train_seed2.log | 8 x NVIDIA H100 | 8 x A100
+track: over 600 | train_seed2.log | train_seconds: 599.5 | train_seconds: 601.5
+track: over 600 | train_seed2.log | eval_seconds: 400 | eval_seconds: 602
+track: documents | train_seed2.log | "val_docs": 50000 | "val_docs": 10000
+track: 164594398 | train_seed2.log | 151078222 | 164594398
+arithmetic | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.2
+byte-count | train_seed2.log | val_bpb:1.21 | val_bpb:1.03
+odd-score: best | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.03
+proof: mode trusted | train_seed2.log | "own" | "trusted"
+proof: replay: FAIL | train_seed2.log | pass | FAIL
+proof: mode own | train_seed2.log | "replay": "pass: 9,200 places" |
+source-hash | train_gpt.py | 02 | 03
+source-hash | more.py | | 
+judge | data/tokenizer.py | | 
+judge | eval_bpb.py | | # another
+commit | submission.json | "commit": " | "commit": "0
+parent | submission.json | "parent": null | "parent": "nobody"
+parent | submission.json | "parent": null | "parent": "2026-01-02_good"
+significance | submission.json | "parent": null | "parent": "known"
+"""
 
 
-def write(name, text):
-    return lambda f: ((f / name).parent.mkdir(exist_ok=True), (f / name).write_text(text))
+def test_every_rule_finds_what_breaks_it_and_a_good_record_is_clean(tmp_path, monkeypatch):
+    good = make_record(tmp_path)
+    monkeypatch.setattr(check, "known_records", lambda: {"known": good})
+    monkeypatch.setattr(check, "read_entry", lambda name: {"scores": {"1": 1.2, "2": 1.2}})
+    assert review(good) == []
+    seen = {"missing-folder", "stray-file", "change-set", "rescore", "copy", "same-source"}
 
-
-def code(*lines):
-    return write("train_gpt.py", TRAINER + "\n".join(lines) + "\n")
-
-
-def replaced(name, old, new):
-    return lambda f: (f / name).write_text((f / name).read_text().replace(old, new))
-
-
-LATER = f"{check.datetime.date.today() + check.datetime.timedelta(3)}_x"
-OURS = [   # (rule: words of the message, how to break a record of ours)
-    ("folder-name", lambda f: f.rename(f.parent / "my record")),
-    ("folder-name", lambda f: f.rename(f.parent / "2026-13-01_x")),
-    ("folder-date: not the folder's", json_with(date="2020-01-01")),
-    ("folder-date: in the future", lambda f: f.rename(f.parent / LATER)),
-    ("missing-file: is missing", lambda f: (f / "README.md").unlink()),
-    ("log-count: 2 training logs", lambda f: (f / "train_seed2.log").unlink()), ("json", write("submission.json", "{")),
-    ("json: object", write("submission.json", "[]")),
-    ("json-strict: NaN", replaced("submission.json", '"author"', '"x": NaN, "author"')),
-    ("json-strict: duplicate", replaced("submission.json", '"author"', '"name": "x", "author"')),
-    ("json-field: github_id: wrong", json_with(github_id=None)), ("json-field: name: wrong", json_with(name="")),
-    ("json-field: val_bpb: wrong", json_with(val_bpb=True)), ("json-field: blurb: missing", json_with(blurb=DELETE)),
-    ("json-field: seed 2: val_loss, val_bpb and", seed_with(val_loss=None)),
-    ("json-field: val_loss, val_bpb and", json_with(dataset={"name": "fineweb", **DATASET, "val_bytes": 0})),
-    ("json-value: val_bpb is -1", json_with(val_bpb=-1.0)), ("json-value: seed 2: val_loss", seed_with(val_loss=0)),
-    ("forbidden-file", write("sub/CLAUDE.md", "x")), ("secret", write("run.sh", "export HF_TOKEN=hf_" + "a" * 34)),
-    ("link", lambda f: (f / "notes.md").symlink_to("/etc/passwd")), ("file-name", write("two words.md", "x")),
-    ("file-size", write("big.txt", "x" * (5 << 20) + "x")), ("python-syntax: NOT READ", code(*["def broken(:"] * 41)),
-    ("import", code("import leftpad")), ("machine-path", code('PATH = "/home/ann/data"')),
-    ("track: hardware", json_with(hardware="1xA100")), ("track: track 'x' in", json_with(track="x")),
-    ("track: stands in", lambda f: f.parent.rename(f.parent.parent / "elsewhere")),
-    ("readme-words", replaced("README.md", "Words.", "(write this)")),
-    ("artifact-cap: seed 2: artifact_bytes 16,000,001 is 1 over", seed_with(artifact_bytes=16_000_001)),
-    ("artifact-bytes", json_with(bytes_code=1, bytes_model=2)), ("train-clock", seed_with(train_seconds=601.5)),
-    ("eval-clock", seed_with(eval_seconds=602.0)),
-    ("clock-override", code('M = os.environ["MAX_WALLCLOCK_SECONDS", 0]')),
-    ("clock-override: max_seconds 601", json_with(config={"max_seconds": 601})), ("network", code("import requests")),
-    ("train-data-late: quantise uses", write("pack.py", "def quantise(model, train_loader):\n    return 1\n")),
-    ("val-in-training", code('train_files = "data/fineweb_val_*.bin"')), ("bpb-arithmetic", seed_with(val_loss=3.0)),
-    ("val-count: 10000 documents", json_with(dataset={"name": "fineweb", **DATASET, "val_docs": 10_000})),
-    ("val-count: of 1 bytes", json_with(dataset={"name": "fineweb", **DATASET, "val_docs": 50_000, "val_bytes": 1})),
-    ("val-count: dataset 'x'", json_with(dataset={"name": "x", **DATASET})),
-    ("val-count: 9,662,464", write("a.log", "tokens: 9662464")),
-    ("val-count: 36,562,944", write("a.log", "tokens=36562944")),
-    ("data-overlap", replaced("train_seed1.log", "step:1", "train_shards:1499")),
-    ("limited-score", seed_with(limit_docs=100)), ("audit: replay: FAIL", seed_with(audit={**AUDIT, "replay": "FAIL"})),
-    ("audit: not proved by lengths", seed_with(audit={"replay": "pass"})),
-    ("dynamic-code", code("exec(open('other.txt').read())")), ("encoded-source", code(wrap(TRAINER))),
-    ("loaded-code: os.execvp", code("from os import execvp as go", "go('ls', ['ls'])")),
-    ("judge-changed", write("data/dataset.py", "def read_val_docs(folder, meta, limit=None):\n    return []\n")),
-    ("judge-changed", write("data/confine.py", "import os\nos.execvp('x', [])\n")),
-    ("score-range", json_with(val_bpb=1.03)), ("seeds: named twice", json_with(seeds=[1, 2, 3, 3])),
-    ("seeds: not those of", json_with(seeds=[1, 2, 4])), ("seeds: 2 seeds are named", json_with(seeds=[1, 2])),
-    ("seeds: seeds 1, 2 have the same artifact", seed_with(artifact_sha256=f"{1:064d}")),
-    ("seeds: differ in config_sha256", seed_with(config_sha256="x")), ("seed-mean", json_with(val_bpb=1.20021)),
-    ("seed-spread", lambda f: [replaced("submission.json", f"1.200{s}", "1.2")(f) for s in (1, 2, 3)]),
-    ("log-score: val_bpb 1.2003", replaced("train_seed3.log", "1.2003", "1.1502")),
-    ("log-score: steps 5000", replaced("train_seed3.log", "steps: 5000", "")),
-    ("readme-score", replaced("README.md", "1.2002", "1.1502")), ("source-hash", replaced("train_gpt.py", "02", "03")),
-    ("source-hash", write("more.py", "")),
-    ("environment", replaced("train_seed3.log", "step:1", "torch 2.9.1 torch 2.8.0")),
-    ("parent", json_with(parent="2026-01-01_nobody")), ("parent", json_with(parent={"a": 1})),
-    ("tainted-parent: #1376 was ruled invalid", json_with(parent_pr="#1376")),
-    ("review-limit: check_ours", json_with(dataset={"name": "fineweb", "val_docs": 50_000, "val_bytes": "?"}))]
-
-HONEST = '''
-try:
-    import some_compressor
-except ImportError:
-    import zlib
-def bigram_hash(t):
-    return torch.bitwise_xor(36313 * t[..., 1:], 27191 * t[..., :-1]) % 10239
-def eval_val_ttt(args, model, val_tokens, optimizer):
-    for chunk in range(0, len(val_tokens), args.ttt_chunk):
-        with torch.no_grad():
-            loss_sum = model(val_tokens[chunk:])[-args.stride:].sum()
-        model(val_tokens[chunk:chunk + args.ttt_chunk]).mean().backward()
-clip = torch.minimum(model.weight.abs(), torch.quantile(model.weight.abs(), 0.999))
-max_wallclock = float(os.environ.get("MAX_WALLCLOCK_SECONDS", 600.0))
-train_files=glob.glob("data/fineweb_train_*.bin");val_files=glob.glob("data/fineweb_val_*.bin")
-'''
-LUT = "def luts(sp):\n    if sp.piece == '\u2581': {}\n    base_bytes = len(sp.piece(0).encode()){}"
-PUBLIC = {   # the rules that a source from elsewhere breaks, and no other: sources
-    "": [HONEST, "class C:\n    eval: int = 1", "compile(x)",
-        'torch.load("x", weights_only=True); re.compile("x"); model.eval()', "import einops", "N = 151_060_000",
-        LUT.format("pass", " if sp.is_byte(0) else 1"), "val_loader = DistributedTokenLoader(args.val_files, rank)",
-        "loader = Shards(args.val_files)", "train_files = glob.glob('fineweb_train_*.bin', but='fineweb_val_*.bin')",
-        "train_files = [f for f in files if f not in val_files]", "train_on_val = 0",
-        "def pack(q, val_tokens):\n    return zlib.compress(q)",
-        "def ttt(val_data):\n  loss_sum += 1\n  for epoch in range(2):\n    loss.backward()",
-        "def ttt(val_data):\n  if scored:\n    loss.backward()\n  loss_sum += 1",
-        "def adapt(val_data):\n  loss.backward()\ndef main():\n  eval_val()\n  adapt(1)"],
-    "dynamic-code encoded-source": [wrap(HONEST)], "missing-file": [""],
-    "dynamic-code": ['__builtins__["exec"]("x = 1")', "run = eval", "compile(x, y, z)"],
-    "dynamic-code payload": ['exec(decode("' + "Zz9!" * 80 + '"))', f'x = exec\nx("{"Zz9!" * 80}")'],
-    "loaded-code": ['importlib.import_module("x")', "pickle.loads(b'')", 'torch.load("x", weights_only=False)',
-        "marshal.loads(b'')", 'ctypes.CDLL("x")', "os.execvp('x', [])"],
-    "network": ["from os import system as run; run('curl x')", "from subprocess import run; run('pip install x')",
-        "from urllib import request"],
-    "import": ["import leftpad"], "mixture": ["OnlineNgramCache = 1", "def eval_val_ngram(): pass"],
-    "unruled": ["slot_delta = 0"], "pre-quant-ttt": ["def prequant_ttt(m): pass"], "target-gate": ["within_gate = 1"],
-    "best-of": ["final = min(val_loss, ttt_loss)"],
-    "byte-count": ["TOTAL = 164_594_398", "N = 176_332_748", "N = 151_070_000", "bytes_per_token = 3.7"],
-    "byte-lut": [LUT.format("pass", ""), LUT.format("has_leading_space = 1", " + 1 if sp.is_byte(0) else 1")],
-    "target-in-key": ["def ngram_key(ctx, tgt):\n    return (ctx * 36313 ^ tgt) % 4096"],
-    "val-calibration": ["collect_hessians(model, val_tokens)",
-        "calib_loader = DistributedTokenLoader(args.val_files, rank)"],
-    "train-data-late": ["collect_hessians(model, train_loader)", "gptq_calibrate(train_pattern)"],
-    "val-in-training": ["train_files = os.path.join(d, 'fineweb_val_*.bin' if flag else 'fineweb_train_*.bin')",
-        "train_pattern: str = val_files or x", "train_loader = Any(args.val_files)",
-        "loader = DistributedTokenLoader(args.val_files, rank)", "train_on_val = 1"],
-    "paid-prefix": ["PAID_PREFIX = 1",
-        "def build(val_tokens):\n    head = val_tokens[1:9].copy()\n    return lzma.compress(head.tobytes())"],
-    "score-first": ["def ttt(val_data):\n  step += 1\n  loss.backward()",
-        "def ttt(m, val_data):\n  m(val_data).backward()\n  with no_grad():\n    m(1)",
-        "def ttt(val_data):\n  for epoch in range(125):\n    loss_sum += 1\n    loss.backward()",
-        "def adapt(val_data):\n  loss.backward()\ndef main():\n  adapt(1)\n  eval_val()",
-        "def adapt(val_data):\n  loss.backward()\ndef eval_all(val_data):\n  adapt(1)\n  loss_sum += 1"],
-    "python-syntax": ['def broken(:'], "python-syntax val-in-training": ["train_files = g(f'{a['b']}', val_files)"],
-    "python-syntax mixture": ["\n".join(["def broken(:"] * 50) + "\nngram_cache"],
-    "dynamic-code encoded-source val-in-training": ['exec(zlib.decompress(b64decode("' + base64.b64encode(zlib.compress(
-        wrap('train_files = "data/fineweb_val_*.bin"\n').encode())).decode() + '")))',
-        "exec(unpack('''" + "\n    ".join(re.findall(".{1,70}", base64.b85encode(
-        zlib.compress(b"train_files = val_files  # " + os.urandom(300).hex().encode())).decode())) + "'''))"]}
-FILES = {   # the rules that a folder from elsewhere breaks, and no other: ways to change it
-    "readme-score": [write("README.md", "1.2009")],
-    "": [write("README.md", "1.2007"), write("a.log", "not training on val"),
-        write("a.log", "ttt: training on validation chunk 1"),
-        write("a.log", "train on val tokens once scored"), json_with(val_loss=DELETE),
-        write("a.log", "train_time:601000ms"),
-        lambda f: [edit(f) for edit in (json_with(val_bpb=1.2004), replaced("README.md", "1.2002", "1.2004"),
-                                        seed_with(val_bpb=1.20077), write("logs/run1.txt", "val_bpb: 1.20077"))],
-        *(json_with(val_loss=1.2002 * math.log(2) * ratio) for ratio in (2.436, 3.319, 3.7266, 3.1572)),
-        seed_with(artifact_bytes=16_000_000, train_seconds=601.0), json_with(bytes_code=200, bytes_model=15_899_784),
-        lambda f: [write(f"a/{i}.md", "x")(f) for i in range(390)], json_with(parent={"a": 1})],
-    "val-in-training": [write("a.log", "train_loader:dataset:fineweb10B_valonly train_shards:1"),
-        write("a.log", "training on validation text")],
-    "loaded-code": [write("data/confine.py", "import os\nos.execvp('x', [])\n")],
-    "paid-prefix": [write("a.log", "paid_prefix:loaded 6,200,000 tokens")],
-    "train-clock": [write("a.log", "train_time:601001ms")],
-    "json-field": [json_with(val_bpb=None),
-        json_with(bytes_total=DELETE, seed_results={s: {"val_bpb": 1.2 + s / 1e4} for s in (1, 2, 3)})],
-    "json-value": [json_with(val_loss=0)], "log-score": [seed_with(val_bpb=1.2005)],
-    "bpb-arithmetic": [json_with(val_loss=3.0)], "artifact-cap": [json_with(bytes_total=16_000_001)],
-    "artifact-bytes": [json_with(bytes_code=200, bytes_model=15_899_783)], "code-bytes": [json_with(bytes_code=10)],
-    "log-count": [lambda f: (json_with(track="unlimited")(f), [log.unlink() for log in f.glob("*.log")])],
-    "review-limit": [write("a.py", "#" * (2 << 20)), lambda f: [write(f"a{i}.md", "x")(f) for i in range(401)]]}
-
-
-def test_every_rule_finds_what_breaks_it_and_nothing_else_and_the_unruled_never_fails(tmp_path, monkeypatch):
-    good, wrong = make_record(tmp_path), []
-    monkeypatch.setattr(check, "known_records", lambda: [])
-    rows = [(*row, True) for row in OURS] + [(what, edit, False) for what, edits in FILES.items() for edit in edits]
-    rows += [(what, write("train_gpt.py", text), False) for what, texts in PUBLIC.items() for text in texts]
-    for n, (what, edit, strict) in enumerate(rows):
+    def broken(what, folder):
+        rule, _, words = what.partition(": ")
+        seen.add(rule)
+        found = review(folder)
+        assert any(f["rule"] == rule and words in f["message"] for f in found), (what, found)
+    for n, row in enumerate(EDITS.strip("\n").split("\n")):
+        what, name, old, new = (cell.strip().replace("\\n", "\n") for cell in row.split("|"))
         folder = tmp_path / str(n) / good.parent.name / good.name
         shutil.copytree(good, folder)
-        if not strict:
-            json_with(source_sha256=DELETE, config=DELETE, dataset=DELETE)(folder)
-        edit(folder)
-        found = check.review_folder(next((tmp_path / str(n)).glob("*/*")), strict)
-        rule, _, words = what.partition(": ")
-        hits = {f["rule"]: f["level"] for f in found if not strict or f["rule"] == rule and words in f["message"]}
-        if hits != {r: rules.RULES[r][not strict] for r in rule.split()}:
-            wrong.append((n, what, [(f["rule"], f["message"]) for f in found]))
-    assert not wrong
-    others = {"change-set", "rescore", "near-copy", "nearest", "significance"}   # by the tests below
-    rows = [what for what, _ in OURS] + [*PUBLIC, *FILES]
-    assert rules.RULES.keys() == {rule for what in rows for rule in what.split(":")[0].split()} | others
-    assert not [r for r, levels in rules.RULES.items() if "unruled" in levels[2] and "FAIL" in levels[:2]]
+        if old:
+            replace_in(folder / name, old, new)
+        else:
+            write(folder / name, new)
+        broken(what, folder)
+    (folder / "notes.md").symlink_to("/etc/passwd")
+    broken("link", folder)
+    write(folder / "big.txt", "x" * (4 << 20) + "x")
+    broken("file-size", folder)
+    for i in range(400):
+        write(folder / f"{i}.txt", "")
+    broken("review-limit: 400 files", folder)
+    broken("folder-name", folder.rename(folder.parent / "my record"))
+    broken("odd-score: deviation", make_record(tmp_path, "same", spread=1e-6))
+    assert rules.RULES.keys() == seen
 
 
-def test_a_submitted_record_is_clean_and_says_what_the_runs_said_and_how_it_compares(tmp_path):
-    parent = make_record(tmp_path, "parent")
-    assert "0 FAIL, 0 FLAG, 0 INFO" in command(parent, "--mode=strict", code=0)
-    with pytest.raises(BadInput, match="exists; nothing is overwritten"):
-        submit_runs(tmp_path, sorted((tmp_path / "runs").iterdir()), "parent")
-    source = TRAINER.replace("0.02", "0.03") + "#\n" * 500
-    changed = dict(source=source, lr=0.03, parent=str(parent), idea="faster")
-    runs = [fake_run(tmp_path / f"runs/child{s}", s, 1.19 + s / 5e3, **changed) for s in (1, 2, 3)]
-    write("pack.txt", "q 8 bits")(runs[1])
-    folder = submit_runs(tmp_path, runs, "child")
-    mine, text = load(folder), (folder / "README.md").read_text()
-    assert folder == tmp_path / "records/track_10min_16mb/2026-01-02_child"
-    assert (folder / "train_gpt.py").read_text() == source and list(mine["config"]) == ["lr", "max_seconds"]
-    assert [mine[k] for k in ("val_bpb", "val_bpb_std", "seeds", "bytes_total", "parent", "parent_run", "blurb")] == [
-        pytest.approx(1.1904), pytest.approx(2e-4), [1, 2, 3], 15_900_000, parent.name, None, "faster"]
-    for words in ("**val_bpb 1.190400** (std 0.000200, n 3) on fineweb, at most 15,900,000 bytes, 8 x NVIDIA H100.",
-                  "| 2 | 1.190400 | 3.074927 | 15,900,000 | 599.5 | 5,000 | 400.0 |", "faster\n\n(write this)",
-                  f"Against the parent, {parent.name}: a gain of +0.00980 bits per byte, +0.02531 nats per token. "
-                  "One-sided p (paired by seed) is 1.74e-05 for any gain and 2.69e-05 for the", "- `lr` 0.02 -> 0.03",
-                  "512 lines of diff", "\n+LR = 0.03", "\n... 112 more lines\n"):
-        assert words in text, text
-    assert text.count("Against") == 1   # the parent is the best before it
-    log = (folder / "train_seed2.log").read_text()
-    assert log.startswith("step:1 train_loss:9.0") and "\n\npack.py:\nq 8 bits\n\neval_bpb.py: {" in log
-    other = ledger.read_entry(parent)
-    for change, words in (({"dataset": {}}, "on other documents"), ({"scores": {"1": None}}, "no score"),
-                          ({"config": {"max_steps": 9}}, "+0.00980 bits per byte with another budget, so no test"),
-                          ({"scores": {"1": 1.2}}, "+0.00960 bits per byte; a side has one seed, so no test"),
-                          ({"scores": {"1": 1.2, "7": 1.3}}, "(Welch's) is")):
-        assert words in submit.verdict(mine, other | change)
-    # a run as parent: the record builds on what that run builds on; another record is the best
-    one = submit_runs(tmp_path, [fake_run(tmp_path / "runs/last", 1, parent="child1", device="cpu")], "one")
-    text = (one / "README.md").read_text()
-    assert (load(one)["parent"], load(one)["parent_run"], one.parent.name) == (parent.name, "child1", rules.TRACKS[1])
-    assert "1.200000** (one seed)" in text and "Against the parent, child1: a gain of -0.00980" in text
-    assert "Against the best before it, 2026-01-02_child: a gain of -0.00960 bits per byte; a side has one seed" in text
+HIDDEN = r"""
+exec('x')
+run = eval
+compile('x', '', 'exec')
+import pickle as p
+m = __import__
+from importlib import import_module as f
+import torch as t; t.load('x', weights_only=0)
+load(**{'weights_only': False})
+getattr(x, 'exec')('y')
+torch.serialization.pickle
+from torch.serialization import pickle
+__builtins__['eval']('x')
+import ctypes.util
+from builtins import eval as e
+np.load('x', allow_pickle=True)
+# coding: utf-7
+def broken(:
+"""
 
 
-def test_submit_refuses_runs_that_are_not_one_record(tmp_path, monkeypatch):
-    good, changed = [fake_run(tmp_path / f"good{seed}", seed) for seed in (1, 2)], fake_run(tmp_path / "changed", 3)
-    write("source/train_gpt.py", "x")(changed)
-    for n, (why, runs) in enumerate({
-            "another source": {"source": TRAINER + "#\n"}, "over the cap": {"score": {"artifact_bytes": 16_000_001}},
-            "5 documents only": {"score": {"limit_docs": 5}}, "seed of its own": {"seed": 1}, "lr is 0.3": {"lr": 0.3},
-            "another dataset": {"data": "demo"}, "not 8 x H100": {"device": "cpu"}, "no artifact_bytes in": {
-                "score": {"artifact_bytes": None}}, "no score; run": {"score": {"val_bpb": None}},
-            "train_seconds 601.5 is over": {"seconds": 601.5}, "eval_seconds 602.0 is over 600": {
-                "score": {"phases": {"total": 602.0}}}, "not the source that ran": [*good, changed], "2 seeds": good,
-            "is on demo, not": [fake_run(tmp_path / f"d{s}", s, data="demo") for s in (1, 2, 3)]}.items()):
-        if isinstance(runs, dict):
-            runs = [*good, fake_run(tmp_path / str(n), **{"seed": 3, **runs})]
-        with pytest.raises(BadInput, match=why):
-            submit_runs(tmp_path, runs, track="track_10min_16mb")
-    for why, *flags in (("name the runs",), ("name the runs", "x", "--leaderboard"), ("--name=s", "x", "--name=a b"),
-                        ("today at the latest", "x", "--date=2999-01-01"), ("YYYY-MM-DD", "x", "--date=20260101")):
-        monkeypatch.setattr(sys, "argv", ["submit.py", "--author=Ann", *flags])
-        with pytest.raises(BadInput, match=why):
-            submit.main()
-    assert not list(tmp_path.glob("records/*/*"))
-
-
-def test_hostile_folders_end_in_a_verdict_in_bounded_time_and_nothing_of_them_runs(tmp_path, monkeypatch):
-    folder, marker = make_record(tmp_path), tmp_path / "executed"
-    evil, bomb = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n", b"import os\n" * 100_000
-    texts = {"a.py": "exec(decompress(" + repr(zlib.compress(b"import os\n" + b"#" * 200_000_000, 9)) + "))",
-             "b.py": "x = " + "(" * 5000 + ")" * 5000, "c.py": "x = " + "-" * 200_000 + "1",
-             "d.py": "x = a" + ".b" * 100_000, "e.py": "x = 1" + " + 1" * 100_000, "f.py": "\0\ufffd" * 1000,
-             "json.py": evil, "sitecustomize.py": evil, "numpy/__init__.py": evil, "name\nFAIL forged rule.py": evil,
-             os.fsdecode(b"\xff\x1b[31m.txt"): "x",
-             "submission.json": '{"seeds":' + "[" * 100_000 + "]" * 100_000 + "}"}
-    for name, text in texts.items():
-        write(name, text)(folder)
-    for name, to in (("up", ".."), ("dev.txt", "/dev/zero"), ("link.txt", "README.md")):
-        (folder / name).symlink_to(to)
-    os.mkfifo(folder / "pipe.log")
-    with open(folder / "sparse.log", "wb") as f:
-        f.truncate(2 << 30)
-    for name in ("link.txt", "dev.txt", "pipe.log", "sparse.log"):
-        with pytest.raises(OSError):
-            ledger.read_regular(folder / name, 1 << 20)
-    for packed in (zlib.compress(bomb), lzma.compress(bomb), bz2.compress(bomb), zstandard.compress(bomb)):
-        assert len(sources.unwrap(packed, 5000)) == 5000   # never more than asked for
-    begin = time.monotonic()
-    lines = command(folder, "--mode=lenient", code=1).splitlines()
-    assert time.monotonic() - begin < 60 and not marker.exists()
-    assert all(line.isprintable() and line.startswith(("FAIL ", "FLAG ", "INFO ", str(folder))) for line in lines)
-    found = {line.split()[1] for line in lines}
-    assert {"json", "link", "file-size", "file-name", "review-limit", "encoded-source"} <= found
-    assert not [line for line in lines if line.startswith("FAIL forged")]
-    write("dies.py", "import os; os.abort()")(tmp_path)
-    monkeypatch.setattr(check, "__file__", str(tmp_path / "dies.py"))   # a reader that dies is no pass
-    [found] = check.review_in_child(tmp_path, True)
-    assert found["rule"] == "review-limit" and "within 60 s and 3 GiB; ended with -6" in found["message"]
-
-
-def test_the_exit_code_is_that_of_the_worst_finding_and_a_finding_has_one_line(tmp_path):
-    folder = make_record(tmp_path)
-    json_with(date="2026-01-03")(folder)
-    assert "1 INFO" in command(folder, "--mode=lenient", code=0)
-    for name in ("train_seed1.log", "train_seed2.log", "z.log"):
-        write(name, "1\ntrain_shards:1499 1.2001 1.2002 1.2003")(folder)
-    out = command(folder, make_record(tmp_path, "another"), "--mode=lenient", code=4)
-    [line] = [line for line in out.splitlines() if "data-overlap" in line]
-    assert line.startswith("FLAG data-overlap train_seed1.log:2 a sign of validation documents in the training split: "
-                           "train_shards:1499 1.2001 1.2002 1.2003 (and 2 more like it, z.log) [")
-    write("submission.json", "{")(folder)
-    command(folder, code=1)
-    assert "not a folder" in command(tmp_path / "nowhere", code=2)
-    assert "--rescore goes with one" in command(folder, folder, "--rescore=x", code=2)
-    reader = subprocess.Popen([sys.executable, "records/check.py", folder], cwd=ROOT, stdout=-1, stderr=-1)
-    reader.stdout.close()   # as `| head` does
-    assert reader.stderr.read() == b""
-
-
-def test_copies_and_parents_are_found_with_what_changed_below_any_wrapping(tmp_path, monkeypatch, capsys):
-    text = TRAINER + "".join(f"def f{i}(a, b):\n    return a * {i} + b ** 2 - [a, b]\n" for i in range(20))
-    parent = make_record(tmp_path, "parent", source=text)
-    monkeypatch.setattr(check, "known_records", lambda records=None: [parent])
-    changed = text.replace("LR = 0.02", "LR = 0.03").replace("loader", "stream").replace("f19", "g") + "def h(): pass\n"
-    copy = make_record(tmp_path, "copy", source=changed)
-    json_with(parent=parent.name)(copy)
-    found = {f["rule"]: f["message"] for f in check.review_folder(copy, True)}
-    assert found.keys() == {"nearest", "significance"}   # the parent's scores again: no gain to show
-    assert found["nearest"].endswith("; changed train; added g, h; removed f19; LR 0.02 -> 0.03")
-    assert found["significance"].startswith("+0.0000 nats over the parent; p 1 for 0.005 or more, the rule asks 0.01 (")
-    assert "no --parent is named; by its code 2026-01-02_parent is nearest (95%)\n" in capsys.readouterr().out
-    json_with(parent=None)(copy)
-    assert [f["rule"] for f in check.review_folder(copy, True)] == ["nearest"]
-    write("train_gpt.py", wrap(text))(copy)
-    (public := tmp_path / "public/track").mkdir(parents=True)
-    parent.rename(public / "2026-01-01_theirs")
-    out = command(copy, "--mode=lenient", f"--known={tmp_path / 'public'}", code=4)
-    assert "near-copy train_gpt.py:1 2026-01-01_theirs up to names" in out and "shares 100.0%; nothing but" in out
-    write("train_gpt.py", wrap(HONEST))(copy)   # the same wrapper around another content
-    assert "nearest" not in command(copy, "--mode=lenient", f"--known={public}", code=4)
-
-
-def test_every_variant_of_the_ladder_applies_to_the_trainer_as_it_is():
-    for name, (_, changes, _, _) in ladder.VARIANTS.items():
-        source, flags = ladder.patched(changes, ladder.RUNGS["low"])
-        compile(source, name, "exec")
-        assert source != (ROOT / "train_gpt.py").read_text() or flags
-        shape = {k: v for k, v in ladder.RUNGS["low"].items() if k != "steps"}
-        train_gpt.parse_config(["--preset=proxy", *(f"--{k}={v}" for k, v in shape.items()), *flags])
-    points = [(100, 2.0), (400, 1.0)]
-    assert np.allclose(ladder.between(points, [100, 200, 400]), [2.0, 1.5, 1.0])  # 200 is half-way on the log scale
-    assert np.isnan(ladder.between(points, [99, 401])).all()
+def test_a_source_hides_no_code_and_plain_sources_hide_none():
+    for hidden in [*HIDDEN.strip().split("\n"), "#\r# -*- coding=latin-1", "\0", "(" * 9999]:
+        assert [*check.hidden_code(hidden.encode())], hidden
+    plain = b"# coding: utf-8\ntorch.compile(m.eval()); re.compile(x); load(x, weights_only=True)"
+    names = "train_gpt.py", "pack.py", "eval_bpb.py", "data/dataset.py", "data/tokenizer.py"
+    for source in (plain, *((ROOT / name).read_bytes() for name in names)):
+        assert [*check.hidden_code(source)] == []
 
 
 def test_the_predictor_may_change_and_the_judge_may_not(tmp_path):
-    folder, source = make_record(tmp_path), (ROOT / "eval_bpb.py").read_text()
-    for at, changed in (("class Sliding:", []), ("class Phases:", ["eval_bpb.py"])):
-        assert source.count(at) == 1
-        (folder / "eval_bpb.py").write_text(source.replace(at, f"def mine():\n    return 1\n\n\n{at}"))
-        assert [f["file"] for f in check.review_folder(folder, True) if f["rule"] == "judge-changed"] == changed
-
-
-def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, judge, dataset):
     folder = make_record(tmp_path)
-    _, score, _ = judge(mine("logits[:, 9] = 1.0"), "--trust")  # rounding moves it by nothing
-    artifact = tmp_path / "artifact.pyz"
-    json_with(dataset={"name": str(dataset)})(folder)
-    assert "no seed has an artifact" in check.rescore(folder, artifact, None, True)[0]["message"]
-    claim = score["val_bpb"] + 0.001
-    seed_with(artifact_sha256=hashlib.sha256(artifact.read_bytes()).hexdigest(), val_bpb=claim)(folder)
-    [found] = check.rescore(folder, tmp_path, None, True)
-    assert f"seed 2: claimed {claim}, the judge finds {score['val_bpb']:.4f}" in found["message"], found
-    [found] = check.rescore(folder, artifact, tmp_path / "no-data", True)
-    assert "seed 2: the judge exits 2: " in found["message"], found
+    source = (ROOT / "eval_bpb.py").read_text()
+    write(folder / "eval_bpb.py", source.replace(check.JUDGE.decode(), "\nA = 1" + check.JUDGE.decode()))
+    assert [f["rule"] for f in review(folder)] == ["source-hash"]
+    write(folder / "eval_bpb.py", source + "A = 1\n")
+    assert [f["rule"] for f in review(folder)] == ["source-hash", "judge"]
 
 
-def test_a_turn_tells_its_verdict_from_the_ledger(tmp_path, monkeypatch):
-    for seed, idea, bpb in [(s, i, 1.2 - 0.01 * i - s / 1e4 * (1 + i / 9)) for i in (0, 1) for s in (1, 2, 3)]:
-        name = f"{idea}_s{seed}"
-        ledger.append(fake_run(tmp_path / "runs" / name, seed, bpb, lr=0.02 + idea, idea="wider" * idea,
-                               parent=f"0_s{seed}" * idea))
-    [(verdict, numbers, row)] = turn.ideas(ledger.read_ledger(tmp_path / "runs/ledger.tsv"))
-    assert verdict == "keep" and "n 3" in numbers and row["idea"] == "wider"
-    monkeypatch.chdir(tmp_path)
-    name, files, config = turn.parent_of("1_s2")
-    assert name == "1" and config["lr"] == 1.02 and files == {"train_gpt.py": TRAINER.encode()}
-    with pytest.raises(BadInput, match="no run, no record and no commit"):
-        turn.parent_of("nobody")
+def test_a_record_holds_what_differs_and_says_what_the_runs_said(tmp_path):
+    folder = make_record(tmp_path, source=TRAINER + "#\n")
+    assert folder == tmp_path / "records/track_10min_16mb/2026-01-02_good"
+    assert " ".join(sorted(path.name for path in folder.iterdir())) == (
+        "README.md submission.json train_gpt.py train_seed1.log train_seed2.log train_seed3.log")
+    said = json.loads((folder / "submission.json").read_text())
+    assert [said[key] for key in ("val_bpb", "parent", "blurb", "github_id")] == [
+        pytest.approx(1.2002), None, "faster", "Ann"]
+    assert "**val_bpb 1.200200** (std 0.000100, n 3) on fin" in (folder / "README.md").read_text()
+    with pytest.raises(BadInput, match="exists; nothing is overwritten"):
+        submit_runs(tmp_path, (tmp_path / "runs").iterdir())
+
+
+def test_submit_refuses_runs_that_are_not_one_record(tmp_path):
+    good = [fake_run(tmp_path / f"good{seed}", seed) for seed in (1, 2)]
+    for n, (words, how) in enumerate({
+            "seeds .*: another source_sha256": {"source": ""}, "a seed of its own": {"seed": 1},
+            "trained until: a reason": {"end": "a reason"}, "val_bpb is -1": {"val_bpb": -1},
+            "proof .*: mode trusted": {"mode": "trusted"}, "not what was": {"artifact_sha256": "x"},
+            "same artifact_sha256": {}}.items()):
+        run = fake_run(tmp_path / f"bad{n}", **{"seed": 3, **how})
+        if not how:
+            shutil.copy(good[0] / "artifact.pyz", run)
+            shutil.copy(good[0] / "score.json", run)
+        with pytest.raises(BadInput, match=words):
+            submit_runs(tmp_path, [*good, run])
+    assert not [*tmp_path.glob("records/*/*")]
+
+
+def test_hostile_folders_end_in_bounded_time_and_nothing_of_them_runs(tmp_path, monkeypatch):
+    folder = make_record(tmp_path)
+    marker = tmp_path / "executed"
+    evil = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n"
+    for name, text in {
+            "a.py": "x = a" + ".b" * 100_000, "c.sh": "trainX=" * 500_000, "json.py": evil,
+            "numpy/__init__.py": evil, "a\nFAIL forged": "", os.fsdecode(b"\xff\x1b[31m"): "",
+            "z.log": "---\n" * 9999, "submission.json": "[" * 99_999}.items():
+        write(folder / name, text)
+    (folder / "up").symlink_to("..")
+    os.mkfifo(folder / "pipe.log")
+    os.truncate(folder / "z.log", 2 << 30)
+    lines = check_command(folder, code=1).splitlines()
+    assert not marker.exists() and all(line.isprintable() for line in lines)
+    found = {line.split()[1] for line in lines if line.startswith("  FAIL")}
+    assert {"link", "file-size", "file-name", "review-limit", "plain-source"} <= found
+    line = json.dumps(check.finding("link", "x"))
+    write(tmp_path / "dies.py", f"import os; print({line!r}, flush=True); os.abort()")
+    monkeypatch.setattr(check, "__file__", str(tmp_path / "dies.py"))
+    found, _ = check.review_in_child(folder)   # a reader that dies is no pass; what it said stays
+    assert [f["rule"] for f in found] == ["link", "review-limit"]
+
+
+def test_a_batch_is_reviewed_to_its_end_and_copies_are_named(tmp_path):
+    good = make_record(tmp_path)
+    copy = tmp_path / "elsewhere" / good.name
+    shutil.copytree(good, copy)
+    replace_in(copy / "README.md", "1.200200", "1.1")
+    write(tmp_path / "stray", "x")
+    out = check_command(good, tmp_path / "stray", copy, tmp_path / "none", "--jobs=2",
+                        f"--json={tmp_path}/all.json", code=1)
+    for words in (f"{good}: clean", f"{copy}: 1 FAIL", f"FAIL  {tmp_path}/none: missing-folder",
+                  f"FLAG  {tmp_path}/stray: stray-file\n1 of 5 clean"):
+        assert f"{words}\n" in out, words
+    found = json.loads((tmp_path / "all.json").read_text())["between the folders"]
+    assert [(f["rule"], f["file"]) for f in found] == [("copy", str(copy)), ("same-source", str(copy))]
+    assert all(f"as {good}, 2 folders in all" in f["message"] for f in found)
+    check_command(tmp_path / "stray", code=4)
+    check_command(good, code=0)
+
+
+def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, monkeypatch):
+    folder = make_record(tmp_path)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    score = json.loads((tmp_path / "runs/good2/score.json").read_text())
+    for changes in ({}, {"val_bpb": 1.21}, {"val_bpb": None}, {"artifact_sha256": "x"}):
+        text = json.dumps(score | changes)
+        write(tmp_path / "eval_bpb.py", f"import sys; open(sys.argv[3][6:], 'w').write({text!r})")
+        found = check.rescore(folder, str(tmp_path / "runs/good2"), None)
+        assert ["no seed of the record claims" in f["message"] for f in found] == [True][:len(changes)]
 
 
 def test_the_p_value_is_students():
-    table = (6.313752, 1, 0.05), (2.919986, 2, 0.05), (2.131847, 4, 0.05), (3.746947, 4, 0.01), (1.660234, 100, 0.05)
-    for t, df, p in table:
-        assert stats.t_upper(t, df) == pytest.approx(p, abs=1e-7) == 1 - stats.t_upper(-t, df)
-        assert stats.t_critical(p, df) == pytest.approx(t, abs=1e-5)
-    # closed forms at one and two degrees of freedom
-    assert stats.t_upper(3.7, 1) == pytest.approx(0.5 - math.atan(3.7) / math.pi, rel=1e-8)
-    assert stats.t_upper(60, 2) == pytest.approx(0.5 - 60 / (2 * math.sqrt(2 + 3600)), rel=1e-8)
-    t, df, p = stats.welch(2.0, 4.0, 4, 9.0, 9)   # by hand: sqrt(1 + 1) and (1 + 1)^2 / (1/3 + 1/8)
-    assert (t, df) == (pytest.approx(math.sqrt(2)), pytest.approx(96 / 11))
-    assert [stats.welch(gain, 0, 3, 0, 3)[2] for gain in (-1.0, 0.0, 1.0)] == [1, 0.5, 0]
-    # The same seeds are paired: gains of 0.001, 0.002 and 0.003 whatever the seeds' own spread. t = sqrt(12), df = 2.
-    ours, theirs = {1: 1.0, 2: 1.2, 3: 1.4}, {1: 1.001, 2: 1.202, 3: 1.403}
-    c = stats.comparison(ours, theirs, 1.0)
-    assert c["paired"] and (c["t"], c["df"]) == (pytest.approx(12 ** 0.5), 2)
-    assert c["p"] == pytest.approx(0.5 - 12 ** 0.5 / (2 * math.sqrt(2 + 12)), rel=1e-6)
-    assert (c["verdict"], c["runs_for_any_gain"], c["runs_for_written_rule"]) == ("run 2 more a side", 5, None)
-    assert c["noise_floor_bpb"] == pytest.approx(stats.t_critical(0.01, 2) * 0.001 / 3 ** 0.5)
-    assert stats.comparison(theirs, ours, 1.0)["verdict"] == "drop"
-    apart = stats.comparison(ours, {s + 3: v for s, v in theirs.items()}, 1.0)
-    assert not apart["paired"] and apart["p"] > 0.4 and apart["verdict"] == "drop"
-    with pytest.raises(BadInput, match="each side needs two"):
-        stats.comparison(ours, {1: 1.0}, 1.0)
+    for t, df, p in ((6.313752, 1, 0.05), (2.131847, 4, 0.05), (3.746947, 4, 0.01)):
+        assert stats.t_upper(t, df) == pytest.approx(p, abs=1e-6) == 1 - stats.t_upper(-t, df)
+    # sqrt(1 + 1) and (1 + 1)^2 / (1/3 + 1/8) by hand
+    assert stats.welch(2.0, 4.0, 4, 9.0, 9) == pytest.approx(stats.t_upper(2 ** 0.5, 96 / 11))
+    # The same seeds are paired: gains of 0.001, 0.002, 0.003, whatever the seeds' own spread.
+    theirs = {1: 1.001, 2: 1.202, 3: 1.403}
+    c = stats.comparison({1: 1.0, 2: 1.2, 3: 1.4}, theirs, 1.0)
+    assert c["p"] == pytest.approx(stats.t_upper(12 ** 0.5, 2))
+    assert c["verdict"] == "run 2 more a side"
+    apart = stats.comparison({4: 1.0, 5: 1.2, 6: 1.4}, theirs, 1.0)
+    assert apart["p"] > 0.4 and apart["verdict"] == "drop"
+    gain = stats.smallest_gain([1.0, 1.2, 1.4])
+    assert 0.0097 < stats.welch(gain, 0.04, 3, 0.04, 3) < 0.01
 
 
 def test_compare_takes_nats_from_the_dataset_and_refuses_what_does_not_compare(tmp_path):
-    a, b = ([fake_run(tmp_path / f"{side}{s}", s, base + n * s / 1e4, score={"dataset": {"tokenizer_sha256": n}})
-             for s in (1, 2, 3)] for side, base, n in (("a", 1.19, 1), ("b", 1.2, 2)))
-    out = command("compare", *a, "--", *b, code=0)
-    for words in ("candidate  val_bpb 1.19020  std 0.00010  n 3", "baseline   val_bpb 1.20040  std 0.00020  n 3",
-                  "gain       +0.02635 nats per token = +0.01020 bits per byte", "is 2.5831 nats per token)\n",
-                  "test       paired by seed: t 176.669, df 2.00, one-sided p 1.6e-05", ": met, p 2.44e-05\n",
-                  "practised  any gain at p < 0.25: met", "under 0.00040 bits", "3 for any gain, 3 for", "verdict    k",
-                  "tokenizers differ"):
-        assert words in out, out
-    worse = json.loads(command("compare", *b, "--", *a, "--json", code=0))
-    assert not worse["practised_rule"] and worse["runs_for_any_gain"] is None and worse["p"] > 0.99
-    for n, (words, config, score) in enumerate([
-            ("in documents: d", {}, {"dataset": {"val_docs_sha256": "f"}}), ("pack.py {0} && ", {}, {"limit_docs": 10}),
-            ("alike in predictor: x, y; such", {}, {"predictor": "y"}), ("nats cannot be told", {}, {"val_bytes": 0}),
-            ("not alike in max_seconds: 0, 600.0", {"max_seconds": 0, "max_steps": 9}, {})]):
-        other = fake_run(tmp_path / str(n), 4, score=score, **config)
-        x = fake_run(tmp_path / f"x{n}", 5, score={"predictor": "x"})
-        assert words.format(other) in command("compare", *a, "--", other, x, code=2)
-    for runs, words in (((*a, "--", b[0]), "each side needs two"), ((a[0], a[0], "--", *b), "stands twice on one side"),
-                        (a, "candidates on the left"), ((*a, "--"), "candidates on the left")):
-        assert words in command("compare", *runs, code=2)
+    ours = [fake_run(tmp_path / f"a{s}", s, 1.19 + s / 1e4) for s in (1, 2, 3)]
+    theirs = [fake_run(tmp_path / f"b{s}", s, 1.2 + s / 5e3) for s in (1, 2, 3)]
+    out = check_command("compare", *ours, "--", *theirs, code=0)
+    for words in ("candidate  val_bpb 1.19020  std 0.00010  n 3", "verdict    keep", "True, p 2.44e-05",
+                  "+0.02635 nats per token = +0.01020 bits per byte", "paired by seed: one-sided p 1.6e-05"):
+        assert words in out
+    found = check_command("compare", *theirs, "--", *ours, "--json", code=0)
+    assert json.loads(found)["verdict"] == "drop"
+    other = fake_run(tmp_path / "c", 4, dataset={"val_docs_sha256": "f" * 64})
+    for args, words in (((*ours, "--", other), "such runs do not compare"),
+                        ((ours[0], "--", theirs[0]), "each side needs two"),
+                        ((ours[0], ours[0], "--", *theirs), "stands twice on one side"),
+                        ((*ours, "--", fake_run(tmp_path / "d", val_bpb=-math.inf)), "python pack.py ")):
+        assert words in check_command("compare", *args, code=2)
 
 
-def test_the_leaderboard_is_up_to_date_and_ranks_records_and_draws_them(tmp_path):
-    for name, text in submit.leaderboard().items():
-        assert (ROOT / "records" / name).read_text() == text, "run: python records/submit.py --leaderboard"
-    assert "None yet" in submit.leaderboard(tmp_path / "records")["README.md"]
+def test_the_leaderboard_is_up_to_date_and_nothing_breaks_out_of_its_cells(tmp_path):
+    text = (ROOT / "records/README.md").read_text()
+    assert submit.leaderboard() == text, "run: python records/submit.py --leaderboard"
     make_record(tmp_path, "worse")
-    json_with(val_bpb=1.1, author="A|<b>")(make_record(tmp_path, "best"))
-    board = submit.leaderboard(tmp_path / "records")
-    text, picture = board["README.md"], board["leaderboard.svg"]
+    best = make_record(tmp_path, "best") / "submission.json"
+    replace_in(best, '"val_bpb": 1.2002,', '"val_bpb": 1.1,')
+    replace_in(best, '"Ann"', r'"A|<b>\n[x](y)"')
+    text = submit.leaderboard(tmp_path / "records")
     assert text.index("[best]") < text.index("[worse]")
-    assert ("\n| **1.10000** | 0.00010 | 3 | [best](track_10min_16mb/2026-01-02_best/README.md) | A&#124;&lt;b&gt; "
-            "| 2026-01-02 | 15,900,000 | fineweb | 8 x NVIDIA H100 | - |\n") in text
-    assert picture.count("<circle") == 2 and "prefers-color-scheme:dark" in picture and "fineweb 1.1000" in picture
-    minidom.parseString(picture)
-    json_with(val_bpb="x")(tmp_path / "records/track_10min_16mb/2026-01-02_best")
-    with pytest.raises(BadInput, match="no val_bpb or no"):
-        submit.leaderboard(tmp_path / "records")
+    assert ("\n| 1.1 | 0.0001 | 3 | [best](track_10min_16mb/2026-01-02_best/README.md) "
+            "| A?&lt;b&gt; ?x?(y) | 2026-01-02 | ") in text
 
 
-def test_curves_hold_every_point_of_every_run_once(tmp_path):
-    folders = [tmp_path / "a<b>", tmp_path / "empty"]
-    for folder in folders:
-        folder.mkdir()
-        (folder / "metrics.jsonl").write_text("")
-    rows = [("step", 1.0, 9.0), ("step", 2.0, 3.0), ("val", 2.0, 1.5), ("step", 3.0, 2.5), ("resume", 2.5, 0.0),
-            ("step", 3.5, 2.4), ("step", 4.0, None)]
-    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(
-        {"kind": k, "train_seconds": at, "train_loss": v} | ({"val_bpb": v} if k == "val" else {"lr": 1.0})) + "\n"
-        for k, at, v in rows) + '{"kind": "st')
-    points = plot.read_points(folders[0])
-    assert [at for at, _ in points["lr"]] == [1.0, 2.0, 3.5, 4.0] and len(points["val_bpb"]) == 1
-    assert [v for _, v in points["train_loss"]] == [9.0, 3.0, 1.5, 2.4]
-    picture = minidom.parseString(plot.draw(folders))
-    assert len(picture.getElementsByTagName("circle")) == 1
-    assert [t.firstChild.data for t in picture.getElementsByTagName("text")][:2] == ["a<b>: 1.5000", "empty"]
-    minidom.parseString(plot.draw(folders[1:]))
+def test_a_picture_holds_every_point_of_every_run_once(tmp_path):
+    text = ""
+    for at, loss in ((1.0, 9.0), (2.0, 3.0), (3.0, 2.5), (2.5, 2.4), (4.0, "null")):
+        text += f'{{"kind": "step", "train_seconds": {at}, "train_loss": {loss}}}\n'
+    write(tmp_path / "a<b>/metrics.jsonl", text + '{"kin')
+    write(tmp_path / "empty/metrics.jsonl", "")
+    points = plot.read_points(tmp_path / "a<b>", "train_loss")
+    assert points == [(1.0, 9.0), (2.0, 3.0), (2.5, 2.4)]
+    plot.write(tmp_path / "curves.svg", [tmp_path / "a<b>", tmp_path / "empty"])
+    picture = minidom.parse(str(tmp_path / "curves.svg"))
+    assert len(picture.getElementsByTagName("polyline")) == 6
 
 
-def test_the_ledger_gets_one_line_a_run_with_its_parent_and_status(tmp_path):
-    first = fake_run(tmp_path / "runs/first", 1, 1.3)
-    with open(first / "metrics.jsonl", "a") as f:
-        f.write('{"kind": "st')   # cut by a kill
-    ledger.append(first)
-    changed = dict(lr=0.05, parent="first", idea="faster  now", max_steps=9)
-    line = ledger.append(fake_run(tmp_path / "runs/second", 1, 1.2, **changed))
-    assert [line[k] for k in ("parent", "idea", "config_differences", "status", "budget", "dataset", "steps")] == [
-        "first", "faster  now", "lr=0.05 max_steps=9", "ok", "9 steps", "fineweb:dddddddd", 5000]
-    assert "lr: 0.02 -> 0.05" in (tmp_path / "runs/second/parent.diff").read_text()
-    for code, status in ((3, "nan"), (1, "crash")):
-        broken = fake_run(tmp_path / f"runs/{status}", 2, source="")
-        (broken / "score.json").unlink()
-        assert ledger.append(broken)["status"] == "unscored"
-        (broken / "crash.json").write_text(json.dumps({"reason": "the loss is nan", "exit_code": code}))
-        assert ledger.append(broken)["status"] == status
-    fat = ledger.append(fake_run(tmp_path / "runs/fat", score={"artifact_bytes": 16_000_001}))
-    assert fat["parent"] is None and fat["status"] == "over-budget"
-    rows = ledger.read_ledger(tmp_path / "runs/ledger.tsv")
-    rows = [[row[k] for k in ("run", "parent", "idea", "val_bpb", "budget")] for row in rows]
-    assert rows[:3] == [["first", "-", "-", "1.3", "600.0 s"], ["second", "first", "faster now", "1.2", "9 steps"],
-                        ["nan", "-", "-", "-", "600.0 s"]] and len(rows) == 7
-    with open(first / "metrics.jsonl", "a") as f:
-        f.write("\n")
-    with pytest.raises(BadInput, match="metrics.jsonl:3: not a JSON object with a kind"):
-        ledger.append(first)
+STUBS = {  # a repository whose commands take no time
+    "train_gpt.py": """import json, sys
+from pathlib import Path
+# Model
+WIDTH = 1
+# Optimizer
+class Config:
+    lr: float = 0.02
+flags = dict(a[2:].split("=", 1) for a in sys.argv[1:])
+run = Path("runs", flags["run"])
+run.mkdir()
+bpb = 1.2 - WIDTH / 100 + int(flags["seed"]) * (1e-3 + WIDTH / 1e5)
+rows = [{"kind": "start", "config": flags, "dataset": json.loads(open("data/x/meta.json").read())},
+        {"kind": "val", "val_bpb": bpb, "train_seconds": 2.0},
+        {"kind": "end", "reason": "a nan" if "lr" in flags else "finished"}]
+(run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+sys.exit("lr" in flags)
+""",
+    "pack.py": "",
+    "eval_bpb.py": """import json, sys
+from pathlib import Path
+lines = Path(sys.argv[1]).with_name("metrics.jsonl").read_text().splitlines()
+Path(sys.argv[3][6:]).write_text(json.dumps({"val_bpb": json.loads(lines[1])["val_bpb"]}))
+""",
+    "data/x/meta.json": json.dumps(DATASET)}
+
+
+def commit(folder):
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder,
+                       check=True)
+
+
+def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_its_verdict(tmp_path):
+    def turn(*flags, code=0):
+        return "".join(end(start(tmp_path / "records/turn.py", *flags, cwd=tmp_path), code))
+    for path in [*ROOT.glob("records/*.py"), *ROOT.glob("data/*.py")]:
+        write(tmp_path / path.relative_to(ROOT), path.read_text())
+    for name, text in STUBS.items():
+        write(tmp_path / name, text)
+    commit(tmp_path)
+    assert "nothing differs from HEAD" in turn("--idea=none", "--data=x", code=2)
+    replace_in(tmp_path / "train_gpt.py", "WIDTH = 1", "WIDTH = 2")
+    out = turn("--idea=a wider gate", "--data=x")
+    assert out.index("noise ") < out.index("verdict    keep")
+    [curves] = tmp_path.glob("runs/turns/a-wider-gate_*/curves.svg")
+    rate = "--idea=a rate", "--data=x", f"--parent={curves.parent.name}_s1", "--", "--lr=9"
+    turn(*rate, code=2)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
+    out = turn(*rate, code=2)
+    assert "_s1: no score, a nan; see runs/turns/a-rate_" in out and "no whole score" in out
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert len(before) == 9 and after == before   # nothing ran again, not what failed either
+    wider, rate = turn().split("; n ")[:2]
+    assert wider.startswith("keep: +0.009") and "moved model; a-wider" in rate
+    assert "drop: {'a nan'}" in rate and "moved optimizer; a-rate" in turn()
 
 
 def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
-    def git(*args):
-        call = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args]
-        return subprocess.run(call, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
-    write("train_gpt.py", TRAINER)(tmp_path)
-    write(".gitignore", "runs\n")(tmp_path)
-    git("init", "-q"), git("add", "-A"), git("commit", "-qm", "x")
-    monkeypatch.setattr(check, "ROOT", tmp_path)
-    monkeypatch.setattr(ledger, "ROOT", tmp_path)
-    head = git("rev-parse", "--short=10", "HEAD")
-    assert [ledger.commit_of({"train_gpt.py": text}) for text in (TRAINER.encode(), b"x")] == [head, head + "+"]
-    with pytest.raises(BadInput, match="nothing has changed"):
-        check.change_set("HEAD")
-    folder = make_record(tmp_path)
-    assert check.change_set("HEAD") == ([], [str(folder)])
-    write("train_gpt.py", "changed")(tmp_path)   # the next idea, not committed
-    write("records/README.md", "the leaderboard")(tmp_path)
-    assert check.change_set("HEAD") == ([], [str(folder)])
-    git("add", "-A"), git("commit", "-qm", "y")
-    assert [(f["rule"], f["file"]) for f in check.change_set("HEAD~1")[0]] == [("change-set", "train_gpt.py")]
-    replaced("submission.json", "Ann", "Bob")(folder)
-    assert [f["message"] for f in check.change_set("HEAD")[0]] == ["a record is only added, never changed or removed"]
-    make_record(tmp_path, "second")
-    assert "one record a change set, not 2: records/" in check.change_set("HEAD")[0][-1]["message"]
+    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    write(tmp_path / "train_gpt.py", "")
+    commit(tmp_path)
+    readme = "records/track_10min_16mb/2026-01-02_x/README.md"
+    write(tmp_path / readme, "")
+    write(tmp_path / "records/README.md", "the leaderboard")
+    commit(tmp_path)
+    write(tmp_path / "train_gpt.py", "changed")   # the next idea, not committed
+    record = str((ROOT / readme).parent)
+    assert check.change_set("HEAD~1") == ([], [record])
+    write(tmp_path / readme, "changed")
+    commit(tmp_path)
+    assert [f["file"] for f in check.change_set("HEAD~2")[0]] == ["train_gpt.py"]
+    assert [f["file"] for f in check.change_set("HEAD~1")[0]] == [readme, "train_gpt.py", "records"]
     with pytest.raises(BadInput, match="git merge-base"):
         check.change_set("--output=x")

@@ -1,2 +1,2 @@
-"""Datasets: their file format (dataset.py), tokenizer (tokenizer.py), and the command that writes them (prepare.py).
-What training and scoring stand on: processes and run folders (runs.py), a child for code of others (confine.py)."""
+"""Datasets: the folder's format and what commands share (dataset.py), the tokenizer (tokenizer.py),
+and the command that writes datasets (prepare.py)."""

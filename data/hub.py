@@ -1,78 +1,120 @@
-"""Files of the challenge from the Hugging Face hub, resumed and checked. Needs the `huggingface_hub` package."""
-import hashlib
+"""The challenge's documents on the Hugging Face hub, read by ranges of bytes. Needs the
+`huggingface_hub` package.
+
+Their file has some 48 GB, and only what is asked for is fetched. Its sha256 is the hub's (its
+etag), compared with the sidecar's; what was read is checked by its length, and by the bytes and the
+sha256 of the validation documents.
+"""
+import itertools
 import json
 import os
-import shutil
 import sys
 import time
-from pathlib import Path
 
-from data.dataset import BadInput, Progress
+from data.dataset import BadInput, atomic_write, printable
 
 REPO = "willdepueoai/parameter-golf"
-DOCS, SIDECAR = "datasets/docs_selected.jsonl", "datasets/docs_selected.source_manifest.json"
-TRIES, WAIT_SECONDS = 5, 2.0
+DOCS = "datasets/docs_selected.jsonl"
+SIDECAR = "datasets/docs_selected.source_manifest.json"
+TRIES = 5
+WAIT_SECONDS = 2.0           # before the second try, then twice as long each time
+BLOCK_BYTES = 16_000_000     # in one request: a broken connection loses no more
+TAIL_BYTES = 16_000          # in one request, to complete the last document of a range
 
 
-def sha256_file(path, label=None):
-    """Path -> hex sha256, with a progress line if it has a label."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file, Progress(label, Path(path).stat().st_size, "bytes") as progress:
-        while chunk := file.read(1 << 22):
-            sha.update(chunk)
-            progress.add(len(chunk))
-    return sha.hexdigest()
-
-
-def download(folder):
-    """Folder -> path of the challenge's documents in it, their sha256 (the hub's, and the sidecar's docs_sha256).
-
-    A file that is there with the right size is only checked. One that a broken connection cut is resumed, by
-    huggingface_hub; one with a wrong hash is fetched again. HF_ENDPOINT names another server of the hub's kind.
-    """
+def hub():
     try:
         import huggingface_hub
     except ImportError as error:
         raise BadInput("fineweb needs: pip install huggingface_hub") from error
-    endpoint = os.environ.get("HF_ENDPOINT")
-    api = huggingface_hub.HfApi(endpoint=endpoint)
+    return huggingface_hub
 
-    def fetch(name):
-        """-> path, sha256; ValueError with what is wrong."""
-        commit = api.repo_info(REPO, repo_type="dataset").sha   # both questions and the download speak of one commit
-        info = api.get_paths_info(REPO, [name], repo_type="dataset", revision=commit)
-        if not info:
-            raise BadInput(f"{REPO}: the hub has no {name}")
-        path, size, lfs = folder / name, info[0].size, info[0].lfs
-        if not (path.is_file() and path.stat().st_size == size):
-            if (free := shutil.disk_usage(folder).free) < size:
-                raise BadInput(f"{folder}: {name} has {size:,} bytes, the disk has {free:,} left")
-            huggingface_hub.hf_hub_download(REPO, name, repo_type="dataset", revision=commit, local_dir=folder,
-                                            endpoint=endpoint)
-        found, sha = path.stat().st_size, sha256_file(path, f"checking {path.name}")
-        if found != size or lfs and lfs.sha256 != sha:
-            path.unlink()
-            raise ValueError(f"{found:,} bytes, sha256 {sha}; the hub says {size:,}, {lfs.sha256 if lfs else '-'}")
-        return path, sha
 
-    def insist(name):
-        for attempt in range(TRIES):
-            try:
-                return fetch(name)
-            except BadInput:
-                raise
-            except Exception as error:   # whatever huggingface_hub and the HTTP library below it raise in this version
-                failure = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            print(f"{name}: {failure}", file=sys.stderr)
-            time.sleep(WAIT_SECONDS * 2 ** attempt)
-        raise BadInput(f"{name}: {failure} ({TRIES} times); run the command again to continue")
+def insist(ask, name):
+    """ask() -> its answer; asked again when it fails, TRIES times in all."""
+    for attempt in range(TRIES):
+        try:
+            return ask()
+        except Exception as error:   # whatever huggingface_hub and the HTTP library below it raise in this version
+            failure = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        print(printable(f"{name}: {failure}", sys.stderr.encoding), file=sys.stderr)
+        time.sleep(WAIT_SECONDS * 2 ** attempt)
+    raise BadInput(f"{name}: {failure} ({TRIES} times); run the command again to continue")
 
-    sidecar, _ = insist(SIDECAR)
-    try:
-        wanted = json.loads(sidecar.read_bytes())["docs_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{sidecar}: no docs_sha256 in it") from error
-    path, sha = insist(DOCS)
-    if sha != wanted:
-        raise BadInput(f"{path}: sha256 {sha}, but the sidecar's docs_sha256 is {wanted}")
-    return path, sha
+
+def find_documents():
+    """-> {"commit", "file", "bytes", "etag"} of the documents, once the hub and the sidecar agree
+    on them."""
+    endpoint = os.environ.get("HF_ENDPOINT")   # another server of the hub's kind
+    api = hub().HfApi(endpoint=endpoint)
+    files = hub().HfFileSystem(endpoint=endpoint)
+
+    def ask():
+        commit = api.repo_info(REPO, repo_type="dataset").sha   # all that follows is of this commit
+        folder = f"datasets/{REPO}@{commit}"
+        found = files.info(f"{folder}/{DOCS}")
+        with files.open(f"{folder}/{SIDECAR}", "rb") as file:
+            wanted = json.loads(file.read()).get("docs_sha256")
+        source = {"commit": commit, "file": f"{folder}/{DOCS}", "bytes": found["size"], "etag": found["lfs"]["sha256"]}
+        return source, wanted
+
+    source, wanted = insist(ask, DOCS)
+    if source["etag"] != wanted:
+        raise BadInput(f"{DOCS}: its sha256 is {source['etag']}, but the sidecar's docs_sha256 is {wanted}")
+    return source
+
+
+def read_blocks(source, start, end):
+    """Yields the bytes of the documents from start to end, then, in small blocks, to the end of the
+    file."""
+    files = hub().HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))
+    at = start
+
+    def read():
+        with files.open(source["file"], "rb", block_size=BLOCK_BYTES, cache_type="none") as file:   # a read, a request
+            file.seek(at)
+            block = file.read(size)
+        if len(block) != size:
+            raise EOFError(f"{len(block):,} bytes at {at:,}, not {size:,}")
+        return block
+
+    while at < source["bytes"]:
+        size = min(BLOCK_BYTES, end - at) if at < end else TAIL_BYTES
+        size = min(size, source["bytes"] - at)
+        yield insist(read, source["file"])
+        at += size
+
+
+def split_lines(blocks):
+    """Blocks of bytes -> the lines in them, without their b"\\n"."""
+    parts = []
+    for block in blocks:
+        first, *others = block.split(b"\n")
+        parts.append(first)
+        if others:
+            yield b"".join(parts)
+            yield from others[:-1]
+            parts = others[-1:]
+    last = b"".join(parts)
+    if last:
+        yield last
+
+
+def read_documents(source, start, end):
+    """Yields every line that begins in bytes [start, end) of the documents."""
+    at = max(start - 1, 0)   # a line begins at start if the byte before is the end of one
+    for line in split_lines(read_blocks(source, at, end)):
+        if at >= start:
+            yield line
+        at += len(line) + 1
+        if at >= end:
+            return
+
+
+def fetch(source, start, end, path, limit=None):
+    """The first `limit` documents that begin in bytes [start, end) -> a file of theirs alone,
+    unless it is there."""
+    if not path.exists():
+        with atomic_write(path) as file:
+            for line in itertools.islice(read_documents(source, start, end), limit):
+                file.write(line + b"\n")

@@ -1,59 +1,407 @@
-"""Documents -> data/<name>/: tokenizer, token shards, and the validation documents that are judged (see dataset.py).
+"""Documents -> data/<name>/: tokenizer, token shards, and the validation documents that are judged
+(see dataset.py).
 
     python data/prepare.py demo                         the standard library's own source and documentation, in seconds
-    python data/prepare.py docs PATH... --name=NAME     your .jsonl, .jsonl.zst and .txt files, or folders of them
+    python data/prepare.py docs PATH... --name=NAME     your .jsonl, .txt and .md files, or folders of them
     python data/prepare.py fineweb                      the challenge's FineWeb documents, from the Hugging Face hub
-    python data/prepare.py verify NAME                  every hash of a dataset, and all counts but train_bytes
+    python data/prepare.py verify NAME                  every hash and every count of a dataset
 
-A .jsonl file holds a document a line, {"text": ...}; a .txt file is one document. Validation documents are chosen by
-document hash (docs, demo) or are the first 50,000 (fineweb). A stopped `fineweb` continues where it was; the others
-write a new folder at once or not at all.
+A .jsonl file holds a document a line, {"text": ...}; a .txt or .md file is one document, but a
+single one is cut into many. Each may be packed as .gz or .zst. Validation documents are chosen by
+document hash (docs, demo) or are the first 50,000 (fineweb). A stopped `fineweb` continues where it
+was; the others write a new folder at once or not at all.
 """
 import hashlib
 import heapq
 import inspect
-import io
+import itertools
 import json
+import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
 import sysconfig
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import zlib
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import zstandard
 
-sys.path[:0] = [path for path in [str(Path(__file__).resolve().parent.parent)] if path not in sys.path]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [path for path in [str(ROOT)] if path not in sys.path]
 from data import hub  # noqa: E402
-from data.dataset import (BadInput, DocsHash, Parser, Progress, ROOT, atomic_write, command, find_dataset,  # noqa: E402
-                          read_meta, read_shard, read_val_docs, write_shard)
+from data.dataset import (  # noqa: E402
+    BadInput, DocsHash, Parser, Progress, atomic_write, command, find_dataset, printable, read_json,
+    read_meta, read_shard, read_val_docs, write_shard)
 from data.text_rules import TEXT_RULES  # noqa: E402
-from data.tokenizer import MAX_PHRASES, Tokenizer  # noqa: E402
-from data.train_bpe import train_tokenizer  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from data.train_bpe import at_most, train_tokenizer  # noqa: E402
 
-SHARD_TOKENS = 100_000_000
-BATCH_BYTES = 1_000_000            # raw bytes that a worker gets at a time
-ONE_PROCESS_BYTES = 20_000_000     # smaller inputs are done before a pool of processes has started
+RANGE_BYTES = 1 << 27              # of documents, as JSON lines, that become one shard: some 27 M tokens
+BATCH_CHARACTERS = 1_000_000       # of text that is encoded at a time
+PIECE_BYTES = 8192                 # of the documents that a single text is cut into
 DEMO_TOKENIZER = Path(__file__).resolve().parent / "demo_tokenizer.json"
-DEMO_VAL_BYTES, DEMO_TRAIN_BYTES, DEMO_PIECE_BYTES = 450_000, 10_000_000, 6144
+DEMO_VAL_BYTES = 450_000
+DEMO_TRAIN_BYTES = 10_000_000
+DEMO_PIECE_CHARACTERS = 6144
 FINEWEB_VAL_DOCS = 50_000
 FINEWEB_VAL_BYTES = 151_078_222    # of those documents after nmt_nfkc, as the public scorer counts them
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sources: functions () -> iterator of (where, raw bytes, is_json), which can be read again
+# --------------------------------------------------------------------------------------------------
+# Documents
+
+READABLE = re.compile(r"\.(jsonl|txt|md)(\.gz|\.zst)?$", re.IGNORECASE)
+ZSTD = b"\x28\xb5"
+UNPACKERS = {b"\x1f\x8b": lambda: zlib.decompressobj(wbits=31),
+             ZSTD: lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()}
+NO_TEXT = "no text (it is read from the key that --text_key=NAME names)"
+WRONG = {UnicodeDecodeError: "not UTF-8 (iconv -f LATIN1 -t UTF-8 may help, or -f UTF-16)",
+         UnicodeEncodeError: "lone surrogate"}
+
+
+def find_files(paths):
+    """Files and folders -> files to read, a folder's sorted by path; [(path, why)] of those that
+    are not read."""
+    files, unread = [], []
+    for path in map(Path, paths):
+        inside = {path}
+        if path.is_dir():
+            walk = os.walk(path, onerror=lambda e: unread.append((e.filename, e.strerror)))
+            inside = {Path(folder, name) for folder, _, names in walk for name in names}
+        found = {file for file in inside if READABLE.search(file.name) and file.is_file()}
+        for file in sorted(inside - found):
+            unread.append((file, f"{file.suffix or 'other'} files, not read"))
+        if not found:
+            raise BadInput(f"{path}: no .jsonl, .txt or .md file is there" + reasons(unread))
+        files += sorted(found)
+    return files, unread
+
+
+def unpacked(path):
+    """Yields a file's bytes, those inside where it is gzip or zstd. BadInput where they are damaged
+    or cut short."""
+    frame = None
+    try:
+        with open(path, "rb") as file:
+            unpacker = UNPACKERS.get(ZSTD if path.suffix.lower() == ".zst" else file.peek()[:2])
+            for block in iter(lambda: file.read(1 << 16), b""):
+                while unpacker and block:
+                    frame = frame or unpacker()
+                    yield frame.decompress(block)
+                    block = frame.unused_data
+                    frame = None if frame.eof else frame
+                yield block
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from error
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise BadInput(f"{path}: damaged ({error})") from error
+    if frame:
+        raise BadInput(f"{path}: cut short, what is packed in it does not end")
+
+
+def cut(parts, size):
+    """Parts of a text -> documents of parts that follow each other, at most `size` long unless one
+    part is longer."""
+    documents = [parts[0]]
+    for part in parts[1:]:
+        if len(documents[-1]) + len(part) > size:
+            documents.append(part)
+        else:
+            documents[-1] += part
+    return documents
+
+
+def raw_documents(files):
+    """Yields (where, bytes, is it JSON) of every document in the files."""
+    for path in files:
+        is_json = READABLE.search(path.name)[1].lower() == "jsonl"
+        if is_json:   # which holds no bare carriage return, so that one may end a line
+            lines = hub.split_lines(unpacked(path))
+            documents = (part for line in lines for part in line.splitlines() or [b""])
+        else:
+            documents = [b"".join(unpacked(path))]
+        if not is_json and len(files) == 1:
+            parts = re.split(rb"(?<=\n)(?=\r?\n)", documents[0])
+            if len(parts) == 1:
+                parts = re.split(rb"(?<=\n)", documents[0])
+            documents = cut(parts, PIECE_BYTES)
+            say(f"{path}: a single text, cut at blank lines into {len(documents):,} documents")
+        for number, raw in enumerate(documents, 1):
+            yield f"{path}:{number}", raw.removeprefix(b"\xef\xbb\xbf"), is_json   # a byte order mark
+
+
+def read_text(raw, is_json=True, key="text"):
+    """The bytes of a document -> its text. BadInput says what is wrong with it, without where."""
+    try:
+        text = raw.decode()
+        if is_json and text.strip():
+            found = json.loads(text)
+            text = found.get(key) if isinstance(found, dict) else None
+        if isinstance(text, str):
+            text.encode()
+            return text
+    except (ValueError, RecursionError) as error:
+        raise BadInput(WRONG.get(type(error), "bad JSON")) from error
+    raise BadInput(NO_TEXT)
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).digest()[:16]
+
+
+def good_documents(files, args, seen, problems):
+    """Yields the texts in the files, after the text rule, each once; their digests go to `seen`,
+    (where, what is wrong) of the others to `problems`."""
+    for where, raw, is_json in raw_documents(files):
+        try:
+            text = TEXT_RULES[args.text_rule](read_text(raw, is_json, args.text_key))
+            if not text.strip() or digest(text) in seen:
+                raise BadInput("duplicate" if text.strip() else "empty")
+        except BadInput as error:
+            if args.on_bad == "refuse":
+                raise BadInput(f"{where}: {error} (--on_bad=skip leaves it out)") from error
+            problems.append((where, str(error)))
+        else:
+            seen.add(digest(text))
+            yield text
+
+
+def reasons(problems):
+    """[(where, what)] -> ": 5 not UTF-8, first in.txt; ..."; empty where there are none."""
+    first = {what: where for where, what in reversed(problems)}
+    counts = Counter(what for _, what in problems).most_common()
+    parts = [f"{n:,} {what}, first {first[what]}" for what, n in counts]
+    return ": " * bool(parts) + "; ".join(parts)
+
+
+def say(line):
+    print(printable(line, sys.stdout.encoding))
+
+
+# --------------------------------------------------------------------------------------------------
+# Ranges of the documents, files of JSON lines, become shards
+
+def batches(items, size):
+    """Items -> lists of items that follow each other, their lengths `size` or a little more in
+    all."""
+    batch, room = [], size
+    for item in items:
+        batch.append(item)
+        room -= len(item)
+        if room <= 0:
+            yield batch
+            batch, room = [], size
+    if batch:
+        yield batch
+
+
+def to_line(text):
+    return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+
+
+def read_range(path, text_rule="raw"):
+    """Yields the texts in a file of JSON lines, after the text rule; all are good, or BadInput."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = read_text(line)
+            except BadInput as error:
+                raise BadInput(f"{path}:{number}: {error}") from error
+            yield TEXT_RULES[text_rule](text)
+
+
+def encode(texts, tokenizer):
+    """Texts -> uint16 tokens, each document after a boundary."""
+    parts = [np.zeros(0, dtype=np.uint16)]
+    for batch in batches(texts, BATCH_CHARACTERS):
+        parts += tokenizer.encode_batch(batch)
+    return np.concatenate(parts)
+
+
+class Range(NamedTuple):
+    """Documents that become a shard."""
+    path: Path               # JSON lines
+    source: tuple | None     # from which hub.fetch gets them where they are not there
+    text_rule: str
+    left_out: frozenset      # digests of texts, those of validation
+
+    def texts(self):
+        if self.source:
+            hub.fetch(*self.source, self.path)
+        for text in read_range(self.path, self.text_rule):
+            if digest(text) not in self.left_out:
+                yield text
+
+
+def texts_in(ranges):
+    for part in ranges:
+        yield from part.texts()
+
+
+def make_shard(documents, path, blob):
+    """Range, tokenizer.json -> the number of tokens in its shard, which is written unless it is
+    there and whole."""
+    tokenizer = Tokenizer(blob)
+    try:
+        return read_shard(path, tokenizer.vocab_size).size
+    except BadInput:
+        tokens = encode(documents.texts(), tokenizer)
+    write_shard(path, tokens)
+    return tokens.size
+
+
+def write_ranges(texts, folder, left_out=()):
+    """Texts -> Ranges, of RANGE_BYTES or a little more each, in a new folder."""
+    folder.mkdir()
+    ranges = []
+    for batch in batches(map(to_line, texts), RANGE_BYTES):
+        ranges.append(Range(folder / f"{len(ranges)}.jsonl", None, "raw", frozenset(left_out)))
+        ranges[-1].path.write_bytes(b"".join(batch))
+    return ranges
+
+
+def run_job(*job):
+    def main():
+        make_shard(*job)
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)   # of Ctrl-C the parent speaks
+    sys.exit(command(main))
+
+
+def make_shards(jobs, workers):
+    """Yields make_shard(*job) of each, in order. A process makes one shard and ends, also where its
+    parent was killed; so there is no queue, and nothing that could wait for ever."""
+    if min(workers, len(jobs)) < 2:
+        yield from itertools.starmap(make_shard, jobs)
+        return
+    process = multiprocessing.get_context("spawn").Process
+    processes = [process(target=run_job, args=job, daemon=True) for job in jobs]
+    for first in processes[:workers]:
+        first.start()
+    for number, (_, path, _) in enumerate(jobs):
+        processes[number].join()
+        if processes[number].exitcode:
+            raise BadInput(f"{path}: not written (exit code {processes[number].exitcode})")
+        for following in processes[number + workers:][:1]:
+            following.start()
+        yield read_shard(path).size
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing a dataset
+
+def write_val_docs(folder, texts):
+    """Texts -> val_docs.jsonl.zst, and what meta.json says of it."""
+    docs = DocsHash()
+    with atomic_write(folder / "val_docs.jsonl.zst") as file:
+        with zstandard.ZstdCompressor(12).stream_writer(file, closefd=False) as packed:
+            for text in texts:
+                docs.add(text.encode())
+                packed.write(to_line(text))
+    return {"val_docs": docs.docs, "val_bytes": docs.bytes, "val_docs_sha256": docs.hexdigest()}
+
+
+def build(folder, args, val, ranges, wanted=sys.maxsize):
+    """What write_val_docs returned, ranges of training documents -> all else of a dataset, with
+    `wanted` tokens or a little more for training. What is there is kept, shards too of which so
+    many are not wanted."""
+    path = folder / "tokenizer.json"
+    begun = path.read_bytes() if path.exists() else None
+    blob = args.blob or begun
+    if begun not in (None, blob):
+        raise BadInput(f"{path}: begun with another tokenizer; remove {folder} or change --name")
+    if not blob:
+        print("training a tokenizer", flush=True)
+        blob = train_tokenizer(lambda: texts_in(ranges), args.vocab_size, args.phrases, args.name)
+    with atomic_write(path) as file:
+        file.write(blob)
+    tokens = encode(read_val_docs(folder, val), Tokenizer(blob))
+    write_shard(folder / "val_000000.bin", tokens)
+    jobs = [(part, folder / f"train_{number:06d}.bin", blob) for number, part in enumerate(ranges)]
+    # The guess is a little low, for ranges hold JSON's marks too; what is missing then comes last.
+    n_jobs = max(1, wanted * val["val_bytes"] // (tokens.size * RANGE_BYTES))
+    done = []
+    with Progress("tokenizing", min(wanted, RANGE_BYTES * len(jobs)), "tokens") as progress:
+        while todo := jobs[len(done):n_jobs]:
+            for n_tokens in make_shards(todo, args.workers):
+                documents = ranges[len(done)].path
+                if folder in documents.parents:
+                    documents.unlink(missing_ok=True)
+                done.append(n_tokens)
+                progress.add(n_tokens)
+            n_jobs = len(done) + math.ceil(len(done) * max(0, wanted / max(sum(done), 1) - 1))
+    shutil.rmtree(folder / "documents", ignore_errors=True)
+    write_meta(folder, args, val["val_docs_sha256"])
+
+
+def describe(folder, **known):
+    """A dataset's folder, its name, text_rule and val_docs_sha256 -> its meta.json, counted in its
+    files."""
+    tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
+    meta = {"format": 1, **known, "vocab_size": tokenizer.vocab_size,
+            "tokenizer_sha256": tokenizer.sha256, "files": {}}
+    for split in ("train", "val"):
+        count = np.zeros(tokenizer.vocab_size, dtype=np.int64)   # of each token
+        for path in folder.glob(f"{split}_*.bin"):
+            count += np.bincount(read_shard(path, count.size), minlength=count.size)
+        meta[f"{split}_docs"] = int(count[tokenizer.boundary])
+        meta[f"{split}_bytes"] = int(count @ tokenizer.text_bytes)
+        meta[f"{split}_tokens"] = int(count.sum())
+    for path in sorted(folder.glob("[a-z]*.*")):
+        if path.name != "meta.json":
+            with open(path, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            meta["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256}
+    return meta
+
+
+def write_meta(folder, args, docs_sha256):
+    """Writes meta.json, which makes the folder a dataset."""
+    meta = describe(folder, name=args.name, text_rule=args.text_rule, val_docs_sha256=docs_sha256)
+    with atomic_write(folder / "meta.json", "w") as file:
+        json.dump(meta, file, indent=1)
+    read_meta(folder)
+    for split in ("train", "val"):
+        docs, size, tokens = (meta[f"{split}_{unit}"] for unit in ("docs", "bytes", "tokens"))
+        print(f"{split:5} {docs:>11,} documents {size:>15,} bytes {tokens:>14,} tokens "
+              f"{size / tokens:.3f} bytes/token")
+
+
+@contextmanager
+def new_dataset(name):
+    """-> an empty folder, which becomes data/<name>/ when the block ends well, and otherwise leaves
+    nothing."""
+    target = ROOT / "data" / name
+    folder = target.with_name(f".{name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(folder, target)
+    except OSError as error:
+        raise BadInput(f"{error.filename or target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
 
 def demo_documents():
-    """The standard library -> val texts, train texts: the language reference that pydoc carries, the modules' source.
+    """The standard library -> val texts, train texts: the language reference that pydoc carries,
+    the modules' source.
 
-    A document is a topic, or a file cut before top-level definitions into pieces of about 6 kB. Files go to a split
-    whole, so that no validation file is seen in training: the first by sha256 of their text are validation. Tests,
-    tables of encodings, and what the build of Python wrote (it names paths of the machine) are left out.
+    A document is a topic, or a file cut before top-level definitions into pieces of about 6 kB.
+    Files go to a split whole, so that no validation file is seen in training: the first by sha256
+    of their text are validation. Tests, tables of encodings, and what the build of Python wrote (it
+    names paths of the machine) are left out.
     """
     from pydoc_data.topics import topics
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -66,442 +414,202 @@ def demo_documents():
                 texts.add(path.read_bytes().decode().replace("\r\n", "\n"))
             except (UnicodeDecodeError, OSError):
                 continue
-    val, train, sizes = [], [], Counter()
-    texts = [text for text in texts if len(text) >= 200]
-    for text in sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()):
-        split = val if sizes["val"] < DEMO_VAL_BYTES else train
-        sizes["val" if split is val else "train"] += len(text.encode())
-        document = ""
-        for part in re.split(r"(?<=\n)(?=(?:@|class |def |async def )\S)", text):
-            if document and len(document) + len(part) > DEMO_PIECE_BYTES:
-                split.append(document)
-                document = ""
-            document += part
-        split.append(document)
-        if sizes["train"] >= DEMO_TRAIN_BYTES:
-            break
-    return val, train
+    texts = iter(sorted((text for text in texts if len(text) >= 200), key=digest))
 
+    def documents(size):
+        for text in at_most(size, texts):
+            parts = re.split(r"(?<=\n)(?=(?:@|class |def |async def )\S)", text)
+            yield from cut(parts, DEMO_PIECE_CHARACTERS)
 
-def texts_source(texts, label):
-    return lambda: ((f"{label}:{number}", text.encode(), False) for number, text in enumerate(texts, 1))
+    return [*documents(DEMO_VAL_BYTES)], [*documents(DEMO_TRAIN_BYTES)]
 
-
-def paths_source(paths):
-    """Files and folders -> source, bytes on disk. A folder's .jsonl, .jsonl.zst and .txt files come sorted by path."""
-    files = []
-    for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-        found = [file for file in found if file.name.endswith((".jsonl", ".jsonl.zst", ".txt"))]
-        if not found:
-            raise BadInput(f"{path}: no .jsonl, .jsonl.zst or .txt file" if path.exists() else f"{path}: not there")
-        files += found
-
-    def read():
-        for path in files:
-            try:
-                with open(path, "rb") as file:
-                    if path.suffix == ".txt":
-                        yield str(path), file.read(), False
-                        continue
-                    if path.suffix == ".zst":
-                        stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-                        file = io.BufferedReader(stream, 1 << 20)
-                    for number, line in enumerate(file, 1):
-                        yield f"{path}:{number}", line, True
-            except OSError as error:
-                raise BadInput(f"{path}: {error.strerror or error}") from error
-            except zstandard.ZstdError as error:
-                raise BadInput(f"{path}: damaged zstd ({error})") from error
-    return read, sum(file.stat().st_size for file in files)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Workers: raw documents -> text, hash, tokens
-
-_worker = {}
-
-
-def _start_worker(blob, text_rule, in_child):
-    if in_child:   # Ctrl-C is for the parent, which ends its workers
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker.update(tokenizer=Tokenizer(blob) if blob else None, rule=TEXT_RULES[text_rule])
-
-
-def _work(batch):
-    """[(where, raw, is_json)] -> problems [(where, what)], documents [(where, 16-byte digest, UTF-8 text, tokens)]."""
-    problems, docs, texts = [], [], []
-    for where, raw, is_json in batch:
-        try:
-            text = raw.decode()
-            if is_json:
-                text = json.loads(text) if text.strip() else {"text": ""}
-                text = text.get("text") if isinstance(text, dict) else None
-            if not isinstance(text, str):
-                problems.append((where, "no text"))
-                continue
-            data = (text := _worker["rule"](text)).encode()
-        except UnicodeDecodeError:
-            problems.append((where, "not UTF-8"))
-        except UnicodeEncodeError:
-            problems.append((where, "lone surrogate"))
-        except (ValueError, RecursionError):
-            problems.append((where, "bad JSON"))
-        else:
-            docs.append((where, hashlib.sha256(data).digest()[:16], data))
-            texts.append(text)
-    tokens = _worker["tokenizer"].encode_batch(texts) if _worker["tokenizer"] else [None] * len(docs)
-    return problems, [(*doc, part) for doc, part in zip(docs, tokens, strict=True)]
-
-
-def process(source, blob, text_rule, workers):
-    """Streams _work over the batches of a source, in order, 3 batches a worker in memory. One worker: no pool."""
-    def batches():
-        batch, size = [], 0
-        for item in source:
-            batch.append(item)
-            size += len(item[1]) + 100
-            if size >= BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-        if batch:
-            yield batch
-
-    if workers == 1:
-        _start_worker(blob, text_rule, False)
-        yield from map(_work, batches())
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (blob, text_rule, True))
-    pending = deque()
-    try:
-        for batch in batches():
-            pending.append(pool.submit(_work, batch))
-            if len(pending) >= 3 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing a dataset
-
-class Shards:
-    """Collects documents into <split>_NNNNNN.bin files of SHARD_TOKENS or a little more, each ending with a document.
-
-    .files: [{"name", "sha256", "end": where of its last document, "docs", "bytes", "tokens"}]; saved() follows each.
-    """
-
-    def __init__(self, folder, split, files=None, saved=lambda: None):
-        self.folder, self.split, self.saved = folder, split, saved
-        self.files = [] if files is None else files
-        self.parts, self.count = [], Counter()
-
-    def add(self, where, n_bytes, tokens):
-        self.parts.append(tokens)
-        self.count.update(docs=1, bytes=n_bytes, tokens=len(tokens))
-        self.end = where
-        if self.count["tokens"] >= SHARD_TOKENS:
-            self.flush()
-
-    def flush(self):
-        if self.parts:
-            path = self.folder / f"{self.split}_{len(self.files):06d}.bin"
-            write_shard(path, np.concatenate(self.parts))
-            self.files.append({"name": path.name, "sha256": hub.sha256_file(path), "end": self.end, **self.count})
-            self.parts, self.count = [], Counter()
-            self.saved()
-
-    def total(self, key):
-        return sum(file[key] for file in self.files) + self.count[key]
-
-
-def write_val(folder, results, keep, shards):
-    """Results of process(), where keep(digest) -> val_docs.jsonl.zst and the validation shards; returns a DocsHash."""
-    docs_hash, compressor = DocsHash(), zstandard.ZstdCompressor(12)
-    with atomic_write(folder / "val_docs.jsonl.zst") as file, compressor.stream_writer(file, closefd=False) as out:
-        for where, data, tokens in kept(results, keep):
-            docs_hash.add(data)
-            out.write(json.dumps({"text": data.decode()}, ensure_ascii=False).encode() + b"\n")
-            shards.add(where, len(data), tokens)
-    shards.flush()
-    return docs_hash
-
-
-def write_meta(folder, name, text_rule, docs_sha256, val, train):
-    """Writes meta.json, which makes the folder a dataset, and prints what is in it."""
-    tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
-    meta = {"format": 1, "name": name, "text_rule": text_rule, "vocab_size": tokenizer.vocab_size,
-            "tokenizer_sha256": tokenizer.sha256, "val_docs_sha256": docs_sha256}
-    for split, shards in (("train", train), ("val", val)):
-        docs, size, tokens = (shards.total(key) for key in ("docs", "bytes", "tokens"))
-        meta |= {f"{split}_docs": docs, f"{split}_bytes": size, f"{split}_tokens": tokens}
-        print(f"{split:5} {docs:>11,} documents {size:>15,} bytes {tokens:>14,} tokens {size / tokens:.3f} bytes/token")
-    hashes = {file["name"]: file["sha256"] for file in val.files + train.files}
-    for extra in ("tokenizer.json", "val_docs.jsonl.zst", "skipped.txt"):
-        if (folder / extra).exists():
-            hashes[extra] = hub.sha256_file(folder / extra)
-    meta["files"] = {file: {"bytes": (folder / file).stat().st_size, "sha256": hashes[file]} for file in sorted(hashes)}
-    with atomic_write(folder / "meta.json", "w") as file:
-        json.dump(meta, file, indent=1)
-    read_meta(folder)
-
-
-def kept(results, keep):
-    """Yields (where, UTF-8 text, tokens) of those documents in results of process() for which keep(digest)."""
-    for _, docs in results:
-        for where, digest, data, tokens in docs:
-            if keep(digest):
-                yield where, data, tokens
-
-
-def once(allowed):
-    """-> keep(digest): True the first time that a digest comes for which allowed(digest)."""
-    seen = set()
-
-    def keep(digest):
-        if digest in seen or not allowed(digest):
-            return False
-        seen.add(digest)
-        return True
-    return keep
-
-
-def write_new(name, blob, text_rule, val, train, problems=(), progress=Progress("", 0)):
-    """(results of process(), keep) of validation and of training -> data/<name>/, written beside it and put in its
-    place when all went well."""
-    target = ROOT / "data" / name
-    folder, old = (target.with_name(f".{name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    try:
-        folder.mkdir(parents=True)
-        (folder / "tokenizer.json").write_bytes(blob)
-        val_shards, train_shards = Shards(folder, "val"), Shards(folder, "train")
-        docs_hash = write_val(folder, *val, val_shards)
-        for where, data, tokens in kept(*train):
-            train_shards.add(where, len(data), tokens)
-            progress.add()
-        train_shards.flush()
-        if problems:
-            (folder / "skipped.txt").write_text("".join(f"{where}: {what}\n" for where, what in problems), "utf-8")
-        write_meta(folder, name, text_rule, docs_hash.hexdigest(), val_shards, train_shards)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(folder, target)
-    except OSError as error:
-        raise BadInput(f"{error.filename or target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The commands
 
 def demo(args):
     """Writes data/demo/ with the committed tokenizer, in place of an older one."""
-    blob, keep = DEMO_TOKENIZER.read_bytes(), once(lambda digest: True)
-    val, train = ((process(texts_source(texts, "demo")(), blob, "raw", 1), keep) for texts in demo_documents())
-    write_new("demo", blob, "raw", val, train)
+    args.name, args.text_rule, args.workers = "demo", "raw", 1
+    args.blob = DEMO_TOKENIZER.read_bytes()
+    val, train = map(dict.fromkeys, demo_documents())   # each text once
+    with new_dataset("demo") as folder:
+        ranges = write_ranges(train, folder / "documents", map(digest, val))
+        build(folder, args, write_val_docs(folder, val), ranges)
 
 
 def docs(args):
-    """Writes data/<name>/ from the user's files: a pass finds what is good, one trains a tokenizer, two write."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name):
-        raise BadInput("--name: give the dataset a name of letters, digits, _ . -")
+    """Writes data/<name>/ from your files: the good documents are collected, some of them chosen
+    for validation, a tokenizer is trained on the others, all are tokenized."""
     if (ROOT / "data" / args.name).exists():
-        raise BadInput(f"--name={args.name}: data/{args.name} is there already; remove it or choose another name")
-    if args.val_docs is not None and (args.val_docs < 1 or args.val_path):
+        raise BadInput(f"--name={args.name}: data/{args.name} is there already; remove it, or another name")
+    if args.val_docs < 0 or args.val_docs and args.val_path:
         raise BadInput("--val_docs is at least 1, and not with --val_path")
-    source, size = paths_source(args.paths)
-    val_source, val_size = paths_source([args.val_path]) if args.val_path else (source, 0)
-    blob, problems = read_tokenizer(args), []
-    workers = args.workers if size + val_size > ONE_PROCESS_BYTES else 1
-
-    def run(source, blob=None):
-        return process(source(), blob, args.text_rule, workers)
-
-    def scan(source):
-        """-> the digests of a source's good documents; what is wrong with the others goes to `problems`."""
-        good = set()
-        for bad, docs in run(source):
-            for where, digest, data, _ in docs:
-                if not data.strip() or digest in good:
-                    bad.append((where, "duplicate" if data.strip() else "empty"))
-                else:
-                    good.add(digest)
-            problems.extend(bad)
-            if problems and args.on_bad == "refuse":
-                raise BadInput("{}: {} (--on_bad=skip leaves such documents out)".format(*problems[0]))
-            progress.add(len(bad) + len(docs))
-        return good
-
-    with Progress("reading", 0, "documents") as progress:
-        good = scan(source)
-        if args.val_path:
-            val = scan(val_source)
-            problems += [(args.val_path, "in the training files too, kept for validation only")] * len(good & val)
+    files, problems = find_files(args.paths)
+    val_files, unread = find_files([args.val_path] if args.val_path else [])
+    problems += unread
+    with new_dataset(args.name) as folder:
+        good, val = set(), set()
+        with Progress("reading", 0, "documents") as progress:
+            texts = progress.each(good_documents(files, args, good, problems))
+            ranges = write_ranges(texts, folder / "documents")
+            texts = progress.each(good_documents(val_files, args, val, problems))
+            val_ranges = write_ranges(texts, folder / "documents/val")
+        if val_files:
+            problems += [(args.val_path, "also for training, now for validation only")] * len(good & val)
         else:
-            n_val = args.val_docs or max(1, min(1000, len(good) // 10))
-            val = set(heapq.nsmallest(n_val, good))
-    train = good - val
-    if not val or not train or len(val) < (args.val_docs or 0):
-        raise BadInput(f"{' '.join(args.paths)}: only {len(good):,} good documents, {len(val):,} for validation")
-    blob = blob or train_tokenizer(
-        lambda: (data.decode() for _, data, _ in kept(run(source), train.__contains__)),
-        args.vocab_size, args.phrases, args.name)
-    with Progress("tokenizing", len(train), "documents") as progress:
-        write_new(args.name, blob, args.text_rule, (run(val_source, blob), once(val.__contains__)),
-                  (run(source, blob), once(train.__contains__)), problems, progress)
+            val_ranges = ranges
+            val = {*heapq.nsmallest(args.val_docs or max(1, min(1000, len(good) // 10)), good)}
+        if not val or not good - val or len(val) < args.val_docs:
+            raise BadInput(f"{' '.join(args.paths)}: only {len(good):,} good documents, {len(val):,} "
+                           f"for validation{reasons(problems)}")
+        if problems:
+            lines = [printable(f"{where}: {what}") + "\n" for where, what in problems]
+            (folder / "skipped.txt").write_text("".join(lines), encoding="utf-8")
+        texts = (text for text in texts_in(val_ranges) if digest(text) in val)
+        val_docs = write_val_docs(folder, texts)
+        build(folder, args, val_docs, [part._replace(left_out=frozenset(val)) for part in ranges])
     if problems:
-        counts = ", ".join(f"{n:,} {what}" for what, n in Counter(what for _, what in problems).most_common())
-        print(f"skipped {len(problems):,}: {counts}; each is named in data/{args.name}/skipped.txt")
+        say(f"skipped {len(problems):,}{reasons(problems)}; all are in data/{args.name}/skipped.txt")
+
+
+def fineweb_source(folder, documents, text_rule):
+    """-> what source.json holds; it and val_docs.jsonl.zst are written if they are not there. That
+    is what find_documents() says, the text rule, what write_val_docs() says, the byte "train_start"
+    where validation ends."""
+    path = folder / "source.json"
+    if path.exists():
+        return read_json(path)
+    source = hub.find_documents() | {"text_rule": text_rule}
+    val_path = documents / f"{source['etag']}_val.jsonl"
+    hub.fetch(source, 0, source["bytes"], val_path, FINEWEB_VAL_DOCS)
+    source["train_start"] = val_path.stat().st_size
+    source |= write_val_docs(folder, read_range(val_path, text_rule))
+    size = source["val_bytes"]
+    if text_rule == "nmt_nfkc" and abs(size / FINEWEB_VAL_BYTES - 1) > 1e-4:
+        raise BadInput(f"{val_path}: the validation documents have {size:,} bytes after nmt_nfkc, "
+                       f"the challenge's {FINEWEB_VAL_BYTES:,}: scores would not compare")
+    with atomic_write(path, "w") as file:
+        json.dump(source, file, indent=1)
+    return source
 
 
 def fineweb(args):
-    """Writes data/fineweb/: validation is the first 50,000 documents as they are, training is of those after them.
+    """Writes data/fineweb/: validation is the first 50,000 documents as they are, training is of
+    those after them.
 
-    state.json holds the finished shards and the byte of the documents at which each ends, so that a stopped run
-    continues, and a finished dataset can be given more --train_tokens. Training documents that equal a validation
-    document (by hash) are left out, so the two are disjoint.
+    The documents are cut at every 128 MiB, and a range becomes a shard, into which nothing goes but
+    its bytes, the tokenizer, the text rule, and the validation documents, which are left out. So a
+    stopped run goes on with the shards that are missing, a finished dataset can be given more
+    --train_tokens, and no other ranges are fetched.
     """
     folder = ROOT / "data" / args.name
-    folder.mkdir(parents=True, exist_ok=True)
-    path, docs_sha256 = hub.download(folder)
-    tokenizer_path, state_path = folder / "tokenizer.json", folder / "state.json"
-
-    def lines(start, n_docs=None):   # where: the byte at which the line ends
-        with open(path, "rb") as file:
-            file.seek(start)
-            for number, line in enumerate(file):
-                if number == n_docs:
-                    return
-                start += len(line)
-                yield start, line, True
-
-    def run(source):
-        for bad, docs in process(source, blob, args.text_rule, args.workers):
-            if bad:
-                raise BadInput(f"{path}: the document that ends at byte {bad[0][0]:,}: {bad[0][1]}")
-            yield bad, docs
-
-    end_of_val = 0
-    for end_of_val, _, _ in lines(0, FINEWEB_VAL_DOCS):
-        pass
-    blob = read_tokenizer(args) or (tokenizer_path.read_bytes() if tokenizer_path.exists() else None)
-    if not blob:
-        print("training a tokenizer")
-        blob = train_tokenizer(lambda: (data.decode() for _, docs in run(lines(end_of_val)) for _, _, data, _ in docs),
-                               args.vocab_size, args.phrases, folder.name)
-    settings = {"docs_sha256": docs_sha256, "text_rule": args.text_rule, "tokenizer_sha256": Tokenizer(blob).sha256}
-    state = {"settings": settings, "val": [], "train": []}
-    try:
-        state = json.loads(state_path.read_bytes()) if state_path.exists() else state
-    except ValueError as error:
-        raise BadInput(f"{state_path}: damaged ({error}); remove {folder} and begin again") from error
-    if state["settings"] != settings:
-        raise BadInput(f"{folder}: begun with another tokenizer, text rule or documents; remove it or change --name")
-    for file in state["val"] + state["train"]:
-        read_shard(folder / file["name"])   # still there, and whole
-    with atomic_write(tokenizer_path) as file:
-        file.write(blob)
-
-    def save():
-        with atomic_write(state_path, "w") as file:
-            json.dump(state, file)
-
-    val_shards, train_shards = Shards(folder, "val", state["val"]), Shards(folder, "train", state["train"], save)
-    if "val_docs_sha256" not in state:
-        docs_hash = write_val(folder, run(lines(0, FINEWEB_VAL_DOCS)), lambda digest: True, val_shards)
-        if args.text_rule == "nmt_nfkc" and abs(docs_hash.bytes / FINEWEB_VAL_BYTES - 1) > 1e-4:
-            raise BadInput(f"{path}: the validation documents have {docs_hash.bytes:,} bytes after nmt_nfkc, "
-                           f"the challenge's have {FINEWEB_VAL_BYTES:,}: scores would not compare")
-        state["val_docs_sha256"] = docs_hash.hexdigest()
-        save()
-    val_meta = {"val_docs": val_shards.total("docs"), "val_bytes": val_shards.total("bytes"),
-                "val_docs_sha256": state["val_docs_sha256"]}
-    val_digests = {hashlib.sha256(text.encode()).digest()[:16] for text in read_val_docs(folder, val_meta)}
-    start, overlap = state["train"][-1]["end"] if state["train"] else end_of_val, 0
-    with Progress("tokenizing", int(args.train_tokens), "tokens") as progress:
-        progress.add(train_shards.total("tokens"))
-        results = run(lines(start)) if train_shards.total("tokens") < args.train_tokens else ()
-        for _, docs in results:
-            for where, digest, data, tokens in docs:
-                if digest in val_digests:
-                    overlap += 1
-                elif train_shards.total("tokens") < args.train_tokens:
-                    train_shards.add(where, len(data), tokens)
-                    progress.add(len(tokens))
-            if train_shards.total("tokens") >= args.train_tokens:
-                break
-        train_shards.flush()
-    write_meta(folder, folder.name, args.text_rule, state["val_docs_sha256"], val_shards, train_shards)
-    print(f"train and validation are disjoint by document hash; {overlap:,} documents left out of train for that")
+    documents = ROOT / "data/documents" if args.keep_documents else folder / "documents"
+    for path in (folder, documents):
+        path.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.rglob(".*.tmp"):
+        unfinished.unlink(missing_ok=True)
+    there = sum(path.stat().st_size for path in folder.glob("train_*.bin"))
+    needed = int(args.train_tokens) * (8 if args.keep_documents else 2) - there
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BadInput(f"{folder}: some {needed:,} bytes are needed, the disk has {free:,} left")
+    source = fineweb_source(folder, documents, args.text_rule)
+    if source["text_rule"] != args.text_rule:
+        raise BadInput(f"{folder}: begun with another text rule; remove it or change --name")
+    left_out = frozenset(map(digest, read_val_docs(folder, source)))
+    ends = [*range(source["train_start"], source["bytes"], RANGE_BYTES), source["bytes"]]
+    ranges = []
+    for start, end in itertools.pairwise(ends):
+        path = documents / f"{source['etag']}_{start}_{end}.jsonl"
+        ranges.append(Range(path, (source, start, end), args.text_rule, left_out))
+    build(folder, args, source, ranges, int(args.train_tokens))
+    print("train and validation are disjoint by document hash")
 
 
 def verify(args):
-    """All of a dataset against its meta.json, of which readers leave most out: sha256 of every file, every token below
-    the vocabulary, documents by their boundaries, the validation documents' own hash."""
+    """All of a dataset against its meta.json, of which readers leave most out: sha256 of every
+    file, every token below the vocabulary, documents and bytes of the shards, the validation
+    documents' own hash."""
     for name in args.paths:
         folder = find_dataset(name)
         meta = read_meta(folder)
-        for file, entry in meta["files"].items():
-            if hub.sha256_file(folder / file, f"reading {file}") != entry.get("sha256"):
-                raise BadInput(f"{folder / file}: its sha256 is not the one in meta.json")
-        for split in ("train", "val"):
-            shards = (read_shard(path, meta["vocab_size"]) for path in sorted(folder.glob(f"{split}_*.bin")))
-            docs = sum(int(np.count_nonzero(tokens == Tokenizer.boundary)) for tokens in shards)
-            if docs != meta[f"{split}_docs"]:
-                said = meta[f"{split}_docs"]
-                raise BadInput(f"{folder}/meta.json: {split}_docs is {said:,}, but the shards hold {docs:,}")
+        found = describe(folder)
+        found |= found.pop("files")
+        for key, value in (meta.pop("files") | meta).items():
+            if found.get(key, value) != value:
+                raise BadInput(f"{folder}: {key} is {value} in meta.json, and not {found[key]}")
         for _ in read_val_docs(folder, meta):
             pass  # at its end it has compared number, bytes and sha256
-        print(f"{folder}: whole: {len(meta['files'])} files, {meta['train_docs']:,} training and {meta['val_docs']:,} "
-              "validation documents, every hash and all counts but train_bytes as in meta.json")
+        say(f"{folder}: whole: {meta['train_docs']:,} training and {meta['val_docs']:,} validation "
+            "documents, every hash and every count as in meta.json")
 
 
-def read_tokenizer(args):
-    """--tokenizer -> its bytes, checked, or None."""
+def read_tokenizer(path):
+    """--tokenizer -> its bytes, checked; None without one."""
+    if not path:
+        return None
     try:
-        blob = Path(args.tokenizer).read_bytes() if args.tokenizer else None
+        blob = Path(path).read_bytes()
     except OSError as error:
-        raise BadInput(f"--tokenizer={args.tokenizer}: {error.strerror}") from error
-    if blob is not None:
-        Tokenizer(blob)
+        raise BadInput(f"--tokenizer={path}: {error.strerror}") from error
+    Tokenizer(blob)
     return blob
+
+
+# Flags of a command: {name: (default, help)}; a default gives the type, a tuple the choices, its
+# first is the default.
+TRAINED = {"tokenizer": ("", "a tokenizer.json; without it one is trained"),
+           "phrases": (-1, "of a trained tokenizer: phrases; -1: a 16th of --vocab_size"),
+           "workers": (os.cpu_count(), "processes")}
+FLAGS = {demo: {}, verify: {}, docs: TRAINED | {
+    "name": ("", "writes data/NAME"),
+    "vocab_size": (8192, "of a trained tokenizer: tokens in all"),
+    "text_rule": (("raw", "nmt_nfkc"), "what is done to the text before anything is counted"),
+    "text_key": ("text", "the key of a line of JSON that holds its text"),
+    "val_docs": (0, "of validation; 0: 10 %%, at most 1000"),
+    "val_path": ("", "validation documents are these instead"),
+    "on_bad": (("skip", "refuse"), "bad or duplicate documents"),
+}, fineweb: TRAINED | {
+    "name": ("fineweb", "writes data/NAME"),
+    "vocab_size": (16384, "of a trained tokenizer: tokens in all"),
+    "text_rule": (("nmt_nfkc", "raw"), "what is done to the text before anything is counted"),
+    "train_tokens": (8e9, "training tokens to write, at least"),
+    "keep_documents": (False, "the text stays in data/documents, for another --name and tokenizer"),
+}}
 
 
 def main():
     parser = Parser(prog="prepare.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for run in (demo, docs, fineweb, verify):
+    for run, flags in FLAGS.items():
         add = commands.add_parser(run.__name__, description=inspect.cleandoc(run.__doc__))
         add.set_defaults(run=run)
         if run in (docs, verify):
             add.add_argument("paths", nargs="+", metavar="PATH" if run is docs else "NAME")
-        if run in (docs, fineweb):
-            add.add_argument("--name", default="fineweb" if run is fineweb else "", help="writes data/NAME")
-            add.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json; without it one is trained")
-            add.add_argument("--vocab_size", type=int, default=16384 if run is fineweb else 8192,
-                             help="of a trained tokenizer: tokens in all")
-            add.add_argument("--phrases", type=int, help="of a trained tokenizer: phrases (None: a 16th)")
-            add.add_argument("--text_rule", choices=sorted(TEXT_RULES), default="nmt_nfkc" if run is fineweb else "raw")
-            add.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-        if run is docs:
-            add.add_argument("--val_docs", type=int, metavar="N", help="of validation (None: 10 %%, at most 1000)")
-            add.add_argument("--val_path", metavar="PATH", help="validation documents are these instead")
-            add.add_argument("--on_bad", choices=["skip", "refuse"], default="skip", help="bad or duplicate documents")
-        if run is fineweb:
-            add.add_argument("--train_tokens", type=float, default=8e9, help="training tokens to write")
+        for name, (default, text) in flags.items():
+            how = {"default": default, "type": type(default)}
+            if isinstance(default, tuple):
+                how = {"default": default[0], "choices": default}
+            if default is False:
+                how = {"action": "store_true"}
+            add.add_argument(f"--{name}", help=text, **how)
     args = parser.parse_args()
     if args.run in (docs, fineweb):
-        if args.workers < 1 or not 1 <= getattr(args, "train_tokens", 1) < 1e15:
-            raise BadInput("--workers and --train_tokens are at least 1")
-        if not (0 <= (args.phrases or 0) <= MAX_PHRASES and 2 <= args.vocab_size <= 65535):
-            raise BadInput(f"--phrases is 0 to {MAX_PHRASES}, --vocab_size 2 to 65535")
-        args.phrases = min(args.vocab_size // 16, MAX_PHRASES) if args.phrases is None else args.phrases
+        taken = args.name in {"demo", "documents", "fineweb", "synthetic"} - {args.run.__name__}
+        if taken or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name):
+            raise BadInput(f"--name={args.name}: a name of letters, digits, _ . - is expected, "
+                           "and not demo, documents, fineweb or synthetic")
+        enough = args.workers > 0 and 0 < getattr(args, "train_tokens", 1) < 1e15
+        if not (enough and args.vocab_size < 65536):
+            raise BadInput("--workers, --train_tokens: at least 1; --vocab_size: at most 65535")
+        if args.phrases < 0:
+            args.phrases = args.vocab_size // 16
+        args.blob = read_tokenizer(args.tokenizer)
+        TEXT_RULES[args.text_rule]("")   # is its package there?
     args.run(args)
 
 
+def end_at_once(*_):
+    sys.exit(143)   # as the shell says it of SIGTERM; what is unfinished is removed on the way
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end_at_once)
     sys.exit(command(main))

@@ -1,71 +1,82 @@
 """Training a tokenizer: texts -> the bytes of tokenizer.json. Needs the `tokenizers` package."""
+import itertools
 import json
+import re
 
 import numpy as np
 
 from data.dataset import BadInput
-from data.tokenizer import NO_TOKEN, Tokenizer, lower_case
-
-# Chunks that no piece crosses: a word with its space and what follows an apostrophe; up to three digits; marks with
-# their space and the case marker behind them (".C" is how a sentence ends); white space. No look-around: it would push
-# tiktoken into its backtracking engine, which is slower and overflows on a megabyte of spaces.
-WORD = r"[\p{L}\p{M}&&[^A-Z]]+"
-PATTERN = rf" ?{WORD}(?:['’]{WORD})?| ?\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[CU]?|[A-Z]|\s+"
+from data.tokenizer import MAX_PHRASE_BYTES, MAX_PIECE_BYTES, NO_TOKEN, PATTERN, Tokenizer, lower_case
 
 SAMPLE_BYTES = 1_000_000_000   # of text that the pieces are trained on, at most
 PHRASE_BYTES = 60_000_000      # of text that the phrases are counted on, at most
+# Training takes time with the square of a chunk's length (a word of 100 kB: 10 s), so that a longer
+# one is cut here.
+TRAINING_PATTERN = PATTERN.replace("+", "{1,256}")
 
 
 def train_tokenizer(texts, vocab_size, n_phrases, name):
-    """Function () -> iterator of texts (after the text rule) -> tokenizer.json of vocab_size tokens, phrases included.
+    """Function () -> iterator of texts (after the text rule) -> tokenizer.json of vocab_size
+    tokens, phrases included.
 
-    The pieces come from a BPE within chunks, then the phrases from counting neighbours. The same texts, the same bytes.
+    The pieces come from a BPE within chunks, then the phrases from counting neighbours. The same
+    texts, the same bytes.
     """
     try:
         import tokenizers
     except ImportError as error:
-        raise BadInput("training a tokenizer needs: pip install tokenizers   (or give --tokenizer=FILE)") from error
+        raise BadInput("training a tokenizer needs: pip install tokenizers   (or --tokenizer=FILE)") from error
     n_bytes = 256 - len(NO_TOKEN)
     n_pieces = vocab_size - 1 - n_bytes - n_phrases
     if n_pieces < 1:
-        raise BadInput(f"--vocab_size={vocab_size}: too small for {n_bytes + 1} single tokens and {n_phrases} phrases")
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    # ByteLevel writes each byte as one of these characters.
-    byte_of = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+        raise BadInput(f"--vocab_size={vocab_size}: too small for {n_bytes + 1} single tokens and "
+                       f"{n_phrases} phrases")
+    # ByteLevel writes a byte as the character that it is in Latin-1, or one from 256 on if that is
+    # not to be seen.
+    others = itertools.count(256)
+    byte_of = {}
+    for byte in range(256):
+        shown = chr(byte).isprintable() and byte != ord(" ")
+        byte_of[chr(byte if shown else next(others))] = byte
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(TRAINING_PATTERN), "isolated"),
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=256 + n_pieces, initial_alphabet=list(byte_of),
-                                             show_progress=False)
-    bpe.train_from_iterator((lower_case([text])[0] for text in at_most(SAMPLE_BYTES, texts())), trainer)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=256 + n_pieces, initial_alphabet=list(byte_of), max_token_length=MAX_PIECE_BYTES,
+        show_progress=False)
+    bpe.train_from_iterator(map(lower_case, at_most(SAMPLE_BYTES, texts())), trainer)
     vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-    pieces = [bytes(byte_of[char] for char in piece).decode("latin-1") for piece, _ in vocab if len(piece) > 1]
+    pieces = [bytes(map(byte_of.get, piece)).decode("latin-1") for piece, _ in vocab if len(piece) > 1]
     if len(pieces) != n_pieces:
         raise BadInput(f"--vocab_size={vocab_size}: the text gives only {len(pieces):,} of {n_pieces:,} pieces")
-    spec = {"format": 1, "name": name, "pattern": PATTERN, "pieces": pieces, "phrases": []}
+    spec = {"format": 2, "name": name, "pieces": pieces, "phrases": []}
     tokenizer = Tokenizer(to_json(spec))
-    spec["phrases"] = find_phrases(tokenizer, tokenizer.encode_batch([*at_most(PHRASE_BYTES, texts())]), n_phrases)
+    docs = tokenizer.encode_batch(at_most(PHRASE_BYTES, texts()))
+    spec["phrases"] = find_phrases(tokenizer, docs, n_phrases)
     if len(spec["phrases"]) < n_phrases:
         raise BadInput(f"--phrases={n_phrases}: the text gives only {len(spec['phrases'])}")
     return to_json(spec)
 
 
 def find_phrases(tokenizer, docs, n_phrases):
-    """Token arrays of documents -> [[left, right], ...]: the most frequent pairs of whole chunks, greedily as in BPE.
+    """Token arrays of documents -> [[left, right], ...]: the most frequent pairs of whole chunks,
+    greedily as in BPE.
 
-    Only whole chunks are counted: a phrase that ends in half a word ("of the" + "ory") would break up the word.
+    Only whole chunks are counted: a phrase that ends in half a word ("of the" + "ory") would break
+    up the word.
     """
-    # Tokens that begin a chunk. Neighbours that both do, before a third that does, are whole chunks.
-    begins = np.array([not (piece[:1].islower() or piece[:1].isdigit() or piece[:1] >= b"\x80" or piece[:1] == b"'")
-                       for piece in tokenizer.pieces] + [True] * n_phrases)
+    # Neighbours that both begin a chunk, before a third that does, are whole chunks.
+    inside = re.compile(rb"[a-z0-9'\x80-\xff]")
+    begins = np.array([not inside.match(piece) for piece in tokenizer.pieces] + [True] * n_phrases)
+    size = np.array([len(piece) for piece in tokenizer.pieces] + [0] * n_phrases)
+    size[tokenizer.boundary] = MAX_PHRASE_BYTES   # it is in no phrase
     tokens = np.concatenate([*docs, [tokenizer.boundary]]).astype(np.int64)
     phrases = []
     while len(phrases) < n_phrases:
         left, right = tokens[:-2], tokens[1:-1]
         whole = begins[left] & begins[right] & begins[tokens[2:]] & (left != right)
-        whole &= (left != tokenizer.boundary) & (right != tokenizer.boundary)
+        whole &= size[left] + size[right] <= MAX_PHRASE_BYTES
         pairs, counts = np.unique(left[whole] << 16 | right[whole], return_counts=True)
         used = set()   # a round takes pairs without a common token, so that their counts stay true
         for index in np.lexsort((pairs, -counts))[:n_phrases - len(phrases)]:
@@ -74,7 +85,9 @@ def find_phrases(tokenizer, docs, n_phrases):
                 break
             used |= {*pair}
             at = np.flatnonzero((tokens[:-1] == pair[0]) & (tokens[1:] == pair[1]))
-            tokens[at] = tokenizer.vocab_size + len(phrases)
+            phrase = tokenizer.vocab_size + len(phrases)
+            size[phrase] = size[pair[0]] + size[pair[1]]
+            tokens[at] = phrase
             tokens = np.delete(tokens, at + 1)
             phrases.append(pair)
         if not used:

@@ -1,547 +1,495 @@
 """Review record folders without running anything in them, and compare runs.
 
-    python records/check.py FOLDER...                     review; nothing in the folder is executed or imported
-    python records/check.py --base=REF                    also check that this change set only adds one record
-    python records/check.py FOLDER --rescore=ARTIFACT     also run this repository's judge on the artifact, isolated
-    python records/check.py compare RUN... -- RUN...      is the left side better? Paired where the seeds match
+    python records/check.py FOLDER...                     review; nothing in a folder is executed
+    python records/check.py --base=REF                    the commits since REF only add one record?
+    python records/check.py FOLDER --rescore=ARTIFACT     also run the root's judge on the artifact
+    python records/check.py compare RUN... -- RUN...      is the left side better? Paired by seed
 
-One finding a line: `LEVEL rule file:line message [source of the rule]`; rules.py has them all. Records of this
-repository are read strictly, folders from elsewhere leniently (--mode). Exit code by the worst finding: 0 INFO or none,
-4 FLAG, 1 FAIL; 2 bad input. `compare` exits 0.
+A line a folder as soon as it is read, its findings below it, `LEVEL rule file:line message
+[source]`; at the end copies between the folders and a table, worst first. rules.py has all rules.
+Exit code by the worst finding: 0 INFO or none, 4 FLAG, 1 FAIL; 2 bad input. `compare` exits 0.
 
-What no reader of files can prove (normalised scores, no look-ahead, score before learn) the judge proves by
-construction and by replay, `eval_bpb.py --audit`: its verdicts stand in submission.json and --rescore repeats them.
-The bytes under review are hostile. A child process with limits on time and memory reads each folder; it follows no
-link, opens only regular files under a size limit, and decodes wrapped sources within limits. What stops it is itself a
-finding.
+The bytes under review are hostile. A child process with limits on time and memory reads each
+folder; it follows no link and opens only regular files under a size limit. What it found before
+something stopped it stands, and that it was stopped is a FAIL. What no reader of files can prove
+(no look-ahead, score before learn) the judge proves: its verdicts stand in the logs, and --rescore
+repeats them.
 """
 import ast
 import datetime
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import SimpleNamespace
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"   # of the children too: threads take address space
 ROOT = Path(__file__).resolve().parents[1]
-sys.path = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "records"]  # no shadowed packages
-from data.dataset import BadInput, Parser, command
-from records.ledger import CAP_BYTES, is_number, load_submission, parse_json, part, read_regular, seed_results
-from records.rules import (BAD_TOKEN_COUNTS, BEST_PUBLIC_BPB, BYTES_PER_TOKEN, CHILD_BYTES, CHILD_CPU_SECONDS,
-                           CLOCK_SECONDS, CLOCK_SLACK, ENTRY_LIMIT, FILE_LIMIT, FINDING_LIMIT, FINEWEB_VAL_BYTES,
-                           FINEWEB_VAL_DOCS, FORBIDDEN, LEVELS, PRACTISED_P, RULE_NATS, RULE_P, RULES, TRACKS)
-from records.sources import changes, content, definitions, fingerprint, parse, scan, scan_text
-from records.stats import compare, comparison, nats_per_bit
+sys.path[0] = str(ROOT)   # not records/: nothing here may shadow a package
+from data.dataset import BadInput, Parser, Progress, atomic_write, command
+from records import rules
+from records.folders import (SHARED, check_facts, committed, git, is_number, known_records,
+                             nats_per_bit, part, read_entry, read_json, summarise)
+from records.rules import LEVELS, RULES, TRACKS
+from records.stats import compare, comparison
 
-NEEDED = ("README.md", "submission.json", "train_gpt.py")
-PROOFS = {"replay", "lengths"}   # of eval_bpb.py --audit
-FOLDER_NAME = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._-]+")
+JUDGE = b"\n# The judge. Below this line nothing may be changed"
 
 
 def printable(text):
-    """One line whatever is in it: control characters, line ends and lone surrogates are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[:400])
+    """One line of ASCII, whatever is in it."""
+    return str(text)[:300].encode("unicode_escape").decode()
 
 
-def known_records(records=ROOT / "records"):
-    """The record folders of this repository, oldest first."""
-    found = (p for track in TRACKS for p in (records / track).glob("*") if (p / "submission.json").is_file())
-    return sorted((p for p in found if FOLDER_NAME.fullmatch(p.name) and not p.is_symlink()), key=lambda p: p.name)
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def finding(rule, message, file="submission.json", line=1):
+    level, source = RULES[rule]
+    return {"level": level, "rule": rule, "file": printable(file), "line": line,
+            "message": printable(message), "source": source}
 
 
 class Review:
-    """One folder under review: its regular files, its findings, and what the rules share."""
+    """One folder under review, and what is known of it."""
 
-    def __init__(self, folder, strict):
-        self.folder, self.strict, self.findings = Path(folder), strict, []
-        self.name, self.track = self.folder.resolve().name, self.folder.resolve().parent.name
-        self.files, self.names, self.trees, self.scanned = {}, set(), {}, 0   # files {name: bytes}; names of everything
-        self.inner = {}   # {name: text} of sources that were wrapped
-        self.json, self.requirements, self.record = {}, set(), self.track != TRACKS[1]
-
-    def emit(self, rule, file, message, line=0):
-        strict, lenient, source = RULES[rule]
-        if len(self.findings) < FINDING_LIMIT:
-            self.findings.append({"level": strict if self.strict else lenient, "rule": rule, "file": printable(file),
-                                  "line": line, "message": printable(message), "source": source})
-
-    def claim(self, rule, message):
-        self.emit(rule, "submission.json", message)
-
-    def walk(self):
-        """Fills self.files without following a link; whatever is not a regular file is a finding."""
-        pending = [""]
-        while pending:
-            folder = pending.pop()
-            try:
-                entries = list(itertools.islice(os.scandir(self.folder / folder), 100 * ENTRY_LIMIT))
-                entries.sort(key=lambda e: (e.name not in NEEDED and not e.name.endswith(".log"), e.name))
-            except OSError as e:
-                self.emit("review-limit", folder or ".", f"cannot be listed: {e.strerror}")
-                continue
-            for entry in entries[:ENTRY_LIMIT]:
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                self.names.add(name)
-                if not re.fullmatch(r"[A-Za-z0-9._+-]+", entry.name):
-                    self.emit("file-name", name, "letters, digits and ._+- only")
-                for pattern, what in FORBIDDEN:
-                    if pattern.search(name):
-                        self.emit("forbidden-file", name, f"{what} does not belong in a record")
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(name)
-                elif not entry.is_file(follow_symlinks=False):
-                    self.emit("link", name, "a link or a special file; not followed, not opened")
-                else:
-                    self.files[name] = entry.stat(follow_symlinks=False).st_size
-                    if self.files[name] > FILE_LIMIT:
-                        self.emit("file-size", name, f"{self.files[name]:,} bytes, over {FILE_LIMIT:,}; not read")
-            if len(self.names) >= ENTRY_LIMIT:
-                return self.emit("review-limit", ".", f"{ENTRY_LIMIT} files or more; the rest was not read")
+    def __init__(self, folder):
+        self.folder = Path(folder).resolve()
+        self.files = []        # names of what may be read
+        self.json = {}
+        self.seeds = {}        # name of a log: the facts at its end
+        self.record = False    # whether it asks for the record track
 
     def read(self, name):
-        """The bytes of one of the folder's files, b"" where there are none to be had (the walk or this says why)."""
-        try:
-            fits = self.files.get(name, FILE_LIMIT + 1) <= FILE_LIMIT
-            return read_regular(self.folder / name, FILE_LIMIT) if fits else b""
-        except OSError as e:
-            self.emit("review-limit", name, f"cannot be read: {e.strerror}")
-            return b""
+        """The bytes of one of the folder's files, b"" where there is none that may be read."""
+        return (self.folder / name).read_bytes() if name in self.files else b""
 
     def text(self, name):
         return self.read(name).decode("utf-8", "replace")
 
-    def logs(self):
-        return sorted(n for n in self.files if n.endswith(".log") or re.search(r"(log|seed|train).*\.txt$", n))[:50]
+    def committed(self, name):
+        return committed(str(self.json.get("commit")), name)
 
 
-def review_folder(folder, strict, known=""):
-    """Everything that the files of one folder can tell -> list of findings. Runs in the child process."""
-    r = Review(folder, strict)
-    public = [p.parent for p in Path(known).glob("**/submission.json")] if known else []   # read as hostile too
-    r.known = {p.name: p for p in known_records() + public if p.resolve() != r.folder.resolve()}
-    r.walk()
-    read_submission(r)
-    check_package(r)
-    for name in sorted(r.files):
-        if name.endswith(".py"):
-            try:
-                scan(r, name, r.text(name))
-            except RecursionError:
-                r.emit("review-limit", name, "nested too deeply to be read")
-        elif re.search(r"\.(sh|txt|log|md|json|toml|ya?ml|cfg|env)$", name):
-            scan_text(r, name, r.text(name))
-    checks = [check_numbers, check_bytes, check_scores, *[check_ours] * strict] if r.json else []
-    for look in (*checks, check_logs, check_lineage):
-        try:
-            look(r)
-        except Exception as e:   # of values that no one expects: the others still speak
-            r.claim("review-limit", f"{look.__name__} stopped at {type(e).__name__}: {e}")
-    once = {}   # one line a rule and family of files: numbers apart, the rest alike
-    for f in r.findings:
-        family = ".log" if f["file"] in r.logs() else re.sub(r"\d+", "#", f["file"])
-        once.setdefault((f["rule"], family, re.sub(r"\d[\d.,]*", "#", f["message"])), []).append(f)
-    for first, *more in once.values():
-        text = (r.inner.get(first["file"]) or r.text(first["file"])).split("\n")
-        if line := "".join(text[first["line"] - 1:first["line"]]).strip():
-            first["message"] += f": {printable(line[:80])}"
-        if others := sorted({f["file"] for f in more} - {first["file"]}):
-            first["message"] += f" (and {len(others)} more like it, {others[-1]})"
-    return [first for first, *_ in once.values()]
+# ---- the folder. Each check yields (rule, message, file, line); file and line may be left out
 
 
-def read_submission(r):
-    """submission.json -> r.json; what is wrong with it as JSON."""
-    if "submission.json" in r.files:
-        data = r.read("submission.json")
-        try:
-            try:
-                value = parse_json(data)
-            except ValueError as e:
-                value = json.loads(data.decode("utf-8-sig"))   # a duplicate key or NaN only: worth reading on
-                r.claim("json-strict", e)
-            if not isinstance(value, dict):
-                raise ValueError("a JSON object is expected")
-            r.json = value
-        except (ValueError, RecursionError) as e:
-            r.emit("json", "submission.json", f"does not parse: {e}", getattr(e, "lineno", 0))
-    names = re.findall(r"^[ \t]*([A-Za-z0-9_.-]+)", r.text("requirements.txt"), re.M)[:200]
-    r.requirements = {n.lower().replace("-", "_") for n in names}
-    r.record = r.record and not re.search(r"non|unlimited", str(r.json.get("track", "")).lower())
+def check_files(r):
+    """Fills r.files without following a link; whatever is not a plain small file is a finding."""
+    paths = [*itertools.islice(r.folder.rglob("*"), rules.ENTRY_LIMIT)]
+    if len(paths) == rules.ENTRY_LIMIT:
+        yield "review-limit", f"{len(paths)} files or more; the rest is not read", "."
+    room = rules.FOLDER_LIMIT
+    for path in sorted(paths):
+        name = path.relative_to(r.folder).as_posix()
+        size = path.lstat().st_size
+        limit = rules.SOURCE_LIMIT if name.endswith(".py") else rules.FILE_LIMIT
+        if not re.fullmatch(r"[A-Za-z0-9._+-]+", path.name):
+            yield "file-name", "letters, digits and ._+- only", name
+        if rules.FORBIDDEN.search(name):
+            yield "forbidden-file", "does not belong in a record", name
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            yield "link", "a link or a special file; not followed, not opened", name
+        elif path.is_file() and size > min(room, limit):
+            yield "file-size", f"{size:,} bytes are too many; not read", name
+        elif path.is_file():
+            r.files.append(name)
+            room -= size
+    for name in ("README.md", "submission.json", "train_gpt.py"):
+        if not r.read(name):
+            yield "missing-file", "is missing or empty", name
 
 
-def check_package(r):
-    day = r.name[:10]
-    try:
-        if not FOLDER_NAME.fullmatch(r.name):
-            raise ValueError
-        if datetime.date.fromisoformat(day) > datetime.date.today() + datetime.timedelta(1):
-            r.emit("folder-date", ".", f"{day} is in the future")
-        if str(r.json.get("date", day))[:10] != day:
-            r.claim("folder-date", f"date {r.json['date']} is not the folder's")
-    except ValueError:
-        r.emit("folder-name", ".", f"{r.name}: YYYY-MM-DD_short-slug is expected")
-    for needed in NEEDED:
-        if not r.files.get(needed):
-            r.emit("missing-file", needed, "is empty" if needed in r.files else "is missing")
-    if (n := len(r.logs())) < (3 if r.record else 1):
-        r.emit("log-count", ".", f"{n} training logs; a record needs 3" if r.record else "no training log")
-    if r.strict and r.track not in TRACKS:
-        r.emit("track", ".", f"a record stands in one of {', '.join(TRACKS)}")
-    if "(write this)" in r.text("README.md"):
-        r.emit("readme-words", "README.md", "the author's part is still empty")
+def check_json(r):
+    """Fills r.json; what no log says."""
+    r.json = {**json.loads(r.read("submission.json"))}   # a TypeError where it is no object
+    for key in ("author", "github_id", "name", "blurb", "commit"):
+        if not (isinstance(r.json.get(key), str) and r.json[key]):
+            yield "json", f"{key}: missing, empty or no text"
+    day = r.folder.name[:10]
+    above = r.folder.parent.name
+    track = r.json.get("track")
+    r.record = track == TRACKS[0]
+    if track not in TRACKS or above in TRACKS and above != track:
+        yield "track", f"track {track!r} in the folder {above}; known: {', '.join(TRACKS)}"
+    if not rules.FOLDER_NAME.fullmatch(r.folder.name):
+        yield "folder-name", f"{r.folder.name}: YYYY-MM-DD_short-slug is expected", "."
+    if r.json.get("date") != day or day > str(datetime.date.today()):
+        yield "date", f"date {r.json.get('date')} in the folder {r.folder.name}"
 
 
-def check_numbers(r):
-    """Fields, budgets and hardware that submission.json states."""
-    j = r.json
-    fields = {"author": str, "github_id": (str, int), "name": str, "date": str, "val_bpb": (int, float)}
-    if r.strict:
-        fields |= {"val_loss": (int, float), "bytes_total": int, "seeds": list, "seed_results": dict, "track": str,
-                   "hardware": str, "blurb": str, "dataset": dict, "source_sha256": dict,
-                   "config": dict, "environment": dict}
-    for key, kind in fields.items():
-        if not isinstance(j.get(key), kind) or isinstance(j.get(key), bool) or j.get(key) == "":
-            r.claim("json-field", f"{key}: {'wrong type or empty' if key in j else 'missing'}")
-    if r.strict and j.get("track") != r.track:
-        r.claim("track", f"track {j.get('track')!r} in the folder {r.track}")
-    if r.record and ("hardware" in j or r.strict) and not re.search(r"8\s*x.{0,12}H100", str(j.get("hardware")), re.I):
-        r.claim("track", f"hardware {j.get('hardware')!r}; the record track is 8xH100")
-    clocks = {"train-clock": ("train_seconds", "wallclock_seconds", "training_seconds", "train_time_seconds"),
-              "eval-clock": ("eval_seconds", "eval_time_seconds")}
-    for who, row in [("", j)] + [(f"seed {s}: ", v) for s, v in seed_results(j)]:
-        for key in ("val_bpb", "val_loss"):
-            if row.get(key) is not None and not (is_number(row[key]) and row[key] > 0):
-                r.claim("json-value", f"{who}{key} is {row[key]!r}")
-        for key in ("bytes_total", "total_bytes", "artifact_bytes", "artifact_bytes_max", "submission_bytes"):
-            if is_number(row.get(key)) and row[key] > CAP_BYTES:
-                r.claim("artifact-cap", f"{who}{key} {row[key]:,} is {row[key] - CAP_BYTES:,} over {CAP_BYTES:,}")
-        for rule, key in ((rule, key) for rule, keys in clocks.items() for key in keys):
-            if r.record and is_number(row.get(key)) and row[key] > CLOCK_SECONDS + CLOCK_SLACK:
-                r.claim(rule, f"{who}{key} {row[key]:g} is over {CLOCK_SECONDS}")
+def check_texts(r):
+    """Keys and paths of one machine in any file."""
+    for name in r.files:
+        text = r.text(name)
+        for rule, pattern in (("secret", rules.SECRET), ("machine-path", rules.MACHINE_PATH)):
+            if m := pattern.search(text):
+                yield rule, f"{m[0][:8]}...", name, text.count("\n", 0, m.start()) + 1
 
 
-def check_bytes(r):
-    """Totals add up, and no shipped code is left uncounted."""
-    j = r.json
-    code = next((j[k] for k in ("bytes_code", "code_bytes") if is_number(j.get(k))), None)
-    model = next((v for k, v in j.items() if re.match(r"bytes_model|model_bytes", k) and is_number(v)), None)
-    total = j.get("bytes_total", j.get("artifact_bytes"))
-    if total is None and not any("artifact_bytes" in v for _, v in seed_results(j)):
-        r.claim("json-field", "no total of bytes (bytes_total)")
-    if code is not None and model is not None and is_number(total) and abs(total - code - model) > 16:
-        r.claim("artifact-bytes", f"bytes_total {total:,} is not code {code:,} + model {model:,}")
-    aside = re.compile(r"prepare|download|test|plot|human|plain|build")
-    shipped = sum(size for n, size in r.files.items() if n.endswith((".py", ".cpp", ".cu")) and not aside.search(n))
-    if not r.strict and code is not None and shipped > code * 1.02 + 64:
-        r.claim("code-bytes", f"{shipped:,} bytes of code are shipped, {code:,} are counted")
-
-
-def check_scores(r):
-    """The score against its seeds, its own loss, and what is known to be possible."""
-    j, bpb, results = r.json, r.json.get("val_bpb"), seed_results(r.json)
-    if not is_number(bpb) or bpb <= 0:
-        return
-    if bpb < BEST_PUBLIC_BPB - 0.02 and part(j, "dataset").get("name", "fineweb") == "fineweb":
-        r.claim("score-range", f"val_bpb {bpb}: more than 0.02 under the best public score, {BEST_PUBLIC_BPB}")
-    scores = [v["val_bpb"] for _, v in results if is_number(v.get("val_bpb"))]
-    seeds = [str(s) for s in (j["seeds"] if isinstance(j.get("seeds"), (list, dict)) else [s for s, _ in results])]
-    if len(set(seeds)) < len(seeds):
-        r.claim("seeds", f"a seed is named twice: {', '.join(seeds)}")
-    if len(set(seeds)) < 3 and r.record:
-        r.claim("seeds", f"{len(set(seeds))} seeds are named; a record needs 3")
-    if results and set(seeds) != {s for s, _ in results}:
-        r.claim("seeds", f"seeds {', '.join(seeds)} are not those of seed_results")
-    if scores and abs(statistics.fmean(scores) - bpb) > (1e-6 if r.strict else 1.5e-4):
-        r.claim("seed-mean", f"val_bpb {bpb} is not the mean of its seeds, {statistics.fmean(scores):.6f}")
-    if len(scores) > 2 and statistics.stdev(scores) < 5e-5:
-        r.claim("seed-spread", f"{len(scores)} seeds with a standard deviation of only {statistics.stdev(scores):.6f}")
-    if not r.strict and is_number(j.get("val_loss")) and j["val_loss"] > 0:
-        ratio = j["val_loss"] / math.log(2) / bpb
-        if min(abs(ratio / known - 1) for known in BYTES_PER_TOKEN.values()) > 0.01:
-            known = ", ".join(f"{k} {v}" for k, v in BYTES_PER_TOKEN.items())
-            r.claim("bpb-arithmetic", f"val_loss and val_bpb give {ratio:.3f} bytes per token; known are {known}")
-
-
-def check_ours(r):
-    """What submit.py wrote, recomputed: the score from its parts, hashes from the files, the judge from the root."""
-    j, results = r.json, seed_results(r.json)
-    data, config, hashes = (part(j, key) for key in ("dataset", "config", "source_sha256"))
-    factor = nats_per_bit(data)
-    for who, row in [("", j)] + [(f"seed {s}: ", v) for s, v in results]:
-        loss, bpb = row.get("val_loss"), row.get("val_bpb")
-        if factor is None or not is_number(loss) or not is_number(bpb) or bpb <= 0:
-            r.claim("json-field", f"{who}val_loss, val_bpb and the dataset's val_tokens and val_bytes are needed")
-        elif abs(loss / (bpb * factor) - 1) > 1e-5:
-            r.claim("bpb-arithmetic", f"{who}val_bpb {bpb} is not val_loss {loss} at {factor:.6f} nats per bit")
-    docs, size = data.get("val_docs"), data.get("val_bytes")
-    if data.get("name") == "fineweb" and (docs != FINEWEB_VAL_DOCS or abs((size or 0) / FINEWEB_VAL_BYTES - 1) > 5e-4):
-        r.claim("val-count", f"{docs} documents of {size} bytes; fineweb has {FINEWEB_VAL_DOCS} of {FINEWEB_VAL_BYTES}")
-    if r.record and data.get("name") != "fineweb":
-        r.claim("val-count", f"dataset {data.get('name')!r}; the record track is scored on fineweb")
-    if r.record and is_number(config.get("max_seconds")) and config["max_seconds"] > CLOCK_SECONDS:
-        r.claim("clock-override", f"max_seconds {config['max_seconds']}")
-    for seed, row in results:
-        if row.get("limit_docs"):
-            r.claim("limited-score", f"seed {seed} is scored on {row['limit_docs']} documents only")
-        audit = part(row, "audit")
-        for probe, verdict in audit.items():
-            if not str(verdict).lower().startswith(("pass", "ok", "true")):
-                r.claim("audit", f"seed {seed}: {probe}: {verdict}")
-        if r.record and (missing := PROOFS - audit.keys()):
-            r.claim("audit", f"seed {seed}: not proved by {', '.join(sorted(missing))}; score it with --audit")
-    shas = Counter(row["artifact_sha256"] for _, row in results if row.get("artifact_sha256"))
-    if copies := [s for s, row in results if shas[row.get("artifact_sha256")] > 1]:
-        r.claim("seeds", f"seeds {', '.join(copies)} have the same artifact: copies of one run are not seeds")
-    for key in ("source_sha256", "config_sha256"):
-        if len({str(row.get(key)) for _, row in results}) > 1:
-            r.claim("seeds", f"the seeds differ in {key}")
-    for name in sorted({*hashes} | {n for n in r.files if n.endswith(".py")}):
-        if hashlib.sha256(r.read(name)).hexdigest() != hashes.get(name):
-            r.emit("source-hash", name, "is not the source that ran, by its sha256 in submission.json")
-    for name in ("eval_bpb.py", "data/confine.py", "data/dataset.py", "data/tokenizer.py"):
-        if name in r.trees:
-            root = judge_half(ast.parse(source := (ROOT / name).read_text()), source)
-            mine = judge_half(r.trees[name], r.text(name))
-            if differ := sorted(k for k in mine.keys() | root.keys() if mine.get(k) != root.get(k)):
-                r.emit("judge-changed", name, f"not the root's, which --rescore uses: {', '.join(differ[:8])}")
-
-
-def judge_half(tree, source):
-    """{name: code} of what no record may change: of eval_bpb.py all that stands below its first line `# The judge`."""
-    line = source[:source.find("\n# The judge") + 1].count("\n")
-    return definitions(ast.Module([n for n in tree.body if n.lineno > line], []))[0]
+# ---- the seeds
 
 
 def check_logs(r):
-    """Logs, submission.json and README agree; and what only logs tell: token counts, the clock, versions."""
-    texts, results = {n: r.text(n) for n in r.logs()}, seed_results(r.json)
-    torch = re.compile(r"(?i)\b(?:py)?torch(?:_version)?[ :='\"]{1,4}(\d+\.\d+\.\d+)")
-    versions = sorted({v for t in texts.values() for v in torch.findall(t)})
-    if len(versions) > 1:
-        r.emit("environment", next(iter(texts)), f"the logs name different torch versions: {', '.join(versions[:5])}")
-    for name, text in texts.items():
-        for count, why in BAD_TOKEN_COUNTS.items():
-            if re.search(rf"tokens[:= ]{{1,3}}{count}\b", text):
-                r.emit("val-count", name, f"{count:,} validation tokens: {why}")
-        slowest = max(map(int, re.findall(r"train_time:(\d{1,9})ms", text)), default=0)
-        if r.record and slowest > 1000 * (CLOCK_SECONDS + CLOCK_SLACK):
-            r.emit("train-clock", name, f"train_time {slowest:,} ms")
-    found = [float(x) for t in texts.values() for x in re.findall(r"bpb[\w ]{0,20}[:= ]{1,3}(\d\.\d+)", t)]
-    for seed, row in results:
-        if r.strict:
-            summary = re.findall(r"^(\w+): (\S+)$", r.text(str(row.get("log"))).rpartition("\n---\n")[2], re.M)
-            summary, row = dict(summary), {**row, "seed": seed}
-            for key in ("val_bpb", "artifact_bytes", "train_seconds", "steps", "seed"):
-                if summary.get(key) != str(row.get(key)):
-                    r.emit("log-score", row.get("log") or ".", f"seed {seed}: {key} {row.get(key)} in submission.json, "
-                                                               f"{summary.get(key, 'missing')} in the log's summary")
-        elif texts and is_number(row.get("val_bpb")) and not any(abs(x - row["val_bpb"]) < 1e-4 for x in found):
-            r.claim("log-score", f"seed {seed}: val_bpb {row['val_bpb']} is in no log")
-    bpb, readme = r.json.get("val_bpb"), r.text("README.md")
-    said = [float(x) for x in re.findall(r"\d\.\d{2,10}", readme)]
-    if readme and is_number(bpb) and not any(abs(x - bpb) < (1e-6 if r.strict else 6e-4) for x in said):
-        r.emit("readme-score", "README.md", f"does not say {bpb:.4f}, the val_bpb of submission.json")
-
-
-def check_lineage(r):
-    """Copies, the nearest relative and what changed, parents that are unknown or were ruled invalid, significance."""
-    rulings = {name: x for x in json.loads((ROOT / "records" / "rulings.json").read_bytes()) for name in x["records"]}
-    others, said = r.known, r.json.get("parent", "missing")
-    if r.strict and said is not None and not (isinstance(said, str) and said in others):
-        r.claim("parent", f"parent {said!r} is no record here (null where there is none)")
-    said = json.dumps([v for k, v in r.json.items() if re.search(r"parent|lineage|base|attribution|credit", k)])
-    line, parent = [r.name], r.json.get("parent")
-    while isinstance(parent, str) and parent in others and parent not in line:
-        line.append(parent)
+    """Fills r.seeds; and what stands in a log does not say otherwise than its end."""
+    for name in r.files:
+        body, _, end = r.text(name).rpartition("\n---\n")
+        if not name.endswith(".log"):
+            continue
         try:
-            parent = load_submission(others[parent]).get("parent")
-        except BadInput:
-            break
-    for name in dict.fromkeys(line + [f"#{n}" for n in re.findall(r"\b\d{3,4}\b", said)]):
-        if name in rulings:
-            r.claim("tainted-parent", name + " was ruled invalid: {why} ({source}, {grade})".format(**rulings[name]))
-    if len(line) > 1 and r.strict and r.record:
-        check_significance(r, load_submission(others[line[1]]))
-    if "train_gpt.py" not in r.trees:
+            lines = [line.partition(": ") for line in end.splitlines()]
+            facts = {key: json.loads(value) for key, _, value in lines}
+            check_facts(facts)
+        except Exception as e:   # of values that no one expects
+            yield "log", f"no facts of a seed at its end: {e!r}", name
+            continue
+        r.seeds[name] = facts
+        facts["step"] = facts["steps"]
+        ratio = nats_per_bit(facts["dataset"])
+        for n, line in enumerate(body.splitlines()[:20_000], 1):
+            said = dict(re.findall(r"\b([a-z_]{1,20}): ?(\d{1,12}(?:\.\d{1,9})?)\b", line[:400]))
+            for key in said.keys() & {"train_seconds", "step", "tokens", "artifact_bytes"}:
+                if float(said[key]) > facts[key] + 0.1:
+                    yield "log", f"{key} {said[key]}, but {facts[key]} at its end", name, n
+            if said.keys() > {"step", "val_loss", "val_bpb"}:   # of some documents, rounded
+                nats = float(said["val_loss"]) / max(float(said["val_bpb"]), 1e-9)
+                if abs(nats / ratio - 1) > 0.1:
+                    yield "byte-count", f"val_loss is {nats:.3f} val_bpb, not {ratio:.3f}", name, n
+    if len(r.seeds) < (3 if r.record else 1):
+        yield "track", f"{len(r.seeds)} logs of seeds; a record needs 3", "."
+
+
+def check_seeds(r):
+    """Each seed of the same experiment, within the budgets and proved."""
+    for key in ("seed", "artifact_sha256"):
+        if len({facts[key] for facts in r.seeds.values()}) < len(r.seeds):
+            yield "seeds", f"two logs have the same {key}", "."
+    for name, facts in r.seeds.items():
+        f = SimpleNamespace(**facts)
+        for key in SHARED:
+            if summarise([facts])[key] != r.json.get(key):
+                rule = "environment" if key == "environment" else "seeds"
+                yield rule, f"another {key} than in submission.json", name
+        if abs(f.val_loss / (f.val_bpb * nats_per_bit(f.dataset)) - 1) > 1e-5:
+            yield "arithmetic", "val_bpb is not val_loss by the dataset's tokens and bytes", name
+        if f.artifact_bytes > rules.CAP_BYTES:
+            yield "artifact-cap", f"{f.artifact_bytes:,} bytes, over {rules.CAP_BYTES:,}", name
+        if f.mode not in ("own", "audited") or r.record and not f.audit:
+            yield "proof", f"mode {f.mode}: score it with --audit, not --trust", name
+        for proof, verdict in f.audit.items():
+            if not str(verdict).startswith("pass"):
+                yield "proof", f"{proof}: {verdict}", name
+        if r.record:
+            yield from check_record(name, f)
+
+
+def check_record(name, f):
+    """The record track: 8xH100, 600 s each, fineweb."""
+    data = f.dataset
+    limit = f.config.get("max_seconds")
+    device = f.environment.get("device")
+    if max(f.train_seconds, f.eval_seconds, limit) > rules.CLOCK_SECONDS:
+        yield "track", (f"train_seconds {f.train_seconds}, eval_seconds {f.eval_seconds}, "
+                        f"max_seconds {limit}: over 600"), name
+    if not re.search(r"8 ?x.{0,12}H100", str(device)):
+        yield "track", f"ran on {device}; the record track is 8xH100", name
+    if (data.get("name"), data.get("val_docs")) != ("fineweb", rules.FINEWEB_DOCS) or abs(
+            data["val_bytes"] / rules.FINEWEB_BYTES - 1) > 5e-4:
+        yield "track", (f"scored on {data.get('name')}, {data.get('val_docs')} documents, "
+                        f"{data['val_bytes']} bytes, not fineweb's {rules.FINEWEB_DOCS}, "
+                        f"{rules.FINEWEB_BYTES}"), name
+    if f.val_bpb < rules.BEST_PUBLIC_BPB - 0.02:
+        yield "odd-score", f"the best public score is {rules.BEST_PUBLIC_BPB}", name
+
+
+def check_summary(r):
+    """submission.json and README say what the logs say."""
+    if not r.seeds:
         return
-    near, folder = nearest_record(r.text("train_gpt.py"), others.values())
-    if near > 0.3:
-        trees = [parse(Review(folder, True), "", content(t)) for t in (r.text("train_gpt.py"), source_text(folder))]
-        what = changes(*trees) if all(trees) else "not compared"
-        r.emit("nearest", "train_gpt.py", f"{folder.name} shares {near:.1%}; {what}")
-        if near > 0.99 and folder.name not in line:
-            r.emit("near-copy", "train_gpt.py", f"{folder.name} up to names and constants, and not named as parent")
+    expected = summarise([*r.seeds.values()])
+    for key in sorted(expected.keys() - SHARED):
+        if r.json.get(key) != expected[key]:
+            yield "log-score", f"{key} is {r.json.get(key)}, by the logs {expected[key]}"
+    if len(r.seeds) > 2 and expected["val_bpb_std"] < 5e-5:
+        yield "odd-score", f"a standard deviation of only {expected['val_bpb_std']:.6f}"
+    readme = r.text("README.md")
+    if f"{expected['val_bpb']:.6f}" not in readme:
+        yield "readme", f"does not say {expected['val_bpb']:.6f}, the val_bpb", "README.md"
+    if "(write this)" in readme:
+        yield "readme-words", "the author's part is still empty", "README.md"
 
 
-def source_text(folder):
-    path = folder / "train_gpt.py"
-    return read_regular(path, FILE_LIMIT).decode("utf-8", "replace") if path.is_file() else ""
+# ---- sources and lineage
 
 
-def nearest_record(text, folders):
-    """(shared part, 0 to 1; folder) of the record whose train_gpt.py is nearest to this text; (0, None) without one."""
-    mine, near = fingerprint(content(text)), (0.0, None)
-    for folder in folders:
-        theirs = fingerprint(content(source_text(folder)))
-        near = max(near, (len(mine & theirs) / max(len(mine | theirs), 1), folder), key=lambda x: x[0])
-    return near
+def check_sources(r):
+    """The sources are those that ran, and none of them changes the judge."""
+    hashes = part(r.json, "source_sha256")
+    here = [name for name in r.files if name.endswith(".py")]
+    for name in sorted({"train_gpt.py", *hashes, *here}):
+        known = rules.SOURCE_NAME.fullmatch(name) and (ROOT / name).exists()
+        allowed = [r.committed(name), (ROOT / name).read_bytes() if known else None]
+        data = r.read(name) if name in r.files else allowed[0]
+        if data is None:
+            yield "commit", "neither here nor at a commit that is known: the root's", name
+            data = allowed[1] or b""
+        if sha256(data) != hashes.get(name):
+            yield "source-hash", "is not the source that ran, by its sha256", name
+        if name == "eval_bpb.py":
+            allowed = [source and source.partition(JUDGE)[2] for source in allowed]
+            data = data.partition(JUDGE)[2]
+        if name not in ("train_gpt.py", "pack.py") and data not in allowed:
+            yield "judge", "is not the root's, which scores", name
 
 
-def check_significance(r, parent):
-    ours, theirs = ({s: v["val_bpb"] for s, v in seed_results(x) if is_number(v.get("val_bpb"))}
-                    for x in (r.json, parent))
-    factor = nats_per_bit(part(r.json, "dataset"))
-    if min(len(ours), len(theirs)) < 2 or factor is None:
-        return r.claim("significance", "too few seeds for a test against the parent")
-    c = comparison(ours, theirs, factor)
-    if not c["written_rule"]:
-        r.claim("significance", f"{c['gain_nats']:+.4f} nats over the parent; p {c['p_written']:.2g} for {RULE_NATS} "
-                f"or more, the rule asks {RULE_P} (practised, any gain at p < {PRACTISED_P}: "
-                f"{'met' if c['practised_rule'] else 'not met'}, p {c['p']:.2g})")
+def check_parent(r):
+    name = r.json.get("parent")
+    if name is not None and (name == r.folder.name or name not in known_records()):
+        yield "parent", f"{name!r} is no record here; null where there is none"
+    elif name and r.record:
+        ours = {str(facts["seed"]): facts["val_bpb"] for facts in r.seeds.values()}
+        c = comparison(ours, read_entry(name)["scores"], nats_per_bit(r.json["dataset"]))
+        if c["p_written"] >= rules.RULE_P:
+            yield "significance", (f"{c['gain_nats']:+.4f} nats over the parent: p "
+                                   f"{c['p_written']:.2g} for {rules.RULE_NATS} or more")
 
 
-def git(*args):
-    out = subprocess.run(["git", "-c", "core.fsmonitor=false", *args], cwd=ROOT, capture_output=True)
-    if out.returncode:
-        raise BadInput(f"git {args[0]}: {out.stderr.decode('utf-8', 'replace').strip()[:200]}")
-    return out.stdout
+def hidden_code(data):
+    """Source bytes -> (line, what) of all that would run or load code which is not written there.
+
+    By words alone, under whatever alias: a name, a part of a module's name, an attribute, an
+    argument, a whole string. What is put together at run time is the business of the sandbox.
+    """
+    head = b"\n".join(data.splitlines()[:2])
+    cookie = re.search(rb"coding[:=][ \t]*([-\w.]+)", head)
+    if cookie and cookie[1].lower() != b"utf-8":
+        yield 1, f"{cookie[0].decode()}: comments may be code"
+        return
+    try:
+        tree = ast.parse(data.decode("utf-8-sig"))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        yield 1, f"does not parse: {e!r}"
+        return
+    for node in ast.walk(tree):
+        bad = rules.HIDING
+        if isinstance(node, ast.Name):
+            bad = bad | rules.BUILTINS
+        value = getattr(node, "value", None)   # of an argument
+        if isinstance(node, ast.keyword) and rules.SAFE.get(node.arg) is getattr(value, "value", 0):
+            continue
+        for _, value in ast.iter_fields(node):
+            for word in bad.intersection(value.split(".") if isinstance(value, str) else ()):
+                yield getattr(node, "lineno", 1), f"{word}: what runs is not written here"
+
+
+def check_code(r):
+    """No code that is not written there. The only check that takes seconds, so the last."""
+    for name in r.files:
+        for line, what in hidden_code(r.read(name)) if name.endswith(".py") else ():
+            yield "plain-source", what, name, line
+
+
+CHECKS = (check_files, check_json, check_texts, check_logs, check_seeds, check_summary,
+          check_parent, check_sources, check_code)
+
+
+def review(folder, report):
+    """All that the files of one folder can tell, each finding reported as it is made -> {what and
+    its sha256: rule on its copies}."""
+    r = Review(folder)
+    shown = Counter()
+    for check in CHECKS:
+        try:
+            for what in check(r):
+                shown[what[0]] += 1
+                if shown[what[0]] <= rules.SHOWN_LIMIT:
+                    report(finding(*what))
+        except Exception as e:   # of values that no one expects: the others still speak
+            report(finding("review-limit", f"{check.__name__} stopped at {e!r}", "."))
+    hashes = {}
+    for name, facts in r.seeds.items():
+        hashes[f"artifact {facts['artifact_sha256']}"] = "copy"
+        hashes[f"log {sha256(r.read(name))}"] = "copy"
+    source = r.read("train_gpt.py")
+    if source not in (b"", r.committed("train_gpt.py")):
+        hashes[f"train_gpt.py {sha256(source)}"] = "same-source"
+    return hashes
+
+
+# ---- many folders
+
+
+def child(folder):
+    """The child's main: limits; a JSON line on stdout for each finding; last {"hashes": ...}."""
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_CPU, (rules.CHILD_SECONDS, rules.CHILD_SECONDS + 1))
+        resource.setrlimit(resource.RLIMIT_AS, (rules.CHILD_BYTES, rules.CHILD_BYTES))
+        signal.alarm(4 * rules.CHILD_SECONDS)
+    except (ImportError, AttributeError, ValueError, OSError):
+        pass  # not on this system; the size limits remain
+
+    def say(value):
+        print(json.dumps(value), flush=True)
+    say({"hashes": review(folder, say)})
+
+
+def review_in_child(folder):
+    """-> (findings, hashes) of one folder; whatever ended its reader is a finding too."""
+    if not os.path.isdir(folder):
+        rule = "stray-file" if os.path.lexists(folder) else "missing-folder"
+        return [finding(rule, "is no folder", ".")], {}
+    out = subprocess.run([sys.executable, __file__, "--child", folder], capture_output=True)
+    values = [json.loads(line) for line in out.stdout.split(b"\n")[:-1]]
+    if values and "hashes" in values[-1]:
+        return values[:-1], values[-1]["hashes"]
+    why = out.stderr.decode("utf-8", "replace").strip()[-160:]
+    return [*values, finding("review-limit", f"not read to the end: its reader ended with "
+                             f"{out.returncode}, allowed {rules.CHILD_SECONDS} s and "
+                             f"{rules.CHILD_BYTES >> 30} GiB {why}", ".")], {}
+
+
+def find_copies(hashes):
+    """{folder: {hash: rule}} -> findings, one for each group of folders that share something."""
+    holders = {}
+    for folder in sorted(hashes):
+        for key, rule in hashes[folder].items():
+            holders.setdefault((rule, key), []).append(folder)
+    found = {}
+    for (rule, key), folders in holders.items():
+        if len(folders) > 1:
+            what = f"the same {key[:24]} as {folders[1]}, {len(folders)} folders in all"
+            found.setdefault((rule, *folders), finding(rule, what, folders[0]))
+    return [*found.values()]
+
+
+def worst(findings):
+    return max((LEVELS.index(f["level"]) for f in findings), default=0)
+
+
+def show(name, findings, done):
+    """Prints a folder's line with its findings below it, and keeps them in done."""
+    done[name] = findings
+    counts = Counter(f["level"] for f in findings)
+    print(f"{name}: {', '.join(f'{n} {level}' for level, n in counts.items()) or 'clean'}")
+    for f in findings:
+        print("  {level} {rule} {file}:{line} {message} [{source}]".format(**f))
+    sys.stdout.flush()
+
+
+def review_all(folders, jobs, done):
+    """Reviews folders side by side, each shown as soon as it is read; then the copies, also of the
+    records that are here already."""
+    here = {Path(folder).resolve() for folder in folders}
+    known = [str(path) for path in known_records().values() if path not in here]
+    hashes = {}
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        waiting = {pool.submit(review_in_child, name): name for name in [*folders, *known]}
+        with Progress("reviewed", len(waiting), "folders") as progress:
+            for future in as_completed(waiting):
+                name = printable(waiting[future])
+                findings, hashes[name] = future.result()
+                progress.add()
+                if name not in known:
+                    show(name, findings, done)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    if copies := find_copies(hashes):
+        show("between the folders", copies, done)
+
+
+def print_table(done):
+    print("---")
+    bad = [name for name in done if worst(done[name])]
+    for name in sorted(bad, key=lambda name: -worst(done[name])):
+        names = sorted({f["rule"] for f in done[name]})
+        print(f"{LEVELS[worst(done[name])]}  {name}: {', '.join(names)}")
+    print(f"{len(done) - len(bad)} of {len(done)} clean")
+
+
+# ---- commits; the judge
 
 
 def change_set(ref):
-    """(findings on what changed since the merge base with ref; the record folders added). What is not committed counts
-    below records/ only: the sources of the next idea are nobody's business yet."""
-    r, folders = Review(ROOT, True), set()
+    """-> (findings on what was committed since the merge base with ref; the folders added)."""
     base = git("merge-base", "--end-of-options", ref, "HEAD").decode().strip()
-    changed = []
-    for where in ((base, "--", "records"), (base, "HEAD", "--", ":!records")):
-        words = git("diff", "--name-status", "--no-renames", "--no-ext-diff", "-z", *where).split(b"\0")
-        changed += zip(words[0:-1:2], words[1::2])
-    untracked = git("ls-files", "--others", "--exclude-standard", "-z", "--", "records").split(b"\0")[:-1]
-    changed += [(b"A", name) for name in untracked]
-    if not changed:
-        raise BadInput(f"nothing has changed since {ref}")
-    for status, raw in changed:
-        name = os.fsdecode(raw)
-        parts = name.split("/")
-        if len(parts) > 3 and parts[0] == "records" and parts[1] in TRACKS:
-            folders.add("/".join(parts[:3]))
-            if status != b"A":
-                r.emit("change-set", name, "a record is only added, never changed or removed")
-        elif name not in ("records/README.md", "records/leaderboard.svg"):   # generated from the folders
-            r.emit("change-set", name, "is outside the new record's folder")
+    words = git("diff", "--name-status", "--no-renames", "-z", base, "HEAD").decode().split("\0")
+    found = []
+    folders = set()
+    for status, name in zip(words[0::2], words[1::2]):
+        m = re.match(rf"(records/(?:{'|'.join(TRACKS)})/[^/]+)/", name)
+        if m and status == "A":
+            folders.add(str(ROOT / m[1]))
+        elif name != "records/README.md":   # generated
+            found.append(finding("change-set", "a change set only adds a record's folder", name))
     if len(folders) != 1:
-        r.emit("change-set", "records", f"one record a change set, not {len(folders)}: {', '.join(sorted(folders))}")
-    return r.findings, [str(ROOT / f) for f in sorted(folders) if (ROOT / f).is_dir()]
+        found.append(finding("change-set", f"one record, not {len(folders)}", "records"))
+    return found, sorted(folders)
 
 
-def rescore(folder, artifact, data, strict):
-    """Runs the root's judge on a copy of the artifact, isolated, and compares with the record's claim -> findings."""
-    r, artifact = Review(folder, strict), Path(artifact)
-    artifact = artifact / "artifact.pyz" if artifact.is_dir() else artifact
-    try:
-        blob = read_regular(artifact, CAP_BYTES)
-    except OSError as e:
-        raise BadInput(f"{artifact}: {e.strerror}") from None
-    sha256 = hashlib.sha256(blob).hexdigest()
-    submission = load_submission(folder)
+def rescore(folder, artifact, data):
+    """Runs the root's judge on the artifact and compares with the record's claim -> findings."""
+    if os.path.isdir(artifact):
+        artifact = os.path.join(artifact, "artifact.pyz")
+    submission = read_json(Path(folder, "submission.json"))
     data = data or part(submission, "dataset").get("name")
-    claims = {row.get("artifact_sha256"): (seed, row.get("val_bpb")) for seed, row in seed_results(submission)}
-    if sha256 not in claims:
-        r.claim("rescore", f"no seed has an artifact of sha256 {sha256[:12]}...")
-        return r.findings
     with tempfile.TemporaryDirectory() as work:
-        copy = Path(work) / "artifact.pyz"
-        copy.write_bytes(blob)
-        judge = [sys.executable, str(ROOT / "eval_bpb.py"), str(copy), "--audit"]
-        judge += [f"--data={data}"] if data else []   # without it the judge says that it needs one
-        out = subprocess.run(judge, cwd=ROOT, stderr=subprocess.PIPE, stdout=sys.stderr)
-        score = parse_json((Path(work) / "score.json").read_bytes()) if out.returncode == 0 else {}
-    (seed, claim), found = claims[sha256], score.get("val_bpb")
-    if out.returncode:
-        last = (out.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
-        r.emit("rescore", artifact.name, f"seed {seed}: the judge exits {out.returncode}: {last}")
-    elif not (is_number(claim) and is_number(found) and abs(claim - found) < 5e-4):   # another machine's kernels
-        r.emit("rescore", artifact.name, f"seed {seed}: claimed {claim}, the judge finds {found}")
-    else:
-        print(f"rescore: seed {seed}: claimed {claim:.6f}, the judge finds {found:.6f}", file=sys.stderr)
-    return r.findings
-
-
-def review_in_child(folder, strict, known=""):
-    """review_folder in a process with limits -> findings; whatever ends that process is itself one."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    call = [sys.executable, str(Path(__file__).resolve()), "--child", str(int(strict)), str(folder), known]
-    try:
-        out = subprocess.run(call, capture_output=True, env=env, timeout=4 * CHILD_CPU_SECONDS)
-        if out.returncode == 0:
-            return json.loads(out.stdout)
-        why = f"ended with {out.returncode}: {out.stderr.decode('utf-8', 'replace').strip()[-160:]}"
-    except subprocess.TimeoutExpired:
-        why = "no time left"
-    r = Review(folder, strict)
-    r.emit("review-limit", ".", f"not read to the end within {CHILD_CPU_SECONDS} s and {CHILD_BYTES >> 30} GiB; {why}")
-    return r.findings
-
-
-def child(strict, folder, known):
-    """The child's main: limits first, then the review as JSON on stdout."""
-    try:
-        import resource
-        for limit, value in ((resource.RLIMIT_CPU, CHILD_CPU_SECONDS), (resource.RLIMIT_AS, CHILD_BYTES)):
-            resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
-    except (ImportError, ValueError, OSError):
-        pass  # not on this system; the parent's timeout and the size limits remain
-    print(json.dumps(review_folder(folder, strict == "1", known)))
+        out = Path(work, "score.json")
+        judge = [ROOT / "eval_bpb.py", artifact, f"--data={data}", f"--out={out}"]
+        code = subprocess.run([sys.executable, *judge], stdout=sys.stderr).returncode
+        score = read_json(out) if out.exists() else {}
+    found = score.get("val_bpb")
+    for row in part(submission, "seed_results").values():
+        if row["artifact_sha256"] == score.get("artifact_sha256") and is_number(found):
+            if abs(row["val_bpb"] - found) < 5e-4:   # another machine's kernels
+                return []
+    return [finding("rescore", f"the judge exits {code} and finds {found}; no seed of the record "
+                    "claims that of this artifact", artifact)]
 
 
 def main():
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # `| head` is no error
     if sys.argv[1:2] == ["compare"]:
         return compare(sys.argv[2:])
     if sys.argv[1:2] == ["--child"]:
-        return child(*sys.argv[2:5])
+        return child(sys.argv[2])
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # `| head` is no error
     p = Parser(description=__doc__)
     p.add_argument("folders", nargs="*", metavar="FOLDER", help="record folders")
-    p.add_argument("--base", metavar="REF", help="check the change set since this git reference, and review its record")
-    p.add_argument("--mode", choices=("auto", "strict", "lenient"), default="auto",
-                   help="auto: strict below this repository's records/, lenient elsewhere")
-    p.add_argument("--known", metavar="DIR", default="", help="a folder of more records, which may be parents too")
-    p.add_argument("--rescore", metavar="ARTIFACT", help="artifact.pyz or run folder of one seed, to be judged again")
-    p.add_argument("--data", metavar="NAME_OR_PATH", help="dataset for --rescore; without it the record's, by its name")
+    p.add_argument("--base", metavar="REF", help="review what was committed since this reference")
+    p.add_argument("--rescore", metavar="ARTIFACT", help="artifact.pyz or run, to be judged again")
+    p.add_argument("--data", metavar="NAME", help="dataset of --rescore; empty: the record's")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="folders at once")
+    p.add_argument("--json", metavar="FILE", help="write every finding here, too")
     args = p.parse_args()
-    found, folders = {}, args.folders   # {folder: findings}
-    if args.base is not None:
-        found["change set"], added = change_set(args.base)
-        folders = folders + added
-    elif not folders:
-        raise BadInput("name a record folder, or --base=REF")
-    if args.rescore and len(folders) != 1:
-        raise BadInput("--rescore goes with one folder")
-    for folder in folders:
-        if not os.path.isdir(folder):
-            raise BadInput(f"{printable(folder)}: not a folder")
-        strict = args.mode == "strict" or (args.mode == "auto" and ROOT / "records" in Path(folder).resolve().parents)
-        findings = review_in_child(folder, strict, args.known)
+    done = {}   # folder: findings
+    folders = args.folders
+    if args.base:
+        findings, added = change_set(args.base)
+        show("change set", findings, done)
+        folders += added
+    if not (folders or done) or args.rescore and len(folders) != 1 or args.jobs < 1:
+        raise BadInput("name record folders, or --base=REF; one with --rescore; --jobs=1 at least")
+    try:
+        review_all(folders, args.jobs, done)
         if args.rescore:
-            findings += rescore(folder, args.rescore, args.data, strict)
-        found[printable(folder)] = findings
-    counts = Counter()
-    for folder, findings in found.items():
-        for f in sorted(findings, key=lambda f: -LEVELS.index(f["level"])):
-            print(f"{f['level']} {f['rule']} {f['file']}:{f['line'] or 1} {f['message']} [{f['source']}]")
-        here = Counter(f["level"] for f in findings)
-        print(f"{folder}: {', '.join(f'{here[v]} {v}' for v in reversed(LEVELS))}")
-        counts += here
-    return 1 if counts["FAIL"] else 4 if counts["FLAG"] else 0
+            show("rescore", rescore(folders[0], args.rescore, args.data), done)
+    finally:
+        print_table(done)
+        if args.json:
+            with atomic_write(args.json, "w") as f:
+                json.dump(done, f, indent=1)
+    return (0, 4, 1)[max(map(worst, done.values()), default=0)]
 
 
 if __name__ == "__main__":

@@ -1,212 +1,235 @@
-"""One turn of the loop: is the edited code better than its parent? Both are trained, packed and scored, seed by seed.
+"""One turn of the loop: is the edited code better than its parent? Both are trained, packed and
+scored, seed by seed.
 
-    python records/turn.py --idea="a wider gate"               the files as they are against the last commit
-    python records/turn.py --idea="..." -- --matrix_lr=0.03    what stands behind -- is the idea's alone
-    python records/turn.py --idea="..." --parent=RUN           against a run's or a record's code and settings
-    python records/turn.py                                     every idea so far and its verdict, the dropped ones too
+    python records/turn.py --idea="a wider gate"               the files as they are against HEAD
+    python records/turn.py --idea="..." -- --matrix_lr=0.03    behind -- settings of the idea alone
+    python records/turn.py --idea="..." --parent=NAME          against a run, a record or a commit
+    python records/turn.py                                     every idea so far and its verdict
 
-Any setting of train_gpt.py before the -- goes to both sides: --preset=proxy --data=NAME --max_steps=1000. Runs go side
-by side, one thread each on a CPU. What is there is not run again: a turn that was stopped goes on where it stood.
+Settings before the -- go to both sides: --preset=proxy --data=NAME --max_steps=1000. Runs go side
+by side, one thread each on a CPU. What is there is not run again: a turn that was stopped goes on
+where it stood. runs/turns/<side>/ keeps a side's sources, what its commands printed, turn.json and
+the curves; its runs are runs/<side>_s<seed>/.
 """
+import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import fields
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "records"]  # no shadowed packages
+sys.path[0] = str(ROOT)   # not records/: nothing here may shadow a package
 from data.dataset import BadInput, Parser, command, find_dataset
-from records.ledger import PER_RUN, append, digest, find_baseline, read_entry, read_ledger, read_run, read_sources
-from records.stats import compare, comparison
-from train_gpt import PRESETS, SOURCES, Config
+from records import plot
+from records.folders import (PER_RUN, find_entry, git, is_number, read_entry, read_json, read_run,
+                             read_turn)
+from records.rules import SOURCE_NAME
+from records.stats import compare, comparison, smallest_gain
 
-CHILDREN = set()   # the processes that run; a turn that is stopped takes them along
+TURNS = Path("runs/turns")
+AXES = {"model": "model", "kernels": "model", "batch": "data", "data": "data",
+        "optimizer": "optimizer", "schedules": "optimizer", "training": "optimizer",
+        "calibration": "packer", "train_gpt.py": "model", "pack.py": "packer",
+        "eval_bpb.py": "predictor"}
+DATA = ("demo", "proxy")   # the presets with a dataset of their name
+STOPPED = "stopped early as asked"   # so ends a run that may go on
+ON_GPU = shutil.which("nvidia-smi")
+if not ON_GPU:
+    os.environ["OMP_NUM_THREADS"] = "1"
+CHILDREN = []   # processes; a turn that is stopped takes along those that run
 
 
-class Run(NamedTuple):
-    folder: Path   # runs/<run>
-    home: Path     # its sources, as they were when the turn began
-    flags: list    # of train_gpt.py
+def files_in(folder):
+    """{name: bytes} of the sources in a folder."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
+    return {name: paths[name].read_bytes() for name in paths if SOURCE_NAME.fullmatch(name)}
+
+
+def files_at(commit):
+    """{name: bytes} of the sources at a commit."""
+    names = git("ls-tree", "-r", "--name-only", commit).decode().split()
+    return {name: git("show", f"{commit}:{name}") for name in names if SOURCE_NAME.fullmatch(name)}
 
 
 def parent_of(name):
-    """A run, a record or a commit -> (its name, {file: bytes} of its sources, its config; {} of a commit)."""
+    """A run, a record or a commit -> (its name, {file: bytes} of its sources, its settings, the
+    record that it is or builds on)."""
     try:
-        entry = read_entry(find_baseline(name))
-        return entry["name"].rpartition("_s")[0] or entry["name"], read_sources(entry), entry["config"]
+        folder = find_entry(name)
     except BadInput:
-        pass
-    shown = {f: subprocess.run(["git", "show", f"{name}:{f}"], cwd=ROOT, capture_output=True) for f in SOURCES}
-    if any(out.returncode for out in shown.values()):
-        raise BadInput(f"--parent={name}: no run, no record and no commit with a train_gpt.py")
-    return name, {f: out.stdout for f, out in shown.items()}, {}
+        return git("rev-parse", "--short", name).decode().strip(), files_at(name), {}, None
+    side = folder.name.rpartition("_s")[0]
+    if turn := read_turn(folder):
+        return side, files_in(TURNS / side), turn["settings"], turn.get("record")
+    entry = read_entry(folder)
+    files = files_at(entry.get("commit", "HEAD")) | files_in(folder) | files_in(folder / "source")
+    settings = {k: v for k, v in entry["config"].items() if k not in PER_RUN}
+    return folder.name, files, settings, folder.name if "commit" in entry else None
 
 
-def settings(args, given, config):
-    """-> {flag: value} of both sides: the parent's config if it has one, what was given, the budget, the dataset."""
-    out = {k: v for k, v in config.items() if k not in PER_RUN} if not args.preset else {}
-    out |= {"preset": args.preset or ("proxy" if Path("data/proxy").is_dir() and not config else "demo"), **given}
-    if "max_seconds" not in given:   # steps, for what a busy machine does in so many seconds is a lottery
-        out |= {"max_seconds": 0, "max_steps": given.get("max_steps") or out.get("max_steps") or 300}
-    data = str(out.get("data") or PRESETS.get(out["preset"], {}).get("data", "fineweb"))
-    if data == "demo" and not (ROOT / "data/demo/meta.json").exists():
-        subprocess.run([sys.executable, str(ROOT / "data/prepare.py"), "demo"], check=True)
-    folder = find_dataset(data)
-    return out | {"data": data if Path(data) == folder else os.path.relpath(folder)}
+def axes(files):
+    """{name: bytes} of sources -> {axis: text}, by file and by the words that head a part."""
+    found = {}
+    for name in sorted(files):
+        axis = AXES.get(name, "data")
+        for previous, line in itertools.pairwise(["", *files[name].decode().splitlines()]):
+            heading = re.match(r"(?:    )?# (\w+)", line)
+            if heading and name == "train_gpt.py":
+                ruled = previous.startswith("# ---")
+                axis = AXES.get(heading[1].lower(), "optimizer" if ruled else axis)
+            found[axis] = found.get(axis, "") + f"\n{line}"
+    return found
 
 
-def plan(name, sources, flags, seeds, more):
-    """The runs of one side, under the names that they have or will get. more(seed): flags that do not count."""
-    key = digest([{f: digest(b.decode("utf-8", "replace")) for f, b in sources.items()}, flags])[:8]
-    home, runs = Path("runs/sources") / key, []
-    for file, blob in sources.items():
+def make_side(name, files, settings, **about):
+    """Writes runs/turns/<side>/ of these sources and settings, or finds it -> the folder."""
+    content = repr((sorted(files.items()), sorted(settings.items())))
+    key = hashlib.sha256(content.encode()).hexdigest()[:8]
+    slug = re.sub(r"\W+", "-", name.lower())[:30].strip("-")
+    home = next(TURNS.glob(f"*_{key}"), TURNS / f"{slug}_{key}")
+    for file, data in files.items():
         (home / file).parent.mkdir(parents=True, exist_ok=True)
-        (home / file).write_bytes(blob)
-    for seed in seeds:
-        there = sorted(Path("runs").glob(f"*_{key}_s{seed}"))
-        slug = re.sub(r"\W+", "-", name.lower())[:30].strip("-")
-        folder = there[0] if there else Path("runs") / f"{slug}_{key}_s{seed}"
-        words = {**flags, "seed": seed, "run": folder.name, **more(seed)}
-        runs.append(Run(folder, home, [f"--{k}={v}" for k, v in words.items()]))
-    return runs
+        (home / file).write_bytes(data)
+    about = {**read_turn(f"{home.name}_s1"), "settings": settings, **about}
+    (home / "turn.json").write_text(json.dumps(about, indent=1))
+    return home
 
 
-def call(run, *words):
-    """Runs a command to its end -> the last line that it printed, or '' where it ended well."""
-    env = os.environ if shutil.which("nvidia-smi") else {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(run.home / f"{run.folder.name}.out", "a+b") as out:
-        child = subprocess.Popen([sys.executable, *map(str, words)], env=env, stdout=out, stderr=out,
-                                 start_new_session=True)   # Ctrl-C is for the turn: a trainer would end early and save
-        CHILDREN.add(child)
-        failed = child.wait()
-        CHILDREN.discard(child)
-        out.seek(0)
-        return (out.read().decode("utf-8", "replace").strip().splitlines() or ["no message"])[-1] if failed else ""
+def finish(home, seed):
+    """Trains, packs and scores one run, as far as that is still to be done; says how it went."""
+    run = Path("runs", f"{home.name}_s{seed}")
+    score = run / "score.json"
+    settings = read_turn(run)["settings"]
+    flags = [f"--{k}={v}" for k, v in {**settings, "seed": seed, "run": run.name}.items()]
+    commands = [
+        [home / "train_gpt.py", *flags], [home / "pack.py", run],
+        # The parent's code is not the root's, but ours: no proof, which takes minutes.
+        [ROOT / "eval_bpb.py", run / "artifact.pyz", f"--data={settings['data']}", f"--out={score}",
+         "--trust", "--max_seconds=0"]]
+    end = read_run(run)["end"]
+    if end == "finished":
+        commands = commands[1:]
+    elif end not in (None, STOPPED):
+        commands = []   # it failed, and would again
+    elif (run / "state.pt").exists():
+        commands[0][1:] = [f"--resume={run}"]
+    else:
+        shutil.rmtree(run, ignore_errors=True)   # killed before it had saved anything
+    for words in () if score.exists() else commands:
+        with open(home / f"{run.name}.out", "a") as out:
+            # A session of its own: Ctrl-C is for the turn, a trainer would end early and save.
+            child = subprocess.Popen([sys.executable, *words], stdout=out, stderr=out,
+                                     start_new_session=True)
+        CHILDREN.append(child)
+        if child.wait():
+            break
+    state = "scored"
+    if not score.exists():
+        state = f"no score, {read_run(run)['end']}; see {home / run.name}.out"
+    print(f"{run}: {state}", file=sys.stderr, flush=True)
 
 
-def finish(run):
-    """Trains, packs and scores, as far as that is still to be done -> why it failed, or ''."""
-    folder, why = run.folder, ""
-    if (folder / "crash.json").exists():
-        return read_run(folder)["crash"].get("reason", "a crash")
-    if not (folder / "score.json").exists():
-        if not trained(folder):
-            if (folder / "state.pt").exists():
-                why = call(run, run.home / "train_gpt.py", f"--resume={folder}")
-            else:
-                shutil.rmtree(folder, ignore_errors=True)   # killed before it had saved anything
-                why = call(run, run.home / "train_gpt.py", *run.flags)
-        if not why and not (folder / "artifact.pyz").exists():
-            why = call(run, run.home / "pack.py", folder)
-        # It writes the ledger's line. The parent's code is not this folder's, but ours: no proof, which takes minutes.
-        why = why or call(run, ROOT / "eval_bpb.py", folder / "artifact.pyz", "--trust")
-        if why and (folder / "metrics.jsonl").exists():
-            append(folder)
-    return why
+def scores_of(side):
+    """{seed: val_bpb} of the runs of a side that have a whole score."""
+    scores = {}
+    for path in Path("runs").glob(f"{side}_s*/score.json"):
+        scores[path.parent.name.rpartition("_s")[2]] = read_json(path).get("val_bpb")
+    return {seed: bpb for seed, bpb in scores.items() if is_number(bpb)}
 
 
-def trained(folder):
-    path = folder / "metrics.jsonl"
-    last = json.loads(path.read_text().splitlines()[-1]) if path.exists() and not (folder / "state.pt").exists() else {}
-    return last.get("kind") == "summary" and last.get("finished")
+def list_ideas():
+    for path in sorted(TURNS.glob("*/turn.json"), key=os.path.getmtime):
+        turn = read_json(path)
+        if "idea" not in turn:
+            continue
+        side = path.parent.name
+        ours = scores_of(side)
+        theirs = scores_of(turn["against"])
+        if min(len(ours), len(theirs)) > 1:
+            c = comparison(ours, theirs, 1.0)
+            words = f"{c['verdict']}: {c['gain_bpb']:+.5f} bits per byte, p {c['p']:.2g}"
+        else:
+            runs = Path("runs").glob(f"{side}_s*")
+            ends = {read_run(run)["end"] for run in runs}
+            words = f"{'undecided' if ends <= {None, 'finished'} else 'drop'}: {ends}"
+        print(f"{words}; n {len(ours)}\n  {turn['idea']}\n  moved {', '.join(turn['moved'])}; {side} "
+              f"against {turn['against']}, {turn['settings']}")
 
 
-def run_all(runs, jobs):
-    """Every run to its end, side by side, with a line on stderr for each -> {folder: why it failed}."""
-    failed, pool = {}, ThreadPoolExecutor(jobs)
+def run_all(home, parent, seeds, jobs):
+    """Both sides' runs, the parent's first and then its noise."""
+    pool = ThreadPoolExecutor(jobs)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # through the finally below
-    waiting = {pool.submit(finish, run): run.folder for run in runs}
     try:
-        for n, future in enumerate(as_completed(waiting), 1):
-            folder, why = waiting[future], future.result()
-            failed |= {folder: why} if why else {}
-            print(f"{n} of {len(runs)} runs: {folder} {why or 'is scored'}", file=sys.stderr, flush=True)
+        theirs = pool.map(finish, [parent] * len(seeds), seeds)
+        ours = pool.map(finish, [home] * len(seeds), seeds)
+        list(theirs)   # waits
+        scores = [*scores_of(parent.name).values()]
+        if len(scores) > 1:
+            print(f"noise      {parent.name}: std {statistics.stdev(scores):.5f}, n {len(scores)}; "
+                  f"unpaired, a gain under {smallest_gain(scores):.5f} bits per byte does not show",
+                  flush=True)
+        list(ours)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in [*CHILDREN]:
-            os.killpg(child.pid, signal.SIGKILL)
-    return failed
+        for child in CHILDREN:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
 
 
-def ideas(rows):
-    """Lines of the ledger -> [(verdict, numbers, its first line)] of each experiment that had an idea or a parent."""
-    by_run, experiments, out = {row["run"]: row for row in rows}, {}, []   # of a run the last line counts
-    for row in by_run.values():
-        experiments.setdefault(row["experiment"], []).append(row)
-
-    def scores(rows):
-        return {row["seed"]: float(row["val_bpb"]) for row in rows if row["status"] == "ok"}
-    for mine in experiments.values():
-        first, ours = mine[0], scores(mine)
-        if first["idea"] == first["parent"] == "-":
-            continue
-        parent, theirs, unlike = by_run.get(first["parent"]), {}, []
-        if parent:
-            theirs = scores(experiments[parent["experiment"]])
-            unlike = [k for k in ("dataset", "budget", "predictor") if parent[k] != first[k]]
-        shared = [s for s in ours if s in theirs]
-        if len(shared) > 1:
-            ours, theirs = {s: ours[s] for s in shared}, {s: theirs[s] for s in shared}
-        stopped = ", ".join(sorted({row["status"] for row in mine} - {"ok"}))
-        if not ours:
-            verdict, numbers = "drop", stopped
-        elif unlike or min(len(ours), len(theirs)) < 2:
-            verdict, numbers = "undecided", f"another {', '.join(unlike)}" if unlike else "too few runs"
-        else:
-            c = comparison(ours, theirs, 1.0)
-            verdict = c["verdict"] if c["verdict"] in ("keep", "drop") else "undecided"
-            numbers = f"{c['gain_bpb']:+.5f} bits per byte, p {c['p']:.2g}, n {len(ours)}"
-            numbers += f" ({stopped})" * bool(stopped)
-        out.append((verdict, numbers, first))
-    return out
+def parse(argv):
+    """-> the turn's own flags, {setting: value} of both sides, {setting: value} of the idea."""
+    p = Parser(description=__doc__)
+    p.add_argument("--idea", help="what differs from the parent; empty: list the ideas so far")
+    p.add_argument("--parent", default="HEAD", help="a run, a record or a commit")
+    p.add_argument("--seeds", type=int, default=3, help="seeds 1 to this on both sides")
+    p.add_argument("--jobs", type=int, default=1 if ON_GPU else os.cpu_count(), help="runs at once")
+    cut = [*argv, "--"].index("--")
+    args, words = p.parse_known_args(argv[:cut])
+    found = []
+    for words in (words, argv[cut + 1:]):
+        settings = dict(re.findall(r"--(\w+)=(.*)", "\n".join(words)))
+        if len(settings) < len(words):
+            raise BadInput(f"{words}: settings of train_gpt.py are written --name=value, each once")
+        found.append(settings)
+    if args.seeds < 2 or args.jobs < 1:
+        raise BadInput("--seeds=2 at least: one run says nothing about noise; --jobs=1 at least")
+    return args, *found
 
 
 def main():
-    argv = sys.argv[1:]
-    cut = argv.index("--") if "--" in argv else len(argv)
-    p = Parser(description=__doc__)
-    p.add_argument("--idea", help="what differs from the parent, in one sentence; without it: the ideas so far")
-    p.add_argument("--parent", default="HEAD", help="a run, a record or a commit")
-    p.add_argument("--seeds", type=int, default=3, help="seeds 1 to this on both sides")
-    p.add_argument("--preset", choices=list(PRESETS), help="the parent's; else proxy with data/proxy, or demo")
-    p.add_argument("--jobs", type=int, default=1 if shutil.which("nvidia-smi") else os.cpu_count(), help="runs at once")
-    args, more = p.parse_known_args(argv[:cut])
-    given, own = ({k: v for f in words for k, v in re.findall(r"^--(\w+)=(.*)$", f)}
-                  for words in (more, argv[cut + 1:]))
-    if bad := [k for k in {**given, **own} if k not in {f.name for f in fields(Config)} - PER_RUN] or [
-            f for f in more + argv[cut + 1:] if not re.match(r"--\w+=", f)]:
-        raise BadInput(f"{bad[0]}: settings of train_gpt.py are written --name=value")
+    args, both, own = parse(sys.argv[1:])
     if not args.idea:
-        for verdict, numbers, row in ideas(read_ledger("runs/ledger.tsv")):
-            print(f"{verdict:<10} {row['idea']}\n{'':<10} {numbers}; {row['run']} against {row['parent']}, "
-                  f"{row['budget']} on {row['dataset']}, commit {row['commit']}, {row['config_differences']}")
-        return 0
-    if args.seeds < 2 or args.jobs < 1:
-        raise BadInput("--seeds=2 at least, for one run says nothing about noise; --jobs=1 at least")
-    name, old, config = parent_of(args.parent)
-    flags = settings(args, given, config)
-    known = {"preset", *(f.name for f in fields(Config))}
+        return list_ideas()
+    name, old, settings, record = parent_of(args.parent)
+    preset = "proxy" if Path("data/proxy").is_dir() else "demo"
+    # Steps, for what a busy machine does in so many seconds is a lottery.
+    settings = {"preset": preset, "max_seconds": 0, "max_steps": 300, **settings, **both}
+    settings.setdefault("data", settings["preset"] if settings["preset"] in DATA else "fineweb")
+    if settings["data"] == "demo" and not (ROOT / "data/demo/meta.json").exists():
+        subprocess.run([sys.executable, ROOT / "data/prepare.py", "demo"], check=True)
+    settings["data"] = os.path.relpath(find_dataset(settings["data"]))
+    new = files_in(ROOT)
+    if new == old and own.items() <= settings.items():
+        raise BadInput(f"nothing differs from {args.parent}: edit, or give settings behind --")
+    before = axes(old)
+    moved = [axis for axis, text in axes(new).items() if text != before.get(axis)
+             or any(f"\n    {key}:" in text for key in own)]
+    parent = make_side(name, old, settings)
+    home = make_side(args.idea, new, {**settings, **own}, idea=args.idea, against=parent.name,
+                     moved=moved, record=record)
     seeds = range(1, args.seeds + 1)
-    parents = plan(name, old, flags, seeds, lambda seed: {})
-    new = {f: (ROOT / f).read_bytes() for f in SOURCES}
-    mine = plan(args.idea, new, {k: v for k, v in flags.items() if k in known} | own, seeds,
-                lambda seed: {"parent": parents[seed - 1].folder.name, "idea": args.idea})
-    if mine[0].folder == parents[0].folder:
-        raise BadInput(f"nothing differs from {args.parent}: edit train_gpt.py, or give settings behind --")
-    print(f"{args.idea}: {mine[0].folder.name} against {parents[0].folder.name}, {flags['data']}", file=sys.stderr)
-    failed = run_all([*parents, *mine], args.jobs)
-    whole = [(str(a.folder), str(b.folder)) for a, b in zip(mine, parents) if not {a.folder, b.folder} & {*failed}]
-    if len(whole) < 2:
-        raise BadInput(f"{len(whole)} pairs of runs have a score: {'; '.join(failed.values()) or 'two are needed'}")
-    compare([*(a for a, _ in whole), "--", *(b for _, b in whole)])
-    return 0
+    run_all(home, parent, seeds, args.jobs)
+    ours, theirs = ([f"runs/{side.name}_s{n}" for n in seeds] for side in (home, parent))
+    plot.write(home / "curves.svg", ours + theirs)
+    return compare([*ours, "--", *theirs])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,280 @@
+"""A predictor whose code is a stranger's, in a sandbox that leaves nothing behind and is shown only what is revealed.
+
+The judge talks to a Remote as to any predictor: predict, learn. A Remote talks to serve(), the judge's own end of the
+pipe, in the child: frames of 4 bytes of name, 8 bytes of length, content.
+
+The sandbox is bubblewrap's (0.8 or newer; the package `bubblewrap` of Debian and Ubuntu): namespaces of its own for
+files, processes, users, network and what processes share. All files it sees, the system's and Python's, are mounted
+read-only; its folder, /tmp, is 1 GB of memory. It ends with the judge, and can reach nothing that could prevent that.
+What is left is what hardware remembers by itself: timing, and the memory of a GPU.
+"""
+import importlib
+import inspect
+import json
+import math
+import os
+import platform
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.dataset import BadInput
+
+PYTHON = [sys.prefix, sys.base_prefix, str(Path(torch.__file__).parents[1])]  # the last holds the packages
+READABLE = ["/usr", "/lib", "/lib64", "/bin", *PYTHON, *map(os.path.realpath, PYTHON)]  # by the child
+ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")  # it is given
+STDERR_BYTES = 1 << 20  # that it may write
+STDERR_LINES = 20  # of them that are shown
+
+# What the mounts leave open, by processor: its name to seccomp, then socket, socketpair; ptrace, process_vm_readv and
+# _writev; syslog; add_key, request_key, keyctl; io_uring_setup; what tells or changes which pages of a file are in
+# memory: mincore, fadvise64, preadv2, cachestat; all that begin with set, get, list and remove and end in xattr.
+DENIED = {
+    "x86_64": (0xC000003E, 41, 53, 101, 310, 311, 103, 248, 249, 250, 425, 27, 221, 327, 451, *range(188, 200)),
+    "aarch64": (0xC00000B7, 198, 199, 117, 270, 271, 116, 217, 218, 219, 425, 232, 223, 286, 451, *range(5, 17)),
+}
+
+
+def quoted(data: bytes, most: int) -> str:
+    """What a child says, as Python would write it: nothing in it can make a terminal show something else."""
+    text = " ".join(data.decode("utf-8", "replace").split())
+    return repr(text if len(text) <= most else text[:most] + "...")
+
+
+def reachable(folder: Path) -> str:
+    """-> what a child may read that holds the folder, or ""."""
+    real = os.path.realpath(folder)
+    return next((path for path in READABLE if real.startswith(os.path.realpath(path) + os.sep)), "")
+
+
+def forget_files() -> None:
+    """Drops the files that a child may read from memory, lest one child tells the next by which of them are there."""
+    for root in set(map(os.path.realpath, READABLE)):
+        for _, _, names, folder in os.fwalk(root):
+            for name in names:
+                with suppress(OSError):
+                    file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=folder)
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                    os.close(file)
+
+
+# ---- the sandbox
+
+
+def filter_calls() -> bytes:
+    """-> a program for seccomp: EACCES to the DENIED system calls and to those of other processors."""
+    load, if_equal, if_at_least, answer = 0x20, 0x15, 0x35, 0x06
+    processor, *calls = DENIED[platform.machine()]
+    n = len(calls)
+    program = [(load, 0, 0, 4), (if_equal, 0, n + 3, processor), (load, 0, 0, 0)]
+    program += [(if_at_least, n + 1, 0, 1 << 30)]  # x86's other table
+    program += [(if_equal, n - i, 0, call) for i, call in enumerate(calls)]
+    program += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x50000 | 13)]
+    return b"".join(struct.pack("HBBI", *line) for line in program)
+
+
+def sandbox(artifact: Path) -> list[str]:
+    """-> the words before a command that put it into the sandbox, with the artifact as /tmp/artifact.pyz."""
+    words = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534",
+             "--cap-drop", "ALL", "--new-session", "--die-with-parent", "--proc", "/proc", "--dev", "/dev"]
+    for path in ["/sys", "/etc/alternatives", "/etc/ld.so.cache", *READABLE]:
+        words += ["--ro-bind-try", path, path]
+    for path in Path("/dev").glob("nvidia*"):
+        words += ["--dev-bind", str(path), str(path)]
+    words += ["--size", str(1 << 30), "--tmpfs", "/tmp", "--ro-bind", str(artifact.resolve()), "/tmp/artifact.pyz"]
+    for path in ("/proc", "/dev", "/"):
+        words += ["--remount-ro", path]
+    return [*words, "--chdir", "/tmp"]
+
+
+class Child:
+    """A command in the sandbox, or unconfined in the artifact's folder. close() returns when nothing of it is left."""
+
+    def __init__(self, artifact: Path, command: list, env: dict, confined: bool = True):
+        calls, calls_in = os.pipe()
+        info, info_in = os.pipe()
+        words = [*sandbox(artifact), "--seccomp", str(calls), "--info-fd", str(info_in), "--"] if confined else []
+        os.write(calls_in, filter_calls() if confined else b"")
+        os.close(calls_in)
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self.process = subprocess.Popen([*words, *command], cwd=artifact.parent, env=env, start_new_session=True,
+                                        pass_fds=(calls, info_in), **pipes)
+        os.close(calls)
+        os.close(info_in)
+        with open(info) as file:
+            said = file.read() if confined else ""
+        self.first = os.pidfd_open(json.loads(said)["child-pid"]) if said else None  # of the sandbox's processes
+
+    def kill(self):
+        with suppress(OSError):
+            if self.first is not None:
+                signal.pidfd_send_signal(self.first, signal.SIGKILL)  # the kernel kills the others
+            else:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def close(self):
+        self.kill()
+        self.process.wait()
+        if self.first is not None:
+            select.select([self.first], [], [])
+
+
+def lacking() -> str:
+    """-> what this system lacks to confine a child, in words, or ""."""
+    if platform.machine() not in DENIED or not shutil.which("bwrap"):
+        return "bubblewrap (Linux on x86_64 or aarch64: apt-get install bubblewrap)"
+    child = Child(Path(sys.executable), ["true"], {})
+    _, said = child.process.communicate()
+    return f"bubblewrap that works: {quoted(said, 200)}" if child.process.returncode else ""
+
+
+# ---- both ends of the pipe
+
+
+def send(pipe, name: bytes, *arrays) -> None:
+    parts = [memoryview(np.ascontiguousarray(a)).cast("B") for a in arrays if a.size]
+    pipe.write(struct.pack("<4sQ", name, sum(part.nbytes for part in parts)))
+    for part in parts:
+        pipe.write(part)
+    pipe.flush()
+
+
+def receive(pipe, limits: dict) -> tuple[bytes, bytearray]:
+    """-> (name, content) of the next frame. limits: {name: most bytes}. Raises EOFError at the end, else ValueError."""
+    header = pipe.read(12)
+    if len(header) < 12:
+        raise EOFError
+    name, size = struct.unpack("<4sQ", header)
+    if size > limits.get(name, -1):
+        raise ValueError(f"a frame {name!r} of {size} bytes where {limits} may come")
+    content = bytearray(size)
+    if pipe.readinto(content) < size:
+        raise EOFError
+    return name, content
+
+
+def serve(name: str, device: str, memory: int) -> None:
+    """The child's side of Remote, until its stdin ends. Prints go to stderr. memory: bytes at most; 0: no limit."""
+    import resource
+    import traceback
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # to one byte, for an empty core would go through a pipe
+    if memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    try:
+        sys.path[:0] = ["artifact.pyz"]
+        predictor, name = importlib.import_module("eval_bpb").build("artifact.pyz", name, device)
+        shape = int(predictor.slots), int(predictor.chunk)
+        send(answers, b"open", np.array(shape), np.frombuffer(name.encode()[:64], np.uint8))
+        while True:
+            ask, content = receive(requests, {b"pred": 1 << 40, b"lern": 1 << 40})
+            tokens = np.frombuffer(content, np.int64, shape[0] * shape[1]).reshape(shape)
+            flags = np.frombuffer(content, bool, offset=tokens.nbytes)
+            if ask == b"pred":
+                send(answers, b"logi", predictor.predict(flags, tokens).detach().float().cpu().numpy())
+            else:
+                predictor.learn(tokens, flags.reshape(shape))
+                send(answers, b"done")
+    except EOFError:
+        pass
+    except BaseException as e:
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        words = f"{type(e).__name__}: {str(e)[:500]} ({last.filename}:{last.lineno}: {last.line})"
+        send(answers, b"bad!", np.frombuffer(words.encode()[:1 << 12], np.uint8))
+
+
+class Remote:
+    """A predictor in a child process: predict and learn send it what is revealed, no more.
+
+    The child is told no path but those of Python, and runs serve() before any code of the artifact.
+    """
+
+    def __init__(self, artifact: Path, device: str, vocab_size: int, confined: bool):
+        self.artifact, self.device, self.vocab_size = artifact, device, vocab_size
+        self.confined = confined
+        self.child = self.timer = None
+        self.why = ""  # it was killed
+
+    def open(self, name: str, seconds: float = 0) -> str:
+        """Starts the child, which ends after `seconds`; 0: never -> the predictor's name. From then on
+        .slots and .chunk are known."""
+        folder = "/tmp" if self.confined else str(self.artifact.parent)
+        env = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
+        env |= {"HOME": folder, "TMPDIR": folder, "USER": "nobody", "PYTHONPATH": PYTHON[-1]}
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        code = ["import importlib, os, struct, sys", "import numpy as np",
+                *map(inspect.getsource, (send, receive, serve)),
+                f"serve({name!r}, {self.device!r}, {memory if self.device == 'cpu' else 0})"]
+        command = [sys.executable, "-c", "\n".join(code)]
+        self.child = Child(self.artifact, command, env, self.confined)
+        self.pipes = self.child.process
+        threading.Thread(target=self.show_stderr, daemon=True).start()
+        self.timer = threading.Timer(seconds, self.end, [f"took more than {seconds:.0f} s"])
+        if seconds:
+            self.timer.start()
+        content = self.receive({b"open": 80})
+        self.slots, self.chunk = np.frombuffer(content[:16], np.int64).tolist()
+        return content[16:].decode("utf-8", "replace")
+
+    def show_stderr(self):
+        size = lines = 0
+        while data := self.pipes.stderr.readline(1 << 12):
+            size += len(data)
+            lines += 1
+            if lines <= STDERR_LINES:
+                print(f"artifact: {quoted(data, 60)}", file=sys.stderr)
+            if size > STDERR_BYTES and not self.why:
+                self.end(f"wrote more than {STDERR_BYTES} bytes to stderr")
+
+    def end(self, why: str):
+        self.why = f": it {why}"
+        self.kill()
+
+    def kill(self):
+        if self.child:
+            self.child.kill()
+
+    def receive(self, limits: dict) -> bytearray:
+        try:
+            name, content = receive(self.pipes.stdout, limits | {b"bad!": 1 << 12})
+        except EOFError:
+            self.child.close()
+            code = self.pipes.returncode
+            raise BadInput(f"its process ended in the middle (exit code {code}{self.why})") from None
+        except ValueError as e:
+            raise BadInput(f"its process sent {e}") from None
+        if name == b"bad!":
+            raise BadInput(f"its code says {quoted(content, 240)}")
+        return content
+
+    def ask(self, limits: dict, name: bytes, *arrays) -> bytearray:
+        if select.select([self.pipes.stdout], [], [], 0)[0] and self.pipes.stdout.peek(1):
+            raise BadInput("its process sent something before it was asked")
+        with suppress(BrokenPipeError):  # then there is no answer either
+            send(self.pipes.stdin, name, *arrays)
+        return self.receive(limits)
+
+    def predict(self, fresh, inputs):
+        shape = (*inputs.shape, self.vocab_size)
+        content = self.ask({b"logi": 4 * math.prod(shape)}, b"pred", inputs, fresh)
+        if len(content) != 4 * math.prod(shape):
+            raise BadInput(f"predict() must return logits {shape}, not {len(content)} bytes")
+        return torch.frombuffer(content, dtype=torch.float32).view(shape)
+
+    def learn(self, targets, real):
+        self.ask({b"done": 0}, b"lern", targets, real)
+
+    def close(self):
+        if self.child:
+            self.timer.cancel()
+            self.child.close()

@@ -1,0 +1,152 @@
+"""Read run and record folders as data. Crashes cut these files, people edit them and strangers
+write them, so each is read with a size limit and every number is checked before use.
+
+What is known of one seed is called its facts: FACTS. submit.py writes them under the last `---` of
+the seed's log, one `key: JSON` a line; submission.json holds what summarise() makes of them, so
+that check.py can make it again.
+"""
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from data.dataset import BadInput
+
+ROOT = Path(__file__).resolve().parents[1]
+PER_RUN = {"seed", "run"}   # in which two runs of one experiment may differ
+NUMBERS = ("val_bpb", "val_loss", "artifact_bytes", "train_seconds", "eval_seconds", "steps",
+           "tokens")
+SHARED = ("dataset", "config", "source_sha256", "environment")
+FACTS = {"seed": int, **dict.fromkeys(NUMBERS, (int, float)), "artifact_sha256": str, "mode": str,
+         "audit": dict, **dict.fromkeys(SHARED, dict)}
+
+
+def is_number(x):
+    """A finite int or float; bool is neither."""
+    return type(x) in (int, float) and abs(x) <= sys.float_info.max
+
+
+def read_json(path):
+    """A JSON object in a file -> dict. BadInput names the file."""
+    try:
+        value = json.loads(path.read_bytes())
+        value.keys()
+        return value
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
+        raise BadInput(f"{path}: {getattr(e, 'strerror', None) or f'no JSON object: {e}'}") from None
+
+
+def read_turn(run):
+    """The turn.json of the turn that started a run, {} of a run by hand."""
+    path = Path("runs/turns", Path(run).resolve().name.rpartition("_s")[0], "turn.json")
+    return read_json(path) if path.exists() else {}
+
+
+def part(value, key):
+    """The object under a key of a JSON object, {} where there is none."""
+    found = value.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def nats_per_bit(dataset):
+    """Nats per token in one bit per byte."""
+    return math.log(2) * dataset["val_bytes"] / dataset["val_tokens"]
+
+
+def read_metrics(folder):
+    """A run's metrics.jsonl -> its rows, dicts with a kind. Lines that a kill cut are left out."""
+    rows = []
+    path = Path(folder, "metrics.jsonl")
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            rows.append({"kind": "", **json.loads(line)})
+        except (ValueError, TypeError):
+            continue
+    return rows
+
+
+def read_run(folder):
+    """A run folder -> its facts as far as they are there, what else score.json says, folder, and
+    end: the reason why it ended, None of a run that was killed."""
+    latest = {row["kind"]: row for row in read_metrics(folder)}
+    start = part(latest, "start")
+    path = Path(folder) / "score.json"
+    score = read_json(path) if path.exists() else {}
+    run = {**part(latest, "summary"), "val_bpb": None, "val_loss": None, **score}
+    for key in SHARED:
+        run[key] = part(start, key)
+    run["dataset"] |= part(score, "dataset")
+    run["seed"] = run["config"].get("seed")
+    run["eval_seconds"] = part(score, "phases").get("total")
+    run["end"] = part(latest, "end").get("reason")
+    return {**run, "folder": Path(folder)}
+
+
+def check_facts(facts):
+    """ValueError or another error of values for what is missing or cannot be."""
+    for key, kind in FACTS.items():
+        x = facts.get(key)
+        if not isinstance(x, kind) or key in NUMBERS and not (is_number(x) and x > 0):
+            raise ValueError(f"{key} is {x}")
+    nats_per_bit(facts["dataset"])
+
+
+def summarise(seeds):
+    """Facts of all seeds -> what submission.json says of them."""
+    out = {key: seeds[0][key] for key in SHARED}
+    out["config"] = {k: v for k, v in out["config"].items() if k not in PER_RUN}
+    out["hardware"] = str(out["environment"].get("device"))
+    for key in ("val_bpb", "val_loss"):
+        values = [facts[key] for facts in seeds]
+        out[key] = statistics.fmean(values)
+        out[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+    out["bytes_total"] = max(facts["artifact_bytes"] for facts in seeds)
+    out["seed_results"] = {}
+    for facts in seeds:
+        row = {key: facts[key] for key in FACTS if key not in SHARED}
+        out["seed_results"][str(row.pop("seed"))] = row
+    return out
+
+
+def find_entry(name):
+    """A run or a record, by its folder or its name -> its folder. BadInput without one."""
+    for folder in (Path(name), Path("runs", name), known_records().get(name, Path(name))):
+        if (folder / "metrics.jsonl").is_file() or (folder / "submission.json").is_file():
+            return folder.resolve()
+    raise BadInput(f"{name}: no such run and no such record")
+
+
+def read_entry(name):
+    """A run or a record -> its SHARED facts and scores {seed: val_bpb}."""
+    folder = find_entry(name)
+    if not (folder / "submission.json").is_file():
+        run = read_run(folder)
+        return {**run, "scores": {str(run["seed"]): run["val_bpb"]}}
+    entry = read_json(folder / "submission.json")
+    rows = part(entry, "seed_results")
+    return {**entry, "scores": {seed: part(rows, seed).get("val_bpb") for seed in rows}}
+
+
+def known_records(records=ROOT / "records"):
+    """{name: folder} of the records of this repository."""
+    paths = [*records.glob("track_*/*/submission.json")]
+    return {path.parent.name: path.parent for path in sorted(paths)}
+
+
+def git(*args):
+    """What a git command prints, as bytes. BadInput with its words where it fails."""
+    out = subprocess.run(["git", *args], cwd=ROOT, capture_output=True)
+    if out.returncode:
+        raise BadInput(f"git {args[0]}: {out.stderr.decode('utf-8', 'replace').strip()[:200]}")
+    return out.stdout
+
+
+def committed(commit, name):
+    """The bytes of a file at a commit of this repository; None without such a commit or file."""
+    try:
+        return git("show", f"{commit}:{name}") if re.fullmatch("[0-9a-f]{7,64}", commit) else None
+    except BadInput:
+        return None
