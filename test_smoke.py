@@ -1590,7 +1590,7 @@ def test_a_child_can_leave_nothing_and_reach_nothing(tmp_path, monkeypatch):
         command = [sys.executable, "-c", ATTEMPTS, *map(str, (target, secret, pid, server.getsockname()[1]))]
         for confined in (True, True, False, False):
             child = confine.Child(target, command, {"PYTHONPATH": confine.PYTHON[-1]}, confined)
-            found.append(child.process.communicate()[0].decode().split())
+            found.append(child.process.communicate(timeout=100)[0].decode().split())
             child.close()
             assert not confined or target.stat() == before
     Path(f"/dev/shm/{pid}").unlink()
