@@ -484,7 +484,7 @@ class GPT(nn.Module):
 
         # Rotary angles from the position in the segment, once for all blocks, in fp32.
         freqs = torch.arange(0, cfg.rope_dims, 2, device=tokens.device)
-        freqs = torch.exp2(freqs * (-math.log2(cfg.rope_base) / cfg.rope_dims))
+        freqs = torch.exp(freqs * (-math.log(cfg.rope_base) / cfg.rope_dims))
         angle = seg.pos[:, None, None] * freqs  # (N, 1, rope_dims / 2)
         angle = F.pad(angle.expand(-1, cfg.n_head + cfg.n_kv_head, -1), (0, 0, 0, cfg.n_kv_head))
         rotary = (angle.cos(), angle.sin())
