@@ -218,14 +218,15 @@ def attention(lab):
     def dense(*qkv):
         qkv = (x.view(-1, cfg.seq_len, x.size(1), d).transpose(1, 2) for x in qkv)
         return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
-    tried = {kernel.__name__: lambda *qkv: kernel(*qkv, seg), "SDPA": dense}
+    tried = {kernel.__name__: lambda *qkv: kernel(*qkv, seg)}
     if lab.cuda:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
         start = torch.arange(N, device=lab.device) - seg.pos
-        mask = create_block_mask(lambda b, h, i, j: (start[i] == start[j]) & (i >= j), None, None, N, N,
-                                 lab.device, _compile=True)
+        mask = torch.compile(create_block_mask)(lambda b, h, i, j: (start[i] == start[j]) & (i >= j),
+                                                None, None, N, N, lab.device)
         flex = torch.compile(partial(flex_attention, block_mask=mask, enable_gqa=True))
         tried["flex"] = lambda *qkv: flex(*(x.transpose(0, 1)[None] for x in qkv))
+    tried["SDPA"] = dense
     for name, f in tried.items():
         lab.tell(name, ms=lab.ms(lambda: torch.autograd.grad(f(*inputs).sum(), inputs)),
                  forward_ms=lab.ms(lambda: f(*inputs)), predicted_ms=roofline.ATTENTION_MS)
