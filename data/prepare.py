@@ -71,6 +71,8 @@ def find_files(paths):
     are not read."""
     files, unread = [], []
     for path in map(Path, paths):
+        if not path.exists():
+            raise BadInput(f"{path}: no such file or folder")
         inside = {path}
         if path.is_dir():
             walk = os.walk(path, onerror=lambda e: unread.append((e.filename, e.strerror)))

@@ -1,149 +1,337 @@
-"""The first minutes on a GPU: what of this project holds there, section by section, in under ten minutes of one H100.
+"""The first minutes on a GPU: what of this project holds there, in seven minutes of one H100.
 
-    python records/evidence/first_gpu_minutes.py            the record's Config
-    python records/evidence/first_gpu_minutes.py --tiny     a tiny one, on a CPU too: does this tool run
+    python records/evidence/first_gpu_minutes.py FOLDER            FOLDER gets results.jsonl
+    python records/evidence/first_gpu_minutes.py FOLDER --only=looped --only=packing
+    python records/evidence/first_gpu_minutes.py FOLDER --tiny     on a CPU too: does this tool run
 
-Each section prints what it measures as it does; one that fails says why in a line, and the others go on (exit code 1).
+Sections come in the order of their worth, each a process of its own with a limit of seconds. Each
+number is printed and written as soon as it is known. A section that fails or is late says why, its
+traceback is in the file, and the next one runs (exit code 1). FOLDER/cold has the same for the two
+that compile longest, started at once beside all else: there are the compile seconds without a cache.
+
+On a machine that is rented by the minute, without a network, that has torch, triton, numpy and
+tiktoken: bring this repository (data/demo is made there, no other dataset is needed) and the wheel
+of what is missing (at home: pip download --no-deps --only-binary=:all: --python-version 3.12
+--platform manylinux_2_17_x86_64 -d wheels zstandard). Then ask once:
+
+    pip install -q --no-index --no-deps --target /tmp/site wheels/*.whl; export PYTHONPATH=/tmp/site
+    timeout 500 python -u records/evidence/first_gpu_minutes.py FOLDER
+
+What was compiled stays in torch's cache folder: while the machine is held, --only= what was cut off
+takes a fraction of the time.
 """
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "records/evidence")]
-import numpy as np  # noqa: E402
-import roofline  # noqa: E402
-import torch  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+import numpy as np
+import roofline
+import torch
+import torch.nn.functional as F
 
-import train_gpt as t  # noqa: E402
-from data.dataset import Parser, command  # noqa: E402
+import eval_bpb
+import train_gpt as t
+from data.dataset import Parser, command
 
-# GB that the compiler's own kernels move for one row of the record (vocabulary 8192), as roofline.py counts them.
-OWN_GB = {False: 50.3, True: 75.5}
-# Parts of a row by the names of its kernels: the first row that matches names it.
-PARTS = [("inductor's own kernels", ("triton_",)), ("attention", ("flash", "fmha", "attention")),
-         ("products and loss", ("up_kernel", "ce_forward", "ce_backward", "gemm", "nvjet", "cutlass", "xmma", "mm")),
-         ("copies and the rest", ("",))]
-TINY = dict(n_layer=3, n_embd=16, n_head=2, n_kv_head=1, mlp_dim=16, loop_first=1, loop_last=1, two_lane_from=2,
-            rope_dims=4, batch_tokens=128, row_tokens=128, seq_len=48, val_tokens=256, calib_tokens=128, val_points=1)
+OWN_GB = {False: 50.4, True: 75.7}  # of inductor's own kernels for a row of the record, by roofline.py
+PARTS = {"own": ("triton_",), "attention": ("flash", "fmha", "attention"),  # by the names of kernels
+         "products and loss": ("up_kernel", "ce_forward", "ce_backward", "gemm", "nvjet", "cutlass"),
+         "rest": ("",)}
+TINY = dict(n_layer=3, n_embd=64, n_head=2, n_kv_head=1, mlp_dim=256, loop_first=1, loop_last=1,
+            two_lane_from=2, batch_tokens=512, row_tokens=256, seq_len=64, calib_tokens=256)
 
 
-def python(folder: Path, *arguments) -> str:
-    """Runs a file of the project in a folder -> what it printed. Raises with its last line where it fails."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
+class Lab:
+    """What a section gets: the record's Config, the device, tell(), ms()."""
+
+    def __init__(self, folder, section, tiny):
+        self.path = folder / "results.jsonl"
+        self.section = section
+        self.tiny = tiny
+        self.cfg = replace(t.Config(), vocab_size=16384)
+        if tiny:
+            self.cfg = replace(t.Config(), vocab_size=1024, **TINY)
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda" if self.cuda else "cpu")
+
+    def tell(self, what, **numbers):
+        line = json.dumps({"section": self.section, "what": what, **numbers})
+        with open(self.path, "a") as f:
+            print(line, file=f)
+        print(line[:400], flush=True)
+
+    def ms(self, f, repeat=10):
+        """Median over 5 rounds of the ms of one f(), of which a round has `repeat`."""
+        repeat = 1 if self.tiny else repeat
+        rounds = []
+        for _ in range(2 if self.tiny else 6):  # the first does not count
+            begin = time.perf_counter()
+            for _ in range(repeat):
+                f()
+            if self.cuda:
+                torch.cuda.synchronize()
+            rounds.append((time.perf_counter() - begin) * 1000 / repeat)
+        return float(np.median(rounds[1:]))
+
+    def random(self, *shape):
+        x = torch.randn(*shape, device=self.device, dtype=torch.bfloat16 if self.cuda else None)
+        return x.requires_grad_()
+
+    def model(self):
+        """The record's, of random weights: products of zeros are faster."""
+        model = t.GPT(self.cfg)
+        for name in model.MATRICES:
+            torch.nn.init.normal_(getattr(model, name), std=0.05)
+        model.fused = self.cuda
+        return model.place(self.device)
+
+    def batch(self):
+        row = t.synthetic_tokens(self.cfg.vocab_size, self.cfg.row_tokens + 1, 0)
+        return t.make_batch(row, self.cfg.seq_len, self.device, self.cfg.seq_len)
+
+    def compile(self, f):
+        return torch.compile(f, dynamic=False, fullgraph=True) if self.cuda else f
+
+
+def python(folder, *arguments):
+    """Runs a file of the project in a folder -> the lines that it printed. Raises with their end."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
-        raise RuntimeError((done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1])
-    return done.stdout
+        raise RuntimeError(done.stdout[-3000:])
+    return done.stdout.splitlines()
 
 
-def found(text: str, key: str) -> str:
-    """The rest of the last line that starts with key."""
-    return [line for line in text.splitlines() if line.startswith(key)][-1][len(key):].strip()
-
-
-def kernels(cfg, device, folder):
-    """Are the fused kernels their references within rounding? pick_kernels() names those that are not."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    print(f"{t.environment(device, 1)}\nattention: {t.pick_attention(device, dtype)[0]}")
-    print(f"as their references: {list(t.pick_kernels(cfg, device, dtype, print)) or 'none: torch has its own'}")
-
-
-def record(cfg, device, folder):
-    """A whole short run on random tokens: all graphs, both states of the recurrence, calibration, checkpoint."""
-    flags = [f"--{k}={v}" for k, v in asdict(cfg).items() if k not in ("vocab_size", "data", "run")]
-    python(folder, ROOT / "train_gpt.py", *flags, "--data=synthetic", "--run=record", "--max_steps=40", "--log_every=2",
-           "--max_seconds=0")
-    log = (folder / "runs/record/log.txt").read_text()
-    print(f"warm-up: {found(log, 'warmup_seconds:').split()[0]} s; peak memory: {found(log, 'peak_memory_mb:')} MB")
-    print(*(line for line in log.splitlines() if "WARNING" in line), sep="\n")
-    lines = [json.loads(x) for x in (folder / "runs/record/metrics.jsonl").read_text().splitlines()]
-    for name, steps in (("un-looped", range(10, 15)), ("looped", range(30, 41))):  # on from 0.35 of 40 steps
-        some = [x for x in lines if x["kind"] == "step" and x["step"] in steps]
-        print(f"{name}: {np.median([x['step_ms'] for x in some]):.1f} ms a step of {cfg.batch_tokens:,} tokens, "
-              f"{cfg.batch_tokens // cfg.row_tokens} rows; MFU {np.median([x.get('mfu', np.nan) for x in some]):.1%}")
-
-
-def parts(cfg, device, folder):
-    """Forward and backward of one row: the time of its kernels by part, beside the roofline's prediction."""
-    cuda = device.type == "cuda"
-    dtype = torch.bfloat16 if cuda else torch.float32
-    name, attend = t.pick_attention(device, dtype)
-    compiled, sync = name != "sdpa", partial(torch.cuda.synchronize, device) if cuda else lambda: None
-    model = t.GPT(cfg, attend, dtype, **t.pick_kernels(cfg, device, dtype, print))
-    model.init_matrices()
-    model.to(device)
-    losses = torch.compile(model.losses, dynamic=False, fullgraph=True) if compiled else model.losses
-    row = torch.randint(cfg.vocab_size - 1, (cfg.row_tokens + 1,), device=device)
-    longest = cfg.seq_len if compiled else 0
-    seg = t.make_segments(np.arange(0, cfg.row_tokens, 700), cfg.row_tokens, cfg.seq_len, device, longest)
-    for looped in (False, True):
-        step = lambda: losses(row[:-1], row[1:], seg, looped).sum().backward()
-        for _ in range(3):
-            step()
-        sync()
-        with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as traced:
-            step()
-            sync()
-        begin = time.perf_counter()
-        for _ in range(5 if cuda else 1):
-            step()
-        sync()
-        ms = (time.perf_counter() - begin) * 1000 / (5 if cuda else 1)
-        flop = t.count_flops(cfg, looped) * cfg.row_tokens
-        spent, largest = defaultdict(float), []
-        for event in traced.key_averages():
-            us = event.self_device_time_total if cuda else event.self_cpu_time_total
-            spent[next(part for part, keys in PARTS if any(k in event.key.lower() for k in keys))] += us / 1000
-            largest.append((us / 1000, event.count, event.key[:90]))
-        predicted = {"inductor's own kernels": OWN_GB[looped] / roofline.GB_PER_MS,
-                     "products and loss": flop / 1e12 / roofline.TFLOP_PER_MS,
-                     "attention": roofline.ATTENTION_MS * len(t.block_order(cfg, looped))}
-        print(f"{'looped' if looped else 'un-looped'}: {ms:.1f} ms a row, {flop / ms / 1e9:.0f} TFLOP/s")
-        rows = [[part, f"{predicted.get(part, 0):.1f}", f"{spent[part]:.1f}"] for part, _ in PARTS]
-        print(roofline.table([["ms", "predicted for an H100's record", "measured here"], *rows]))
-        print("\n".join(f"{us:9.2f} ms {n:5} x {key}" for us, n, key in sorted(largest, reverse=True)[:12]))
-
-
-def whole(cfg, device, folder):
-    """Train, pack and score a short run on the demo's documents, with the adaptive predictor."""
-    if not (ROOT / "data/demo/meta.json").exists():
-        python(ROOT, ROOT / "data/prepare.py", "demo")
-    flags = [f"--{k}={v}" for k, v in asdict(cfg).items() if k not in ("vocab_size", "data", "run")]
-    python(folder, ROOT / "train_gpt.py", *flags, "--data=demo", "--run=demo", "--max_steps=40", "--max_seconds=0",
-           "--val_points=1")
-    packed = python(folder, ROOT / "pack.py", "demo")
-    print(f"packed: {found(packed, 'artifact_bytes:')} bytes in {found(packed, 'pack_seconds:')} s")
-    subprocess.run([sys.executable, str(ROOT / "eval_bpb.py"), "runs/demo/artifact.pyz", f"--device={device.type}",
-                    f"--limit_docs={2 if cfg.n_embd == TINY['n_embd'] else 0}"], cwd=folder, capture_output=True)
-    score = json.loads((folder / "runs/demo/score.json").read_text())
-    seconds, n = score["phases"]["score"], score["val_docs"]
-    print(f"{score['predictor']}: {score.get('val_bpb', score.get('untrusted_bpb')):.4f} bits per byte, {n} documents "
-          f"({score['val_tokens'] / n:.0f} targets each) in {seconds:.1f} s: 50,000 such documents on eight: "
-          f"{seconds / n * 50_000 / 8:.0f} s")
-
-
-def main() -> int:
-    parser = Parser(prog="first_gpu_minutes.py", description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model: shows that the tool runs, no more")
-    cfg = replace(t.Config(), vocab_size=8192, **(TINY if parser.parse_args().tiny else {}))
-    device, failed, begin = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 0, time.perf_counter()
+def whole(lab):
+    """The whole path with a tiny model on the demo's documents: does the loss fall, is it scored?"""
+    flags = [f"--{key}={value}" for key, value in TINY.items()]
     with tempfile.TemporaryDirectory() as folder:
-        for section in (kernels, record, parts, whole):
-            print(f"\n## {section.__name__}: {section.__doc__}", flush=True)
-            try:
-                section(cfg, device, Path(folder))
-            except Exception as e:
-                failed += 1
-                print(f"FAILED: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
-            print(f"({time.perf_counter() - begin:.0f} s so far)", flush=True)
-    return int(failed > 0)
+        lab.tell("trained", log=python(folder, ROOT / "train_gpt.py", *flags, "--data=demo", "--run=it",
+                                       f"--max_steps={6 if lab.tiny else 200}", "--val_points=1")[-20:])
+        lab.tell("packed", log=python(folder, ROOT / "pack.py", "it")[-4:])
+        artifact = "runs/it/artifact.pyz"
+        lab.tell("scored", log=python(folder, ROOT / "eval_bpb.py", artifact, f"--limit_docs={2 * lab.tiny}")[-7:])
+
+
+def machine(lab):
+    """The two ceilings: memory, and products of random numbers."""
+    n = 256 if lab.tiny else 8192
+    x = lab.random(n, n).detach()
+    lab.tell("ceilings", tflop_per_ms=2 * n ** 3 / 1e12 / lab.ms(lambda: x @ x),
+             gb_per_ms=2 * x.nbytes / 1e9 / lab.ms(x.clone), **t.environment(lab.device))
+
+
+def record(lab, looped):
+    """A row of the record forward and backward, a step of one GPU, the row's kernels by part."""
+    cfg = lab.cfg
+    model = lab.model()
+    batch = lab.batch()
+    losses = lab.compile(model.losses)
+
+    def row():
+        losses(*batch, looped).sum().backward()
+        return batch[0][0].item()  # waits for the GPU
+    begin = time.perf_counter()
+    row()
+    lab.tell("compiled", seconds=time.perf_counter() - begin, attention=model.kernel.__name__)
+    flop = t.count_flops(cfg, looped) * cfg.row_tokens
+    predicted = {"own": OWN_GB[looped] / roofline.GB_PER_MS,
+                 "attention": len(t.block_order(cfg, looped)) * roofline.ATTENTION_MS,
+                 "products and loss": flop / 1e12 / roofline.TFLOP_PER_MS}
+    ms = lab.ms(row)
+    lab.tell("row", ms=ms, predicted_ms=sum(predicted.values()), mfu=flop / ms / 989e9,
+             peak_gb=lab.cuda and torch.cuda.max_memory_allocated() / 1e9)
+    n_rows = cfg.batch_tokens // cfg.row_tokens
+    step = partial(t.train_step, losses, [batch] * n_rows, model, t.make_optimizers(model, cfg, lab.cuda),
+                   t.schedule_at(cfg, float(looped)), cfg)
+    lab.tell("step of one GPU", ms=lab.ms(step, 1), rows=n_rows)
+    with torch.profiler.profile() as traced:
+        row()
+    spent = defaultdict(float)
+    kernels = []
+    for event in traced.key_averages():
+        ms = (event.self_device_time_total if lab.cuda else event.self_cpu_time_total) / 1000
+        part = next(part for part, words in PARTS.items() if any(word in event.key for word in words))
+        spent[part] += ms
+        kernels.append((ms, event.count, event.key[:100]))
+    lab.tell("parts", ms=spent, predicted_ms=predicted, kernels=sorted(kernels, reverse=True)[:50])
+
+
+def prices(lab):
+    """What each kernel and hand-written gradient saves: 3 blocks with it, and with plain torch for it."""
+    lab.cfg = replace(lab.cfg, n_layer=3, loop_passes=1, two_lane_from=3)
+    model = lab.model()
+    batch = lab.batch()
+    context = SimpleNamespace(save_for_backward=lambda *tensors: None)
+
+    def xsa(y, v, v_unit, v_length, gate):
+        v_unit = F.normalize(v.float(), dim=-1)
+        return t.GatedXSA.forward(context, y, v, v_unit, v_length, gate)
+
+    def mlp(x, up, down):
+        return F.linear(t.lrelu2(F.linear(x, up)), down)
+
+    def loss(z, targets, cap):
+        return F.cross_entropy(cap * torch.tanh(z.float() / cap), targets, reduction="none")
+    plain = {"RotatedHeads": partial(t.RotatedHeads.forward, context), "GatedXSA": xsa,
+             "FusedMLP": mlp, "FusedCE": loss}
+    ours = None
+    for name in ("ours", *plain):
+        torch.compiler.reset()
+        with mock.patch.object(getattr(t, name, t.FusedCE), "apply", plain.get(name, t.FusedCE.apply)):
+            losses = lab.compile(model.losses)
+
+            def row():
+                model.zero_grad()
+                losses(*batch, False).sum().backward()
+            ms = lab.ms(row)
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.numel()])
+        ours = ours or (ms, grads)
+        lab.tell(name, ms=ms, dearer_a_block=(ms - ours[0]) / 3,
+                 difference=((grads - ours[1]).norm() / ours[1].norm()).item())
+
+
+def attention(lab):
+    """ms of a visit, forward and backward, over a row of documents (SDPA: without)."""
+    cfg = lab.cfg
+    N, H, K, d = cfg.row_tokens, cfg.n_head, cfg.n_kv_head, cfg.n_embd // cfg.n_head
+    inputs = [lab.random(N, n, d) for n in (H, K, K)]
+    seg = lab.batch()[2]
+    kernel = t.pick_attention(lab.device, inputs[0].dtype)
+
+    def dense(*qkv):
+        qkv = (x.view(-1, cfg.seq_len, x.size(1), d).transpose(1, 2) for x in qkv)
+        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+    tried = {kernel.__name__: lambda *qkv: kernel(*qkv, seg), "SDPA": dense}
+    if lab.cuda:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        start = torch.arange(N, device=lab.device) - seg.pos
+        mask = create_block_mask(lambda b, h, i, j: (start[i] == start[j]) & (i >= j), None, None, N, N,
+                                 lab.device, _compile=True)
+        flex = torch.compile(partial(flex_attention, block_mask=mask, enable_gqa=True))
+        tried["flex"] = lambda *qkv: flex(*(x.transpose(0, 1)[None] for x in qkv))
+    for name, f in tried.items():
+        lab.tell(name, ms=lab.ms(lambda: torch.autograd.grad(f(*inputs).sum(), inputs)),
+                 forward_ms=lab.ms(lambda: f(*inputs)), predicted_ms=roofline.ATTENTION_MS)
+
+
+def adaptive(lab):
+    """A round of the predictor in the record's shape."""
+    V = lab.cfg.vocab_size
+    with mock.patch.object(eval_bpb, "impossible_pairs", lambda tokenizer: np.zeros((V, V), bool)):
+        predictor = eval_bpb.Adaptive(lab.model().requires_grad_(False), None, lab.device)
+    shape = predictor.slots, predictor.chunk
+    tokens = np.random.default_rng(0).integers(1, V, shape)
+
+    def one_round():
+        predictor.predict(np.zeros(len(tokens), bool), tokens)
+        predictor.learn(tokens, tokens > 0)
+    ms = lab.ms(one_round)
+    n_rounds = 151_078_222 / 4.5 / tokens.size  # 50,000 documents, at 4.5 bytes a token
+    lab.tell("round", ms=ms, shape=shape, seconds_of_50000_documents_on_8=n_rounds * ms / 8000,
+             peak_gb=lab.cuda and torch.cuda.max_memory_allocated() / 1e9)
+
+
+def packing(lab):
+    """40 million weights into 16 MB."""
+    n_layer = lab.cfg.n_layer + 3
+    cfg = replace(lab.cfg, vocab_size=1024, n_layer=n_layer, two_lane_from=n_layer)
+    weights = {name: 0.05 * torch.randn_like(W) for name, W in t.GPT(cfg).state_dict().items()}
+    tokenizer = (ROOT / "data/demo_tokenizer.json").read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        t.write_checkpoint(Path(folder) / "checkpoint.pt", config=asdict(cfg), weights=weights, stats={},
+                           run={"steps": 0}, tokenizer=tokenizer)
+        lab.tell("packed", log=python(folder, ROOT / "pack.py", folder)[-4:])
+
+
+def ideas(lab):
+    """FP8 and sampled softmax, as bare products and kernels: what they could save of a row."""
+    N, D, M, V = lab.cfg.row_tokens, lab.cfg.n_embd, lab.cfg.mlp_dim, lab.cfg.vocab_size
+    if lab.cuda:
+        a = lab.random(N, M).detach()
+        b = lab.random(D, M).detach()
+        a8, b8 = (x.to(torch.float8_e4m3fn) for x in (a, b))
+        one = torch.ones((), device=lab.device)
+        fp8 = partial(torch._scaled_mm, a8, b8.t(), one, one, out_dtype=a.dtype, use_fast_accum=True)
+        lab.tell("MLP's second product", fp8_ms=lab.ms(fp8), bf16_ms=lab.ms(lambda: a @ b.t()),
+                 cast_ms=lab.ms(lambda: a.to(a8.dtype)))
+    for words, n in ((V, N), (V // 3, N // 8)):  # all, and the candidates of a chunk of 12k tokens
+        x = lab.random(n, D)
+        E = lab.random(words, D)
+        targets = torch.randint(words, (n,), device=lab.device)
+
+        def run():
+            z = x @ E.t()
+            z = t.FusedCE.apply(z, targets, 30.0) if lab.cuda else z
+            torch.autograd.grad(z.sum(), (x, E))
+        lab.tell(f"loss of {words} words", ms_a_row=lab.ms(run) * N / n)
+
+
+SECTIONS = {  # with limits in s
+    "whole": (whole, 80), "machine": (machine, 10), "unlooped": (partial(record, looped=False), 70),
+    "looped": (partial(record, looped=True), 70), "prices": (prices, 50), "attention": (attention, 30),
+    "adaptive": (adaptive, 25), "packing": (packing, 40), "ideas": (ideas, 20)}
+COLD_SECONDS = 70  # more, after the whole path
+
+
+def run(name, folder, tiny):
+    os.setsid()  # what it starts ends with it
+    folder.mkdir(exist_ok=True)
+    lab = Lab(folder, name, tiny)
+    begin = time.perf_counter()
+    try:
+        SECTIONS[name][0](lab)
+        lab.tell("done", seconds=time.perf_counter() - begin)
+    except Exception as e:
+        lab.tell("FAILED", why=f"{type(e).__name__}: {str(e)[-300:]}", traceback=traceback.format_exc())
+        sys.exit(1)
+
+
+def main():
+    parser = Parser(prog="first_gpu_minutes.py", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="gets results.jsonl")
+    parser.add_argument("--only", action="append", choices=SECTIONS, help="a section; several times: those")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that the tool runs")
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    folder.mkdir(exist_ok=True)
+    fork = multiprocessing.get_context("fork")  # shares the imports; nothing has touched CUDA yet
+
+    def start(name, folder):
+        process = fork.Process(target=run, args=(name, folder, args.tiny))
+        process.start()
+        return process
+
+    def end(process, seconds):
+        process.join(seconds)
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        return process.exitcode == 0
+    cold = []
+    if not args.only and not args.tiny:
+        cold = [start(name, folder / "cold") for name in ("unlooped", "looped")]
+    failed = []
+    for name in args.only or SECTIONS:
+        if not end(start(name, folder), SECTIONS[name][1] * (10 if args.tiny else 1)):
+            failed.append(name)
+        while cold:  # nothing is timed beside them
+            end(cold.pop(), COLD_SECONDS)
+    print(f"failed or late: {', '.join(failed) or 'none'}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
