@@ -483,7 +483,8 @@ class GPT(nn.Module):
         weights["gain"] = F.pad(self.q_gain, (0, 2 * cfg.n_kv_head), value=1.0)
 
         # Rotary angles from the position in the segment, once for all blocks, in fp32.
-        freqs = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, device=tokens.device) / cfg.rope_dims)
+        freqs = torch.arange(0, cfg.rope_dims, 2, device=tokens.device)
+        freqs = torch.exp(freqs * (-math.log(cfg.rope_base) / cfg.rope_dims))
         angle = seg.pos[:, None, None] * freqs  # (N, 1, rope_dims / 2)
         angle = F.pad(angle.expand(-1, cfg.n_head + cfg.n_kv_head, -1), (0, 0, 0, cfg.n_kv_head))
         rotary = (angle.cos(), angle.sin())
@@ -624,7 +625,7 @@ class RotatedHeads(torch.autograd.Function):
         gain = gain[:, None] + 1e-12  # backward divides by it
         normed = torch.arange(len(gain), device=x.device)[:, None] < n_q + n_kv
         scale = torch.where(normed, torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), 1.0)
-        q, k, v = (rotate(x * scale, cos, sin) * gain).to(qkv.dtype).split([n_q, n_kv, n_kv], 1)
+        q, k, v = (rotate(x, cos, sin) * (scale * gain)).to(qkv.dtype).split([n_q, n_kv, n_kv], 1)
         ctx.save_for_backward(q, k, gain, cos, sin, scale)
         return q, k, v
 
