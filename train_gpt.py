@@ -7,7 +7,7 @@
 
 This file needs torch, numpy and a dataset folder, nothing else. It writes runs/<run>/: log.txt,
 metrics.jsonl, checkpoint.pt (averaged weights and what pack.py needs), source/. Then `python
-pack.py` makes the one file that counts and `python eval_bpb.py` scores it. """
+pack.py` makes the one file that counts and `python eval_bpb.py` scores it."""
 import argparse
 import copy
 import hashlib
@@ -303,7 +303,7 @@ def segment_copies(q, k, tokens, targets, seg):
 def flex_copies(q, k, tokens, targets, seg):
     """segment_copies() for compiled graphs: two FlexAttentions whose log-sum-exp is what counts, over
     the blocks of each segment. With its projections 1.3 to 1.8 ms of a record step on paper: 0.32
-    TFLOP and 0.8 GB. Scores in memory would be 0.8 GB for each 2,048 places, ten times over. """
+    TFLOP and 0.8 GB. Scores in memory would be 0.8 GB for each 2,048 places, ten times over."""
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
     start = torch.arange(len(q), device=q.device) - seg.pos  # of each token's segment
     block = torch.arange(math.ceil(len(q) / COPY_BLOCK), device=q.device)
@@ -386,7 +386,7 @@ class GPT(nn.Module):
     whole banks.
 
     linear(), attend() and previous() may be replaced on an instance: calibration and test-time
-    predictors do. """
+    predictors do."""
     MATRICES = ("qkv", "o", "up", "down", "copy")
 
     def __init__(self, cfg):
@@ -551,7 +551,7 @@ class GPT(nn.Module):
         y, where A is the softmax of q . k_s and the sink's score, and a = sigmoid(gate). As a key
         reads the state before its place too, q can find what followed a state like its own.
         (modded-nanogpt #379: 12 % fewer steps for 1.3 % more time, 8 runs against 13. There a is one
-        more logit's share of the softmax: no better here.) """
+        more logit's share of the softmax: no better here.)"""
         q, k, before = self.linear(hidden, self.copy[0].to(hidden.dtype), "copy", 0, 0).chunk(3, 1)
         q = norm(q) * (self.copy_gain * self.cfg.copy_dim ** -0.5).to(q.dtype)
         k = norm(k + self.previous(before, "copy") * (seg.pos > 0)[:, None])
@@ -616,7 +616,7 @@ class RotatedHeads(torch.autograd.Function):
     gains (v: by no angle, times 1).
 
     With x^ = x / rms(x), y = gain R x^, y^ = y / gain, g = dy: dx = gain R^T (g - y^ mean(y^ g)) /
-    rms(x). """
+    rms(x)."""
 
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, n_kv):
@@ -660,7 +660,7 @@ class GatedXSA(torch.autograd.Function):
     along its token's own value (XSA, #265), times sigmoid(gate) (sparse attention gate, #1787).
 
     With v^ = v / |v|, p = y v^: z = s (y - p v^). Then dy = e - q v^ where e = s dz and q = e v^,
-    and of each head dv = (2 p q v^ - p e - q y) / |v|. """
+    and of each head dv = (2 p q v^ - p e - q y) / |v|."""
 
     @staticmethod
     def heads(K, *xs):
@@ -857,7 +857,7 @@ class Muon(torch.optim.Optimizer):
 
     Every rank keeps all momenta and orthogonalises its share of each bank's layers: on paper 0.2 ms
     of a record step instead of 1 to 2.5. A group's `rows` are those of the matrices stacked in a
-    layer, such as q, k and v. """
+    layer, such as q, k and v."""
 
     def __init__(self, groups, compiled=False):
         """groups: [{"params": [bank, ...], "rows": [int, ...] or None, "weight_decay": float}]; lr
@@ -1077,7 +1077,7 @@ class Loader:
 
     The stream is the same whatever the number of ranks; rank r of n takes rows r, r + n, ... A
     thread reads ahead. (The public loaders that mix documents gained 0.002 bits per byte over
-    sequential ones.) """
+    sequential ones.)"""
 
     def __init__(self, data, cfg, first_row=0):
         """The stream starts at first_row, counted over all ranks."""
@@ -1171,7 +1171,7 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
     bank.H (L, in, in) of x x^T and bank.g (L, out) of (dL/dy)^2 for each y = W x, over all visits
     of a looped block; for the tied embedding embed.H (D, D) and embed.g (V,) as the head, embed.S
     (D, D) of (dL/dx)(dL/dx)^T as the input; tokens (1,). embed.g is p (1 - p) times the softcap's
-    slope squared, which is exact but for the pointer. Ends after a row once late() is true. """
+    slope squared, which is exact but for the pointer. Ends after a row once late() is true."""
     device = model.embed.weight.device
     sums = defaultdict(float)
     generator = torch.Generator(device).manual_seed(seed)
