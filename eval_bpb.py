@@ -566,7 +566,7 @@ class Judge:
         print(f"eval_bpb.py: {self.path}: ran over {self.max_seconds:.0f} s in the phase "
               f"'{self.phases.name}': no score", file=sys.stderr, flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
-        for child in self.children:
+        for child in self.children if self.lacking else ():  # a sandbox ends with this process
             child.kill()
         os._exit(2)
 

@@ -1540,7 +1540,7 @@ def test_audited_strangers_prove_their_score_or_have_none(judge, dataset, tmp_pa
 # ---- isolation and trust
 
 
-# What a child may try: prints the names of what it could do. The last four it may do.
+# What a child may try: prints the names of what it could do. The last five it may do.
 ATTEMPTS = """
 import ctypes, os, signal, socket, sys
 target, secret, judge, port = sys.argv[1:]
@@ -1568,7 +1568,7 @@ attempts = {
     "shared": shared_memory, "file": lambda: open("/dev/shm/" + judge), "left": lambda: open("/tmp/left" + judge),
     "kernel": lambda: open("/proc/sys/vm/swappiness", "r+"),
     "folder": lambda: open("/tmp/left" + judge, "w"), "fork": lambda: os.waitpid(os.fork() or os._exit(0), 0),
-    "library": lambda: __import__("numpy"), "random": lambda: open("/dev/urandom", "rb").read(1)}
+    "library": lambda: __import__("numpy"), "random": lambda: open("/dev/urandom", "rb").read(1), "look": lambda: open(target)}
 for name, attempt in attempts.items():
     try:
         attempt()
@@ -1596,7 +1596,7 @@ def test_a_child_can_leave_nothing_and_reach_nothing(tmp_path, monkeypatch):
     Path(f"/dev/shm/{pid}").unlink()
     Path(f"/tmp/left{pid}").unlink()
     subprocess.run(["ipcrm", "-M", str(pid)])
-    assert found[0] == found[1] == ["folder", "fork", "library", "random"], found
+    assert found[0] == found[1] == ["folder", "fork", "library", "random", "look"], found
     assert {"mode", "time", "write", "read", "evict", "signal", "socket", "pair", "shared", "left"} <= {*found[3]}
 
 

@@ -1,13 +1,13 @@
 """Train the best language model that fits in 16,000,000 bytes, in ten minutes on 8xH100.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py   the record (needs data/fineweb)
-    python train_gpt.py                                     the same file on whatever is here:
-                                    without a GPU a small model in two minutes on two CPU cores
+    python train_gpt.py                                     the same file on whatever is here: on two
+                                                            CPU cores a small model in two minutes
     python train_gpt.py --help                              every setting, its unit and its default
 
 This file needs torch, numpy and a dataset folder, nothing else. It writes runs/<run>/: log.txt,
 metrics.jsonl, checkpoint.pt (averaged weights and what pack.py needs), source/. Then `python
-pack.py` makes the one file that counts and `python eval_bpb.py` scores it. """
+pack.py` makes the one file that counts and `python eval_bpb.py` scores it."""
 import argparse
 import copy
 import hashlib
@@ -58,55 +58,55 @@ HERE = Path(__file__).resolve().parent
 @dataclass
 class Config:
     # run
-    data: str = "fineweb"      # dataset: a name under data/, a folder, or "synthetic", random tokens
-    run: str = ""              # name of the folder under runs/; empty: preset, date and seed
-    seed: int = 1337           # initial weights, data order, calibration samples
-    device: str = ""           # cuda, mps or cpu; empty: the best there is
-    max_seconds: float = 600.0 # s, the training clock: steps and calibration; 0: no limit
-    max_steps: int = 0         # steps; progress is then step / max_steps, repeatable; 0: no limit
+    data: str = "fineweb"       # dataset: a name under data/, a folder, or "synthetic", random tokens
+    run: str = ""               # name of the folder under runs/; empty: preset, date and seed
+    seed: int = 1337            # initial weights, data order, calibration samples
+    device: str = ""            # cuda, mps or cpu; empty: the best there is
+    max_seconds: float = 600.0  # s, the training clock: steps and calibration; 0: no limit
+    max_steps: int = 0          # steps; progress is then step / max_steps, repeatable; 0: no limit
     # model (11 x 512 with 17 block applications: #1493, #1855)
-    vocab_size: int = 0        # tokens; 0: the dataset's
-    n_layer: int = 11          # blocks
-    n_embd: int = 512          # width of the residual stream
-    n_head: int = 8            # query heads
-    n_kv_head: int = 4         # key and value heads
-    mlp_dim: int = 2048        # hidden width of the MLP
-    loop_first: int = 3        # first block that is repeated
-    loop_last: int = 5         # last block that is repeated
-    loop_passes: int = 3       # how often the repeated blocks run in all; 1: no recurrence
-    loop_at: float = 0.35      # progress at which the recurrence is switched on (#1493)
-    two_lane_from: int = 8     # first block with attention and MLP side by side; n_layer: none
-    rope_dims: int = 16        # rotated dimensions of each head
-    rope_base: float = 10000.0 # base of the rotary frequencies
-    gate_dims: int = 12        # input dimensions that steer the gates (#1667, #1787)
-    qk_gain: float = 5.0       # initial gain of the normalised queries (#1855)
-    softcap: float = 30.0      # logits = softcap * tanh(logits / softcap)
-    copy_dim: int = 128        # width of the pointer's queries and keys (modded-nanogpt #379)
+    vocab_size: int = 0         # tokens; 0: the dataset's
+    n_layer: int = 11           # blocks
+    n_embd: int = 512           # width of the residual stream
+    n_head: int = 8             # query heads
+    n_kv_head: int = 4          # key and value heads
+    mlp_dim: int = 2048         # hidden width of the MLP
+    loop_first: int = 3         # first block that is repeated
+    loop_last: int = 5          # last block that is repeated
+    loop_passes: int = 3        # how often the repeated blocks run in all; 1: no recurrence
+    loop_at: float = 0.35       # progress at which the recurrence is switched on (#1493)
+    two_lane_from: int = 8      # first block with attention and MLP side by side; n_layer: none
+    rope_dims: int = 16         # rotated dimensions of each head
+    rope_base: float = 10000.0  # base of the rotary frequencies
+    gate_dims: int = 12         # input dimensions that steer the gates (#1667, #1787)
+    qk_gain: float = 5.0        # initial gain of the normalised queries (#1855)
+    softcap: float = 30.0       # logits = softcap * tanh(logits / softcap)
+    copy_dim: int = 128         # width of the pointer's queries and keys (modded-nanogpt #379)
     # batch
-    batch_tokens: int = 786432 # tokens per optimizer step
-    row_tokens: int = 98304    # tokens per forward pass: one packed row of documents
-    seq_len: int = 3072        # tokens, longest context; shorter ones come first (schedule_at)
+    batch_tokens: int = 786432  # tokens per optimizer step
+    row_tokens: int = 98304     # tokens per forward pass: one packed row of documents
+    seq_len: int = 3072         # tokens, longest context; shorter ones come first (schedule_at)
     # optimizer (#1855)
-    matrix_lr: float = 0.026   # Muon learning rate, in units of spectral norm per update
-    embed_lr: float = 0.03     # AdamW learning rate of the embedding
-    scalar_lr: float = 0.02    # AdamW learning rate of gains, mixes and gates
-    matrix_wd: float = 0.095   # decoupled weight decay of the matrices, times matrix_lr
-    embed_wd: float = 0.085    # decoupled weight decay of the embedding
-    scalar_wd: float = 0.02    # decoupled weight decay of gains, mixes and gates
-    momentum: float = 0.97     # Muon momentum, reached at 24 % of progress from 0.92
-    adam_beta1: float = 0.9    # AdamW decay of the first moment
-    adam_beta2: float = 0.99   # AdamW decay of the second moment
-    grad_clip: float = 0.3     # largest global gradient norm
-    cooldown: float = 0.85     # share of the run, at its end, in which the learning rate falls
-    lr_floor: float = 0.10     # learning rate at the end, relative to its peak (#1787)
-    ema_decay: float = 0.9965  # per step, of the averaged weights
-    ema_share: float = 0.8     # of them in what is saved; the rest: the last ones (modded-nanogpt #325)
+    matrix_lr: float = 0.026    # Muon learning rate, in units of spectral norm per update
+    embed_lr: float = 0.03      # AdamW learning rate of the embedding
+    scalar_lr: float = 0.02     # AdamW learning rate of gains, mixes and gates
+    matrix_wd: float = 0.095    # decoupled weight decay of the matrices, times matrix_lr
+    embed_wd: float = 0.085     # decoupled weight decay of the embedding
+    scalar_wd: float = 0.02     # decoupled weight decay of gains, mixes and gates
+    momentum: float = 0.97      # Muon momentum, reached at 24 % of progress from 0.92
+    adam_beta1: float = 0.9     # AdamW decay of the first moment
+    adam_beta2: float = 0.99    # AdamW decay of the second moment
+    grad_clip: float = 0.3      # largest global gradient norm
+    cooldown: float = 0.85      # share of the run, at its end, in which the learning rate falls
+    lr_floor: float = 0.10      # learning rate at the end, relative to its peak (#1787)
+    ema_decay: float = 0.9965   # per step, of the averaged weights
+    ema_share: float = 0.8      # of them in what is saved; the rest: the last ones (modded-nanogpt #325)
     # measuring
-    val_points: int = 4        # validations, evenly spaced, the last at the end; the clock stands still
-    val_tokens: int = 0        # tokens of validation documents that training runs use; 0: all
-    calib_tokens: int = 524288 # tokens for the statistics that pack.py needs, inside the clock
-    log_every: int = 25        # steps between log lines
-    save_every: float = 60.0   # s of training between states from which --resume goes on; 0: none
+    val_points: int = 4         # validations, evenly spaced, the last at the end; the clock stands still
+    val_tokens: int = 0         # tokens of validation documents that training runs use; 0: all
+    calib_tokens: int = 524288  # tokens for the statistics that pack.py needs, inside the clock
+    log_every: int = 25         # steps between log lines
+    save_every: float = 60.0    # s of training between states from which --resume goes on; 0: none
 
     def __post_init__(self):
         """Raise ValueError, naming the flag, for a value or a combination that cannot run."""
@@ -303,7 +303,7 @@ def segment_copies(q, k, tokens, targets, seg):
 def flex_copies(q, k, tokens, targets, seg):
     """segment_copies() for compiled graphs: two FlexAttentions whose log-sum-exp is what counts, over
     the blocks of each segment. With its projections 1.3 to 1.8 ms of a record step on paper: 0.32
-    TFLOP and 0.8 GB. Scores in memory would be 0.8 GB for each 2,048 places, ten times over. """
+    TFLOP and 0.8 GB. Scores in memory would be 0.8 GB for each 2,048 places, ten times over."""
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
     start = torch.arange(len(q), device=q.device) - seg.pos  # of each token's segment
     block = torch.arange(math.ceil(len(q) / COPY_BLOCK), device=q.device)
@@ -386,7 +386,7 @@ class GPT(nn.Module):
     whole banks.
 
     linear(), attend() and previous() may be replaced on an instance: calibration and test-time
-    predictors do. """
+    predictors do."""
     MATRICES = ("qkv", "o", "up", "down", "copy")
 
     def __init__(self, cfg):
@@ -551,7 +551,7 @@ class GPT(nn.Module):
         y, where A is the softmax of q . k_s and the sink's score, and a = sigmoid(gate). As a key
         reads the state before its place too, q can find what followed a state like its own.
         (modded-nanogpt #379: 12 % fewer steps for 1.3 % more time, 8 runs against 13. There a is one
-        more logit's share of the softmax: no better here.) """
+        more logit's share of the softmax: no better here.)"""
         q, k, before = self.linear(hidden, self.copy[0].to(hidden.dtype), "copy", 0, 0).chunk(3, 1)
         q = norm(q) * (self.copy_gain * self.cfg.copy_dim ** -0.5).to(q.dtype)
         k = norm(k + self.previous(before, "copy") * (seg.pos > 0)[:, None])
@@ -616,7 +616,7 @@ class RotatedHeads(torch.autograd.Function):
     gains (v: by no angle, times 1).
 
     With x^ = x / rms(x), y = gain R x^, y^ = y / gain, g = dy: dx = gain R^T (g - y^ mean(y^ g)) /
-    rms(x). """
+    rms(x)."""
 
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, n_kv):
@@ -660,7 +660,7 @@ class GatedXSA(torch.autograd.Function):
     along its token's own value (XSA, #265), times sigmoid(gate) (sparse attention gate, #1787).
 
     With v^ = v / |v|, p = y v^: z = s (y - p v^). Then dy = e - q v^ where e = s dz and q = e v^,
-    and of each head dv = (2 p q v^ - p e - q y) / |v|. """
+    and of each head dv = (2 p q v^ - p e - q y) / |v|."""
 
     @staticmethod
     def heads(K, *xs):
@@ -857,7 +857,7 @@ class Muon(torch.optim.Optimizer):
 
     Every rank keeps all momenta and orthogonalises its share of each bank's layers: on paper 0.2 ms
     of a record step instead of 1 to 2.5. A group's `rows` are those of the matrices stacked in a
-    layer, such as q, k and v. """
+    layer, such as q, k and v."""
 
     def __init__(self, groups, compiled=False):
         """groups: [{"params": [bank, ...], "rows": [int, ...] or None, "weight_decay": float}]; lr
@@ -1077,7 +1077,7 @@ class Loader:
 
     The stream is the same whatever the number of ranks; rank r of n takes rows r, r + n, ... A
     thread reads ahead. (The public loaders that mix documents gained 0.002 bits per byte over
-    sequential ones.) """
+    sequential ones.)"""
 
     def __init__(self, data, cfg, first_row=0):
         """The stream starts at first_row, counted over all ranks."""
@@ -1171,7 +1171,7 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
     bank.H (L, in, in) of x x^T and bank.g (L, out) of (dL/dy)^2 for each y = W x, over all visits
     of a looped block; for the tied embedding embed.H (D, D) and embed.g (V,) as the head, embed.S
     (D, D) of (dL/dx)(dL/dx)^T as the input; tokens (1,). embed.g is p (1 - p) times the softcap's
-    slope squared, which is exact but for the pointer. Ends after a row once late() is true. """
+    slope squared, which is exact but for the pointer. Ends after a row once late() is true."""
     device = model.embed.weight.device
     sums = defaultdict(float)
     generator = torch.Generator(device).manual_seed(seed)

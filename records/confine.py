@@ -93,13 +93,14 @@ def filter_calls() -> bytes:
 def sandbox(artifact: Path) -> list[str]:
     """-> the words before a command that put it into the sandbox, with the artifact as
     /tmp/artifact.pyz."""
-    words = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534",
-             "--cap-drop", "ALL", "--new-session", "--die-with-parent", "--proc", "/proc", "--dev", "/dev"]
-    for path in ["/sys", "/etc/alternatives", "/etc/ld.so.cache", *READABLE]:
+    words = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL",
+             "--uid", "65534", "--gid", "65534", "--new-session", "--die-with-parent",
+             "--proc", "/proc", "--dev", "/dev", "--size", str(1 << 30), "--tmpfs", "/tmp"]
+    for path in ["/sys", "/etc/alternatives", "/etc/ld.so.cache", *READABLE]:  # some may be in /tmp
         words += ["--ro-bind-try", path, path]
     for path in Path("/dev").glob("nvidia*"):
         words += ["--dev-bind", str(path), str(path)]
-    words += ["--size", str(1 << 30), "--tmpfs", "/tmp", "--ro-bind", str(artifact.resolve()), "/tmp/artifact.pyz"]
+    words += ["--ro-bind", str(artifact.resolve()), "/tmp/artifact.pyz"]
     for path in ("/proc", "/dev", "/"):
         words += ["--remount-ro", path]
     return [*words, "--chdir", "/tmp"]
