@@ -21,7 +21,6 @@ import tempfile
 import time
 import tracemalloc
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
