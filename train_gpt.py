@@ -113,7 +113,7 @@ class Config:
         def refuse(problem, message):
             if problem:
                 raise ValueError(message)
-        positive = ("n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "gate_dims", "copy_dim", "loop_passes",
+        positive = ("n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "gate_dims", "copy_dim", "loop_passes", "rope_dims",
                     "batch_tokens", "row_tokens", "val_points", "log_every", "softcap", "rope_base",
                     "grad_clip", "cooldown")
         below_one = ("momentum", "adam_beta1", "adam_beta2", "ema_decay")
@@ -214,7 +214,7 @@ def parse_config(argv):
     preset = given.pop("preset", "demo" if why else "record")
     if os.environ.get("RANK", "0") == "0":
         show(f"preset: {preset}" + (f", for {why}" if why and preset == "demo" else ""))
-    if "max_steps" in given:
+    if given.get("max_steps"):
         given.setdefault("max_seconds", 0.0)
     return preset, Config(**{**PRESETS[preset], **given}), ""
 
@@ -233,9 +233,9 @@ class Segments(NamedTuple):
 
 def to_device(array, device):
     x = torch.from_numpy(array)
-    if torch.device(device).type == "cuda":
-        x = x.pin_memory()  # a copy from pageable memory makes the CPU wait for the GPU
-    return x.to(device, non_blocking=True)
+    if torch.device(device).type != "cuda":
+        return x.to(device)  # not in the background: MPS reads what is freed (pytorch #139550)
+    return x.pin_memory().to(device, non_blocking=True)  # else the CPU waits for the GPU
 
 
 def make_segments(starts, n_tokens, seq_len, device="cpu", longest=0):
@@ -936,10 +936,10 @@ def join_ranks(cfg):
     """Start the process group, if there are others -> the device of this rank. Raises
     ValueError."""
     rank, local_rank, world_size = read_launcher()
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    kind = cfg.device or next(kind for kind in available if available[kind])
-    if not available[kind] or kind == "cuda" and local_rank >= torch.cuda.device_count():
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
+             "cpu": world_size}
+    kind = cfg.device or next(kind for kind in count if count[kind])
+    if local_rank >= count[kind]:
         raise ValueError(f"--device={kind}: {no_cuda() or 'this machine has none, or fewer than ranks'}")
     n_rows = cfg.batch_tokens // cfg.row_tokens
     if n_rows % world_size:
@@ -1248,7 +1248,7 @@ def write_checkpoint(path, **values):
 
 CHECKPOINT = {"weights": dict, "stats": dict, "run": dict, "tokenizer": str}
 STATE = {"weights": dict, "ema": dict, "optimizers": list, "preset": str, "step": int,
-         "next_val": int, "seconds": float}
+         "seconds": float}
 
 
 def load_checkpoint(path, kinds=CHECKPOINT):
@@ -1367,8 +1367,7 @@ class Clock:
 
     def __init__(self, device):
         self.device = device
-        self.total = 0.0
-        self.since = None
+        self.total = 0.0  # until the last stop()
 
     def sync(self):
         if self.device.type == "cuda":
@@ -1377,38 +1376,39 @@ class Clock:
     def start(self):
         largest(0)  # no clock runs while one rank still writes
         self.sync()
-        self.since = time.perf_counter()
+        self.zero = time.perf_counter() - self.total
 
     def stop(self):
         self.sync()
         self.total = self.seconds()
-        self.since = None
 
     def seconds(self):
-        return self.total + (time.perf_counter() - self.since if self.since is not None else 0.0)
+        """Where it runs."""
+        return time.perf_counter() - self.zero
 
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by name of the GPU, for MFU
+# Dense bf16, by a part of the GPU's name, for MFU.
+PEAK_FLOPS = {"": 0.0, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 class Meter:
     """Looks at steps once they have ended, for a GPU must not wait for the CPU: logs one in
-    log_every and ends the run, exit code 3, at a loss that is not finite."""
+    log_every and ends the run, exit code 3, at a loss or a gradient that is not finite."""
 
     def __init__(self, cfg, clock, limit, log, step):
         """limit: s that the steps may take; step: the number of the last one."""
         self.cfg, self.clock, self.limit, self.log = cfg, clock, limit, log
         self.in_flight = []  # (step, Schedule, (loss, gradient norm), event after it)
         self.last = {"step": step, "train_seconds": clock.total, "train_loss": math.nan, "step_ms": 0.0}
-        self.peak_flops = 0.0
-        for name, flops in PEAK_FLOPS.items():
-            if name in environment(clock.device)["device"]:
-                self.peak_flops = flops * place_among_ranks()[1]
+        device = environment(clock.device)["device"]
+        self.peak_flops = max(flops for name, flops in PEAK_FLOPS.items() if name in device)
 
     def add(self, step, schedule, numbers):
         """numbers (2,) on the device: of the step that was queued last."""
-        numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory; readable once `done` has passed
-        done = torch.cuda.current_stream().record_event() if self.clock.device.type == "cuda" else None
+        done = None
+        if numbers.is_cuda:
+            numbers = numbers.to("cpu", non_blocking=True)  # pinned; readable once `done` has passed
+            done = torch.cuda.current_stream().record_event()
         self.in_flight.append((step, schedule, numbers, done))
 
     def settle(self, keep):
@@ -1418,16 +1418,17 @@ class Meter:
             if done:
                 done.synchronize()
             train_loss, grad_norm = numbers.tolist()
-            if not math.isfinite(train_loss):
-                self.log.reason = (f"the loss is {train_loss} at step {step}; last good: "
-                                   f"{self.last['train_loss']:.4f} at step {self.last['step']}")
+            if not math.isfinite(train_loss + grad_norm):
+                self.log.reason = (f"the loss is {train_loss}, the gradient norm {grad_norm} at step {step}; "
+                                   f"last good: {self.last['train_loss']:.4f} at step {self.last['step']}")
                 self.log(f"stopped: {self.log.reason}")
                 sys.exit(3)
             if step % self.cfg.log_every == 0 or step <= 5:
                 self.report(step, schedule, train_loss, grad_norm)
 
     def report(self, step, schedule, train_loss, grad_norm):
-        cfg, seconds = self.cfg, self.clock.seconds()
+        cfg = self.cfg
+        seconds = self.clock.seconds()
         step_ms = 1000 * (seconds - self.last["train_seconds"]) / (step - self.last["step"])
         rate = 1000 * cfg.batch_tokens / step_ms  # tokens per second
         eta = self.limit - seconds if cfg.max_seconds else (cfg.max_steps - step) * step_ms / 1000
@@ -1435,7 +1436,8 @@ class Meter:
                      "grad_norm": grad_norm, "step_ms": step_ms, "train_seconds": seconds,
                      "tokens": step * cfg.batch_tokens, "tokens_per_second": int(rate)}
         if self.peak_flops:
-            self.last["mfu"] = rate * count_flops(cfg, schedule.looped) / self.peak_flops
+            flops = rate * count_flops(cfg, schedule.looped)
+            self.last["mfu"] = flops / (self.peak_flops * place_among_ranks()[1])
         self.log(kind="step", **self.last, eta=max(int(eta), 0))
 
 
@@ -1587,9 +1589,8 @@ def main(argv=None):
         ema = copy.deepcopy(model)  # the averaged weights start where training starts
         clock = Clock(device)
         step = 0
-        next_val = 1
         if state:
-            step, next_val, clock.total = state["step"], state["next_val"], state["seconds"]
+            step, clock.total = state["step"], state["seconds"]
             model.load_state_dict(state["weights"])
             ema.load_state_dict(state["ema"])
             for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
@@ -1610,6 +1611,7 @@ def main(argv=None):
 
         def ask_to_stop(number, frame):  # once: finish early and save; twice: leave at once
             if stop_asked:
+                log.reason = f"ended by signal {number}"
                 sys.exit(128 + number)
             stop_asked.append(number)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1637,16 +1639,17 @@ def main(argv=None):
             if rank == 0:
                 moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
                 write_checkpoint(folder / "state.pt", config=asdict(cfg), preset=preset, step=step,
-                                 next_val=next_val, seconds=clock.total, optimizers=moments,
-                                 weights=model.state_dict(), ema=ema.state_dict())
+                                 seconds=clock.total, optimizers=moments, weights=model.state_dict(),
+                                 ema=ema.state_dict())
 
+        def progress_at(seconds):
+            return max(seconds / limit, step / (cfg.max_steps or math.inf))
+        val_done = int(progress_at(clock.total) * cfg.val_points)
         clock.start()
         while True:
             meter.settle(keep=1 if cuda else 0)  # the GPU's queue is never empty, never long
             seconds = clock.seconds()
-            progress = (seconds + len(meter.in_flight) * meter.last["step_ms"] / 1000) / limit
-            if cfg.max_steps:
-                progress = max(progress, step / cfg.max_steps)
+            progress = progress_at(seconds + len(meter.in_flight) * meter.last["step_ms"] / 1000)
             save_due = bool(cfg.save_every) and seconds - saved_at >= cfg.save_every
             # Rank 0's clock decides for all; a signal that any of them got stops all.
             progress, save_due, stop = largest(rank == 0 and progress, rank == 0 and save_due,
@@ -1654,9 +1657,12 @@ def main(argv=None):
             if stop or progress >= 1:
                 break
             schedule = schedule_at(cfg, progress)
-            if step and progress * cfg.val_points >= next_val:
+            val_due = int(progress * cfg.val_points)
+            if save_due or val_due > val_done:
+                meter.settle(keep=0)  # what is not finite is not saved
+            if val_due > val_done:
                 clock.stop()
-                next_val = int(progress * cfg.val_points) + 1
+                val_done = val_due
                 last_weights = copy.deepcopy(model.state_dict())
                 lerp(model, ema, cfg.ema_share)
                 measure(schedule.looped)
