@@ -116,8 +116,7 @@ class Config:
         positive = ("n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "gate_dims", "copy_dim", "loop_passes", "rope_dims",
                     "batch_tokens", "row_tokens", "val_points", "log_every", "softcap", "rope_base",
                     "grad_clip", "cooldown")
-        below_one = ("momentum", "adam_beta1", "adam_beta2", "ema_decay")
-        shares = ("cooldown", "lr_floor", "ema_share")
+        shares = ("momentum", "adam_beta1", "adam_beta2", "ema_decay", "cooldown", "lr_floor", "ema_share")
         for f in fields(self):
             value = getattr(self, f.name)
             flag = f"--{f.name}={value}"
@@ -125,8 +124,7 @@ class Config:
             if f.type is not str:
                 refuse(not 0 <= value < 2 ** 63, f"{flag} must be a finite number, 0 or more")
                 refuse(f.name in positive and value == 0, f"{flag} must be above 0")
-                refuse(f.name in below_one and value >= 1, f"{flag} must be below 1")
-                refuse(f.name in shares and value > 1, f"{flag} is a share: at most 1")
+                refuse(f.name in shares and value > 1, f"{flag} must be at most 1")
         refuse(self.device not in ("", "cuda", "mps", "cpu"), f"--device={self.device} must be cuda, mps or cpu")
         refuse(not re.fullmatch(r"[\w.-]*", self.run), f"--run={self.run!r} must be letters, digits, dots and dashes")
         refuse(not (self.max_seconds or self.max_steps), "--max_seconds or --max_steps must be above 0")
@@ -857,15 +855,8 @@ class Muon(torch.optim.Optimizer):
 
     Every rank keeps all momenta and orthogonalises its share of each bank's layers: on paper 0.2 ms
     of a record step instead of 1 to 2.5. A group's `rows` are those of the matrices stacked in a
-    layer, such as q, k and v."""
-
-    def __init__(self, groups, compiled=False):
-        """groups: [{"params": [bank, ...], "rows": [int, ...] or None, "weight_decay": float}]; lr
-        and momentum are set by the loop."""
-        super().__init__(groups, {"lr": 0.0, "momentum": 0.0})
-        self.orthogonalize = orthogonalize
-        if compiled:
-            self.orthogonalize = torch.compile(orthogonalize, dynamic=False, fullgraph=True)
+    layer, such as q, k and v. train_step() sets lr and momentum."""
+    orthogonalize = staticmethod(orthogonalize)
 
     def share(self, update, rows):
         """update (L, rows, cols) -> all of it orthogonalised, padded to (n * ranks, rows, cols),
@@ -905,9 +896,11 @@ def make_optimizers(model, cfg, compiled=False):
     matrix = {"weight_decay": cfg.matrix_wd, "peak_lr": cfg.matrix_lr}
     muon = Muon([{"params": [model.down, model.up, model.o], "rows": None, **matrix},
                  {"params": [model.qkv], "rows": model.qkv_sizes, **matrix},
-                 {"params": [model.copy], "rows": [cfg.copy_dim] * 3, **matrix}], compiled)
+                 {"params": [model.copy], "rows": [cfg.copy_dim] * 3, **matrix}], {})
+    if compiled:
+        muon.orthogonalize = torch.compile(orthogonalize, dynamic=False, fullgraph=True)
     others = (*model.MATRICES, "embed.weight")
-    small = [p for name, p in model.named_parameters() if name not in others and p.numel()]
+    small = [p for name, p in model.named_parameters() if name not in others]
     adamw = torch.optim.AdamW([
         {"params": [model.embed.weight], "peak_lr": cfg.embed_lr, "weight_decay": cfg.embed_wd},
         {"params": small, "peak_lr": cfg.scalar_lr, "weight_decay": cfg.scalar_wd},
@@ -1005,8 +998,8 @@ def find_dataset(name):
 
 class Dataset:
     """A dataset as training reads it: vocab_size, meta (dict), tokenizer (the text of
-    tokenizer.json, for pack.py), train [functions that read a shard], val (n,) uint16 in whole
-    documents and the bytes of their text, val_bytes."""
+    tokenizer.json, for pack.py), train [shards (n,) uint16], val (n,) uint16 in whole documents and
+    the bytes of their text, val_bytes."""
 
     def __init__(self, cfg):
         """Checks what a run relies on: the files against meta.json, and this rank's part of the
@@ -1016,7 +1009,7 @@ class Dataset:
             self.vocab_size = cfg.vocab_size or 8192
             self.meta = {"name": "synthetic"}
             n = max(1 << 22, 2 * cfg.row_tokens)
-            self.train = [partial(synthetic_tokens, self.vocab_size, n, seed) for seed in range(8)]
+            self.train = [synthetic_tokens(self.vocab_size, n, seed) for seed in range(8)]
             self.val = synthetic_tokens(self.vocab_size, 4 * cfg.row_tokens, 8)
             self.val_bytes = 0
             return
@@ -1037,11 +1030,11 @@ class Dataset:
                         raise ValueError(f"{name} is not as long as meta.json says")
                     if i % world_size == rank and tokens.max() >= self.vocab_size:
                         raise ValueError(f"{name} has tokens outside the vocabulary of {self.vocab_size}")
-                    shards[split[1]].append(folder / name)
-            self.train = [partial(read_shard, path) for path in shards["train"]]
-            longest = max(len(read()) for read in self.train)
-            val = np.concatenate([read_shard(path) for path in shards["val"]])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+                    shards[split[1]].append(tokens)
+            self.train = shards["train"]
+            longest = max(map(len, self.train))
+            val = np.concatenate(shards["val"])
+        except Exception as e:  # whatever its bytes are
             raise ValueError(f"dataset {folder}: damaged: {type(e).__name__}: {e}") from None
         if cfg.vocab_size not in (0, self.vocab_size):
             raise ValueError(f"--vocab_size={cfg.vocab_size}, but {folder} has {self.vocab_size}: leave it 0")
@@ -1100,7 +1093,7 @@ class Loader:
         while True:
             rng = np.random.default_rng((self.cfg.seed, epoch))
             for shard in rng.permutation(len(self.data.train)):
-                tokens = self.data.train[shard]()
+                tokens = self.data.train[shard]
                 starts = np.union1d([0], np.flatnonzero(tokens == BOUNDARY))
                 ends = np.append(starts[1:], len(tokens))
                 parts = []
@@ -1252,7 +1245,7 @@ STATE = {"weights": dict, "ema": dict, "optimizers": list, "preset": str, "step"
 
 
 def load_checkpoint(path, kinds=CHECKPOINT):
-    """checkpoint.pt, or state.pt with kinds=STATE -> {"config": Config, and each of kinds}. The
+    """checkpoint.pt, or state.pt with kinds=STATE -> {"config": Config, each of kinds, ...}. The
     file may come from anywhere: checksums first, which torch does not look at, then tensors and
     plain values only, the weights of the shapes that the config describes. Raises ValueError."""
     path = Path(path)
@@ -1263,16 +1256,15 @@ def load_checkpoint(path, kinds=CHECKPOINT):
             if (bad := z.testzip()) is not None:
                 raise ValueError(f"{bad} does not match its checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = {"config": Config(**saved["config"])}
+        saved["config"] = Config(**saved["config"])
         with torch.device("meta"):
-            expected = {name: x.shape for name, x in GPT(found["config"]).state_dict().items()}
+            expected = {name: x.shape for name, x in GPT(saved["config"]).state_dict().items()}
         for key, kind in kinds.items():
-            found[key] = saved[key]
             if not isinstance(saved[key], kind):
                 raise ValueError(f"{key} is no {kind.__name__}")
             if key in ("weights", "ema") and {name: x.shape for name, x in saved[key].items()} != expected:
                 raise ValueError(f"the {key} are not those that the config describes")
-        return found
+        return saved
     except Exception as e:  # torch.load has no single error for bad bytes
         raise ValueError(f"{path} is not whole: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
 
@@ -1536,10 +1528,9 @@ def main(argv=None):
         preset, cfg = state["preset"], state["config"]
     device = join_ranks(cfg)
     rank, world_size = place_among_ranks()
-    made = (HERE / "data/demo/meta.json").exists()
-    if cfg.data == "demo" and not made and read_launcher()[1] == 0:
+    if cfg.data == "demo" and not (HERE / "data/demo/meta.json").exists() and read_launcher()[1] == 0:
         # Should it fail, Dataset() stops us.
-        subprocess.run([sys.executable, str(HERE / "data/prepare.py"), "demo"])
+        subprocess.run([sys.executable, HERE / "data/prepare.py", "demo"])
     largest(0)
     data = Dataset(cfg)
     cfg = replace(cfg, vocab_size=data.vocab_size)
@@ -1578,8 +1569,7 @@ def main(argv=None):
             log(f"--row_tokens={row_tokens} does not fit into memory: {cfg.row_tokens}, the same "
                 "batch in more passes")
         n_rows = cfg.batch_tokens // cfg.row_tokens
-        calib_row = min(cfg.row_tokens, CALIB_ROW)
-        calib_rows = math.ceil(cfg.calib_tokens / (calib_row * world_size))
+        calib_rows = math.ceil(cfg.calib_tokens / (min(cfg.row_tokens, CALIB_ROW) * world_size))
         # Calibration is part of the budget: what it will take is set aside, by the slowest rank's
         # estimate.
         (reserve,) = largest(1.2 * calib_seconds * calib_rows)
@@ -1607,13 +1597,14 @@ def main(argv=None):
         log(f"warmup_seconds:{time.perf_counter() - begin:.1f} calibration_reserve_seconds:{reserve:.1f}")
 
         # ---- the loop
-        stop_asked = []
+        stop_asked = False
 
         def ask_to_stop(number, frame):  # once: finish early and save; twice: leave at once
+            nonlocal stop_asked
             if stop_asked:
                 log.reason = f"ended by signal {number}"
                 sys.exit(128 + number)
-            stop_asked.append(number)
+            stop_asked = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)
         if hasattr(signal, "SIGHUP"):
@@ -1627,9 +1618,10 @@ def main(argv=None):
             say so."""
             scores = validate(losses, data, cfg, batch, looped)
             log(kind="val", step=step, progress=min(progress, 1.0), **scores, train_seconds=clock.total)
-            run.update(scores, steps=step, tokens=step * cfg.batch_tokens, train_seconds=clock.total)
+            run.update(scores)
 
         def save_checkpoint(stats):
+            run.update(steps=step, tokens=step * cfg.batch_tokens, train_seconds=clock.total)
             if rank == 0:
                 write_checkpoint(folder / "checkpoint.pt", config=asdict(cfg), run=run, stats=stats,
                                  weights=model.state_dict(), tokenizer=data.tokenizer)
@@ -1650,10 +1642,9 @@ def main(argv=None):
             meter.settle(keep=1 if cuda else 0)  # the GPU's queue is never empty, never long
             seconds = clock.seconds()
             progress = progress_at(seconds + len(meter.in_flight) * meter.last["step_ms"] / 1000)
-            save_due = bool(cfg.save_every) and seconds - saved_at >= cfg.save_every
+            save_due = 0 < cfg.save_every <= seconds - saved_at
             # Rank 0's clock decides for all; a signal that any of them got stops all.
-            progress, save_due, stop = largest(rank == 0 and progress, rank == 0 and save_due,
-                                               bool(stop_asked))
+            progress, save_due, stop = largest(rank == 0 and progress, rank == 0 and save_due, stop_asked)
             if stop or progress >= 1:
                 break
             schedule = schedule_at(cfg, progress)
@@ -1687,25 +1678,24 @@ def main(argv=None):
 
         def late():  # the estimate was too low: fewer tokens do
             return cfg.max_seconds and clock.seconds() >= cfg.max_seconds
+
+        def next_batch():
+            return batch(loader.next()[:CALIB_ROW + 1], cfg.seq_len)
         stats = {}
         if calib_rows:
-            def next_batch():
-                return batch(loader.next()[:calib_row + 1], cfg.seq_len)
             stats = calibrate(model, next_batch, calib_rows, cfg.seed + rank, late)
             sum_over_ranks([*stats.values()])
         clock.stop()
 
         # ---- from here on nothing changes the weights: save, validate, sum up
-        run.update(finished=not stop, steps=step, tokens=step * cfg.batch_tokens,
-                   train_seconds=clock.total)
+        run["finished"] = not stop
         save_checkpoint(stats)  # at once, for torchrun kills 30 s after it was asked to stop
         measure(looped=True)
         run["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0
         save_checkpoint(stats)
         if rank == 0:
-            (folder / "state.pt").unlink(missing_ok=True)
-            for left_over in folder.glob(".*.tmp"):  # of lives that were ended
-                left_over.unlink()
+            for name in ("state.pt", ".state.pt.tmp"):
+                (folder / name).unlink(missing_ok=True)
         if stop:
             log.reason = "stopped early as asked"
             log("stopped early as asked; the checkpoint holds the averaged weights so far")
