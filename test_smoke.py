@@ -324,7 +324,7 @@ def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
 
 def test_the_stream_is_the_same_for_any_number_of_ranks_and_moves_with_the_seed(monkeypatch):
     shards = [train_gpt.synthetic_tokens(64, 2000 + 100 * i, i) for i in range(3)]
-    data = SimpleNamespace(train=shards)
+    data = SimpleNamespace(train=[lambda shard=shard: shard for shard in shards])
 
     def stream(rank, ranks, first_row=0, **changes):
         monkeypatch.setattr(train_gpt, "place_among_ranks", lambda: (rank, ranks))

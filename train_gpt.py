@@ -191,8 +191,8 @@ def no_cuda():
 
 
 def parse_config(argv):
-    """Command line -> (preset, Config, the run to resume or ""). --key=value overrides any field of
-    the preset."""
+    """Arguments, or None for those of the command line -> (preset, Config, the run to resume or
+    ""). --key=value overrides any field of the preset."""
     settings = inspect.getsource(Config).split("\n", 2)[2].split("\n    def ")[0]  # units and defaults stand there
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog=f"settings, as --name=value, with the values of the record:\n{settings}")
@@ -210,7 +210,7 @@ def parse_config(argv):
     if not why and "data" not in given and not (HERE / "data/fineweb/meta.json").exists():
         why = "no data/fineweb"
     preset = given.pop("preset", "demo" if why else "record")
-    if os.environ.get("RANK", "0") == "0":
+    if read_launcher()[0] == 0:
         show(f"preset: {preset}" + (f", for {why}" if why and preset == "demo" else ""))
     if given.get("max_steps"):
         given.setdefault("max_seconds", 0.0)
@@ -998,8 +998,8 @@ def find_dataset(name):
 
 class Dataset:
     """A dataset as training reads it: vocab_size, meta (dict), tokenizer (the text of
-    tokenizer.json, for pack.py), train [shards (n,) uint16], val (n,) uint16 in whole documents and
-    the bytes of their text, val_bytes."""
+    tokenizer.json, for pack.py), train [functions that read a shard], val (n,) uint16 in whole
+    documents and the bytes of their text, val_bytes."""
 
     def __init__(self, cfg):
         """Checks what a run relies on: the files against meta.json, and this rank's part of the
@@ -1009,7 +1009,7 @@ class Dataset:
             self.vocab_size = cfg.vocab_size or 8192
             self.meta = {"name": "synthetic"}
             n = max(1 << 22, 2 * cfg.row_tokens)
-            self.train = [synthetic_tokens(self.vocab_size, n, seed) for seed in range(8)]
+            self.train = [partial(synthetic_tokens, self.vocab_size, n, seed) for seed in range(8)]
             self.val = synthetic_tokens(self.vocab_size, 4 * cfg.row_tokens, 8)
             self.val_bytes = 0
             return
@@ -1030,10 +1030,10 @@ class Dataset:
                         raise ValueError(f"{name} is not as long as meta.json says")
                     if i % world_size == rank and tokens.max() >= self.vocab_size:
                         raise ValueError(f"{name} has tokens outside the vocabulary of {self.vocab_size}")
-                    shards[split[1]].append(tokens)
-            self.train = shards["train"]
-            longest = max(map(len, self.train))
-            val = np.concatenate(shards["val"])
+                    shards[split[1]].append(folder / name)
+            self.train = [partial(read_shard, path) for path in shards["train"]]
+            longest = max(len(read()) for read in self.train)
+            val = np.concatenate([read_shard(path) for path in shards["val"]])
         except Exception as e:  # whatever its bytes are
             raise ValueError(f"dataset {folder}: damaged: {type(e).__name__}: {e}") from None
         if cfg.vocab_size not in (0, self.vocab_size):
@@ -1093,7 +1093,7 @@ class Loader:
         while True:
             rng = np.random.default_rng((self.cfg.seed, epoch))
             for shard in rng.permutation(len(self.data.train)):
-                tokens = self.data.train[shard]
+                tokens = self.data.train[shard]()
                 starts = np.union1d([0], np.flatnonzero(tokens == BOUNDARY))
                 ends = np.append(starts[1:], len(tokens))
                 parts = []
@@ -1405,6 +1405,7 @@ class Meter:
 
     def settle(self, keep):
         """Wait for all steps but the newest `keep`, and report them."""
+        cfg = self.cfg
         while len(self.in_flight) > keep:
             step, schedule, numbers, done = self.in_flight.pop(0)
             if done:
@@ -1415,22 +1416,19 @@ class Meter:
                                    f"last good: {self.last['train_loss']:.4f} at step {self.last['step']}")
                 self.log(f"stopped: {self.log.reason}")
                 sys.exit(3)
-            if step % self.cfg.log_every == 0 or step <= 5:
-                self.report(step, schedule, train_loss, grad_norm)
-
-    def report(self, step, schedule, train_loss, grad_norm):
-        cfg = self.cfg
-        seconds = self.clock.seconds()
-        step_ms = 1000 * (seconds - self.last["train_seconds"]) / (step - self.last["step"])
-        rate = 1000 * cfg.batch_tokens / step_ms  # tokens per second
-        eta = self.limit - seconds if cfg.max_seconds else (cfg.max_steps - step) * step_ms / 1000
-        self.last = {"step": step, "train_loss": train_loss, "lr": schedule.lr,
-                     "grad_norm": grad_norm, "step_ms": step_ms, "train_seconds": seconds,
-                     "tokens": step * cfg.batch_tokens, "tokens_per_second": int(rate)}
-        if self.peak_flops:
-            flops = rate * count_flops(cfg, schedule.looped)
-            self.last["mfu"] = flops / (self.peak_flops * place_among_ranks()[1])
-        self.log(kind="step", **self.last, eta=max(int(eta), 0))
+            if step % cfg.log_every and step > 5:
+                continue
+            seconds = self.clock.seconds()
+            step_ms = 1000 * (seconds - self.last["train_seconds"]) / (step - self.last["step"])
+            rate = 1000 * cfg.batch_tokens / step_ms  # tokens per second
+            eta = self.limit - seconds if cfg.max_seconds else (cfg.max_steps - step) * step_ms / 1000
+            self.last = {"step": step, "train_loss": train_loss, "lr": schedule.lr,
+                         "grad_norm": grad_norm, "step_ms": step_ms, "train_seconds": seconds,
+                         "tokens": step * cfg.batch_tokens, "tokens_per_second": int(rate)}
+            if self.peak_flops:
+                flops = rate * count_flops(cfg, schedule.looped)
+                self.last["mfu"] = flops / (self.peak_flops * place_among_ranks()[1])
+            self.log(kind="step", **self.last, eta=max(int(eta), 0))
 
 
 def environment(device):
@@ -1522,7 +1520,7 @@ def main(argv=None):
     if sys.stdout:
         # A terminal that cannot show a name ends no run.
         sys.stdout.reconfigure(errors="backslashreplace")
-    preset, cfg, resume = parse_config(sys.argv[1:] if argv is None else argv)
+    preset, cfg, resume = parse_config(argv)
     folder, state = load_state(resume) if resume else (None, {})
     if state:
         preset, cfg = state["preset"], state["config"]
