@@ -113,11 +113,10 @@ class Config:
         def refuse(problem, message):
             if problem:
                 raise ValueError(message)
-        positive = ("n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "gate_dims", "copy_dim", "loop_passes",
+        positive = ("n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "gate_dims", "copy_dim", "loop_passes", "rope_dims",
                     "batch_tokens", "row_tokens", "val_points", "log_every", "softcap", "rope_base",
                     "grad_clip", "cooldown")
-        below_one = ("momentum", "adam_beta1", "adam_beta2", "ema_decay")
-        shares = ("cooldown", "lr_floor", "ema_share")
+        shares = ("momentum", "adam_beta1", "adam_beta2", "ema_decay", "cooldown", "lr_floor", "ema_share")
         for f in fields(self):
             value = getattr(self, f.name)
             flag = f"--{f.name}={value}"
@@ -125,8 +124,7 @@ class Config:
             if f.type is not str:
                 refuse(not 0 <= value < 2 ** 63, f"{flag} must be a finite number, 0 or more")
                 refuse(f.name in positive and value == 0, f"{flag} must be above 0")
-                refuse(f.name in below_one and value >= 1, f"{flag} must be below 1")
-                refuse(f.name in shares and value > 1, f"{flag} is a share: at most 1")
+                refuse(f.name in shares and value > 1, f"{flag} must be at most 1")
         refuse(self.device not in ("", "cuda", "mps", "cpu"), f"--device={self.device} must be cuda, mps or cpu")
         refuse(not re.fullmatch(r"[\w.-]*", self.run), f"--run={self.run!r} must be letters, digits, dots and dashes")
         refuse(not (self.max_seconds or self.max_steps), "--max_seconds or --max_steps must be above 0")
@@ -193,8 +191,8 @@ def no_cuda():
 
 
 def parse_config(argv):
-    """Command line -> (preset, Config, the run to resume or ""). --key=value overrides any field of
-    the preset."""
+    """Arguments, or None for those of the command line -> (preset, Config, the run to resume or
+    ""). --key=value overrides any field of the preset."""
     settings = inspect.getsource(Config).split("\n", 2)[2].split("\n    def ")[0]  # units and defaults stand there
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog=f"settings, as --name=value, with the values of the record:\n{settings}")
@@ -212,9 +210,9 @@ def parse_config(argv):
     if not why and "data" not in given and not (HERE / "data/fineweb/meta.json").exists():
         why = "no data/fineweb"
     preset = given.pop("preset", "demo" if why else "record")
-    if os.environ.get("RANK", "0") == "0":
+    if read_launcher()[0] == 0:
         show(f"preset: {preset}" + (f", for {why}" if why and preset == "demo" else ""))
-    if "max_steps" in given:
+    if given.get("max_steps"):
         given.setdefault("max_seconds", 0.0)
     return preset, Config(**{**PRESETS[preset], **given}), ""
 
@@ -233,9 +231,9 @@ class Segments(NamedTuple):
 
 def to_device(array, device):
     x = torch.from_numpy(array)
-    if torch.device(device).type == "cuda":
-        x = x.pin_memory()  # a copy from pageable memory makes the CPU wait for the GPU
-    return x.to(device, non_blocking=True)
+    if torch.device(device).type != "cuda":
+        return x.to(device)  # not in the background: MPS reads what is freed (pytorch #139550)
+    return x.pin_memory().to(device, non_blocking=True)  # else the CPU waits for the GPU
 
 
 def make_segments(starts, n_tokens, seq_len, device="cpu", longest=0):
@@ -857,15 +855,8 @@ class Muon(torch.optim.Optimizer):
 
     Every rank keeps all momenta and orthogonalises its share of each bank's layers: on paper 0.2 ms
     of a record step instead of 1 to 2.5. A group's `rows` are those of the matrices stacked in a
-    layer, such as q, k and v."""
-
-    def __init__(self, groups, compiled=False):
-        """groups: [{"params": [bank, ...], "rows": [int, ...] or None, "weight_decay": float}]; lr
-        and momentum are set by the loop."""
-        super().__init__(groups, {"lr": 0.0, "momentum": 0.0})
-        self.orthogonalize = orthogonalize
-        if compiled:
-            self.orthogonalize = torch.compile(orthogonalize, dynamic=False, fullgraph=True)
+    layer, such as q, k and v. train_step() sets lr and momentum."""
+    orthogonalize = staticmethod(orthogonalize)
 
     def share(self, update, rows):
         """update (L, rows, cols) -> all of it orthogonalised, padded to (n * ranks, rows, cols),
@@ -905,9 +896,11 @@ def make_optimizers(model, cfg, compiled=False):
     matrix = {"weight_decay": cfg.matrix_wd, "peak_lr": cfg.matrix_lr}
     muon = Muon([{"params": [model.down, model.up, model.o], "rows": None, **matrix},
                  {"params": [model.qkv], "rows": model.qkv_sizes, **matrix},
-                 {"params": [model.copy], "rows": [cfg.copy_dim] * 3, **matrix}], compiled)
+                 {"params": [model.copy], "rows": [cfg.copy_dim] * 3, **matrix}], {})
+    if compiled:
+        muon.orthogonalize = torch.compile(orthogonalize, dynamic=False, fullgraph=True)
     others = (*model.MATRICES, "embed.weight")
-    small = [p for name, p in model.named_parameters() if name not in others and p.numel()]
+    small = [p for name, p in model.named_parameters() if name not in others]
     adamw = torch.optim.AdamW([
         {"params": [model.embed.weight], "peak_lr": cfg.embed_lr, "weight_decay": cfg.embed_wd},
         {"params": small, "peak_lr": cfg.scalar_lr, "weight_decay": cfg.scalar_wd},
@@ -936,10 +929,10 @@ def join_ranks(cfg):
     """Start the process group, if there are others -> the device of this rank. Raises
     ValueError."""
     rank, local_rank, world_size = read_launcher()
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    kind = cfg.device or next(kind for kind in available if available[kind])
-    if not available[kind] or kind == "cuda" and local_rank >= torch.cuda.device_count():
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
+             "cpu": world_size}
+    kind = cfg.device or next(kind for kind in count if count[kind])
+    if local_rank >= count[kind]:
         raise ValueError(f"--device={kind}: {no_cuda() or 'this machine has none, or fewer than ranks'}")
     n_rows = cfg.batch_tokens // cfg.row_tokens
     if n_rows % world_size:
@@ -1041,7 +1034,7 @@ class Dataset:
             self.train = [partial(read_shard, path) for path in shards["train"]]
             longest = max(len(read()) for read in self.train)
             val = np.concatenate([read_shard(path) for path in shards["val"]])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        except Exception as e:  # whatever its bytes are
             raise ValueError(f"dataset {folder}: damaged: {type(e).__name__}: {e}") from None
         if cfg.vocab_size not in (0, self.vocab_size):
             raise ValueError(f"--vocab_size={cfg.vocab_size}, but {folder} has {self.vocab_size}: leave it 0")
@@ -1248,11 +1241,11 @@ def write_checkpoint(path, **values):
 
 CHECKPOINT = {"weights": dict, "stats": dict, "run": dict, "tokenizer": str}
 STATE = {"weights": dict, "ema": dict, "optimizers": list, "preset": str, "step": int,
-         "next_val": int, "seconds": float}
+         "seconds": float}
 
 
 def load_checkpoint(path, kinds=CHECKPOINT):
-    """checkpoint.pt, or state.pt with kinds=STATE -> {"config": Config, and each of kinds}. The
+    """checkpoint.pt, or state.pt with kinds=STATE -> {"config": Config, each of kinds, ...}. The
     file may come from anywhere: checksums first, which torch does not look at, then tensors and
     plain values only, the weights of the shapes that the config describes. Raises ValueError."""
     path = Path(path)
@@ -1263,16 +1256,15 @@ def load_checkpoint(path, kinds=CHECKPOINT):
             if (bad := z.testzip()) is not None:
                 raise ValueError(f"{bad} does not match its checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = {"config": Config(**saved["config"])}
+        saved["config"] = Config(**saved["config"])
         with torch.device("meta"):
-            expected = {name: x.shape for name, x in GPT(found["config"]).state_dict().items()}
+            expected = {name: x.shape for name, x in GPT(saved["config"]).state_dict().items()}
         for key, kind in kinds.items():
-            found[key] = saved[key]
             if not isinstance(saved[key], kind):
                 raise ValueError(f"{key} is no {kind.__name__}")
             if key in ("weights", "ema") and {name: x.shape for name, x in saved[key].items()} != expected:
                 raise ValueError(f"the {key} are not those that the config describes")
-        return found
+        return saved
     except Exception as e:  # torch.load has no single error for bad bytes
         raise ValueError(f"{path} is not whole: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
 
@@ -1367,8 +1359,7 @@ class Clock:
 
     def __init__(self, device):
         self.device = device
-        self.total = 0.0
-        self.since = None
+        self.total = 0.0  # until the last stop()
 
     def sync(self):
         if self.device.type == "cuda":
@@ -1377,66 +1368,67 @@ class Clock:
     def start(self):
         largest(0)  # no clock runs while one rank still writes
         self.sync()
-        self.since = time.perf_counter()
+        self.zero = time.perf_counter() - self.total
 
     def stop(self):
         self.sync()
         self.total = self.seconds()
-        self.since = None
 
     def seconds(self):
-        return self.total + (time.perf_counter() - self.since if self.since is not None else 0.0)
+        """Where it runs."""
+        return time.perf_counter() - self.zero
 
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by name of the GPU, for MFU
+# Dense bf16, by a part of the GPU's name, for MFU.
+PEAK_FLOPS = {"": 0.0, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 class Meter:
     """Looks at steps once they have ended, for a GPU must not wait for the CPU: logs one in
-    log_every and ends the run, exit code 3, at a loss that is not finite."""
+    log_every and ends the run, exit code 3, at a loss or a gradient that is not finite."""
 
     def __init__(self, cfg, clock, limit, log, step):
         """limit: s that the steps may take; step: the number of the last one."""
         self.cfg, self.clock, self.limit, self.log = cfg, clock, limit, log
         self.in_flight = []  # (step, Schedule, (loss, gradient norm), event after it)
         self.last = {"step": step, "train_seconds": clock.total, "train_loss": math.nan, "step_ms": 0.0}
-        self.peak_flops = 0.0
-        for name, flops in PEAK_FLOPS.items():
-            if name in environment(clock.device)["device"]:
-                self.peak_flops = flops * place_among_ranks()[1]
+        device = environment(clock.device)["device"]
+        self.peak_flops = max(flops for name, flops in PEAK_FLOPS.items() if name in device)
 
     def add(self, step, schedule, numbers):
         """numbers (2,) on the device: of the step that was queued last."""
-        numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory; readable once `done` has passed
-        done = torch.cuda.current_stream().record_event() if self.clock.device.type == "cuda" else None
+        done = None
+        if numbers.is_cuda:
+            numbers = numbers.to("cpu", non_blocking=True)  # pinned; readable once `done` has passed
+            done = torch.cuda.current_stream().record_event()
         self.in_flight.append((step, schedule, numbers, done))
 
     def settle(self, keep):
         """Wait for all steps but the newest `keep`, and report them."""
+        cfg = self.cfg
         while len(self.in_flight) > keep:
             step, schedule, numbers, done = self.in_flight.pop(0)
             if done:
                 done.synchronize()
             train_loss, grad_norm = numbers.tolist()
-            if not math.isfinite(train_loss):
-                self.log.reason = (f"the loss is {train_loss} at step {step}; last good: "
-                                   f"{self.last['train_loss']:.4f} at step {self.last['step']}")
+            if not math.isfinite(train_loss + grad_norm):
+                self.log.reason = (f"the loss is {train_loss}, the gradient norm {grad_norm} at step {step}; "
+                                   f"last good: {self.last['train_loss']:.4f} at step {self.last['step']}")
                 self.log(f"stopped: {self.log.reason}")
                 sys.exit(3)
-            if step % self.cfg.log_every == 0 or step <= 5:
-                self.report(step, schedule, train_loss, grad_norm)
-
-    def report(self, step, schedule, train_loss, grad_norm):
-        cfg, seconds = self.cfg, self.clock.seconds()
-        step_ms = 1000 * (seconds - self.last["train_seconds"]) / (step - self.last["step"])
-        rate = 1000 * cfg.batch_tokens / step_ms  # tokens per second
-        eta = self.limit - seconds if cfg.max_seconds else (cfg.max_steps - step) * step_ms / 1000
-        self.last = {"step": step, "train_loss": train_loss, "lr": schedule.lr,
-                     "grad_norm": grad_norm, "step_ms": step_ms, "train_seconds": seconds,
-                     "tokens": step * cfg.batch_tokens, "tokens_per_second": int(rate)}
-        if self.peak_flops:
-            self.last["mfu"] = rate * count_flops(cfg, schedule.looped) / self.peak_flops
-        self.log(kind="step", **self.last, eta=max(int(eta), 0))
+            if step % cfg.log_every and step > 5:
+                continue
+            seconds = self.clock.seconds()
+            step_ms = 1000 * (seconds - self.last["train_seconds"]) / (step - self.last["step"])
+            rate = 1000 * cfg.batch_tokens / step_ms  # tokens per second
+            eta = self.limit - seconds if cfg.max_seconds else (cfg.max_steps - step) * step_ms / 1000
+            self.last = {"step": step, "train_loss": train_loss, "lr": schedule.lr,
+                         "grad_norm": grad_norm, "step_ms": step_ms, "train_seconds": seconds,
+                         "tokens": step * cfg.batch_tokens, "tokens_per_second": int(rate)}
+            if self.peak_flops:
+                flops = rate * count_flops(cfg, schedule.looped)
+                self.last["mfu"] = flops / (self.peak_flops * place_among_ranks()[1])
+            self.log(kind="step", **self.last, eta=max(int(eta), 0))
 
 
 def environment(device):
@@ -1528,16 +1520,15 @@ def main(argv=None):
     if sys.stdout:
         # A terminal that cannot show a name ends no run.
         sys.stdout.reconfigure(errors="backslashreplace")
-    preset, cfg, resume = parse_config(sys.argv[1:] if argv is None else argv)
+    preset, cfg, resume = parse_config(argv)
     folder, state = load_state(resume) if resume else (None, {})
     if state:
         preset, cfg = state["preset"], state["config"]
     device = join_ranks(cfg)
     rank, world_size = place_among_ranks()
-    made = (HERE / "data/demo/meta.json").exists()
-    if cfg.data == "demo" and not made and read_launcher()[1] == 0:
+    if cfg.data == "demo" and not (HERE / "data/demo/meta.json").exists() and read_launcher()[1] == 0:
         # Should it fail, Dataset() stops us.
-        subprocess.run([sys.executable, str(HERE / "data/prepare.py"), "demo"])
+        subprocess.run([sys.executable, HERE / "data/prepare.py", "demo"])
     largest(0)
     data = Dataset(cfg)
     cfg = replace(cfg, vocab_size=data.vocab_size)
@@ -1576,8 +1567,7 @@ def main(argv=None):
             log(f"--row_tokens={row_tokens} does not fit into memory: {cfg.row_tokens}, the same "
                 "batch in more passes")
         n_rows = cfg.batch_tokens // cfg.row_tokens
-        calib_row = min(cfg.row_tokens, CALIB_ROW)
-        calib_rows = math.ceil(cfg.calib_tokens / (calib_row * world_size))
+        calib_rows = math.ceil(cfg.calib_tokens / (min(cfg.row_tokens, CALIB_ROW) * world_size))
         # Calibration is part of the budget: what it will take is set aside, by the slowest rank's
         # estimate.
         (reserve,) = largest(1.2 * calib_seconds * calib_rows)
@@ -1587,9 +1577,8 @@ def main(argv=None):
         ema = copy.deepcopy(model)  # the averaged weights start where training starts
         clock = Clock(device)
         step = 0
-        next_val = 1
         if state:
-            step, next_val, clock.total = state["step"], state["next_val"], state["seconds"]
+            step, clock.total = state["step"], state["seconds"]
             model.load_state_dict(state["weights"])
             ema.load_state_dict(state["ema"])
             for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
@@ -1606,12 +1595,14 @@ def main(argv=None):
         log(f"warmup_seconds:{time.perf_counter() - begin:.1f} calibration_reserve_seconds:{reserve:.1f}")
 
         # ---- the loop
-        stop_asked = []
+        stop_asked = False
 
         def ask_to_stop(number, frame):  # once: finish early and save; twice: leave at once
+            nonlocal stop_asked
             if stop_asked:
+                log.reason = f"ended by signal {number}"
                 sys.exit(128 + number)
-            stop_asked.append(number)
+            stop_asked = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)
         if hasattr(signal, "SIGHUP"):
@@ -1625,9 +1616,10 @@ def main(argv=None):
             say so."""
             scores = validate(losses, data, cfg, batch, looped)
             log(kind="val", step=step, progress=min(progress, 1.0), **scores, train_seconds=clock.total)
-            run.update(scores, steps=step, tokens=step * cfg.batch_tokens, train_seconds=clock.total)
+            run.update(scores)
 
         def save_checkpoint(stats):
+            run.update(steps=step, tokens=step * cfg.batch_tokens, train_seconds=clock.total)
             if rank == 0:
                 write_checkpoint(folder / "checkpoint.pt", config=asdict(cfg), run=run, stats=stats,
                                  weights=model.state_dict(), tokenizer=data.tokenizer)
@@ -1637,26 +1629,29 @@ def main(argv=None):
             if rank == 0:
                 moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
                 write_checkpoint(folder / "state.pt", config=asdict(cfg), preset=preset, step=step,
-                                 next_val=next_val, seconds=clock.total, optimizers=moments,
-                                 weights=model.state_dict(), ema=ema.state_dict())
+                                 seconds=clock.total, optimizers=moments, weights=model.state_dict(),
+                                 ema=ema.state_dict())
 
+        def progress_at(seconds):
+            return max(seconds / limit, step / (cfg.max_steps or math.inf))
+        val_done = int(progress_at(clock.total) * cfg.val_points)
         clock.start()
         while True:
             meter.settle(keep=1 if cuda else 0)  # the GPU's queue is never empty, never long
             seconds = clock.seconds()
-            progress = (seconds + len(meter.in_flight) * meter.last["step_ms"] / 1000) / limit
-            if cfg.max_steps:
-                progress = max(progress, step / cfg.max_steps)
-            save_due = bool(cfg.save_every) and seconds - saved_at >= cfg.save_every
+            progress = progress_at(seconds + len(meter.in_flight) * meter.last["step_ms"] / 1000)
+            save_due = 0 < cfg.save_every <= seconds - saved_at
             # Rank 0's clock decides for all; a signal that any of them got stops all.
-            progress, save_due, stop = largest(rank == 0 and progress, rank == 0 and save_due,
-                                               bool(stop_asked))
+            progress, save_due, stop = largest(rank == 0 and progress, rank == 0 and save_due, stop_asked)
             if stop or progress >= 1:
                 break
             schedule = schedule_at(cfg, progress)
-            if step and progress * cfg.val_points >= next_val:
+            val_due = int(progress * cfg.val_points)
+            if save_due or val_due > val_done:
+                meter.settle(keep=0)  # what is not finite is not saved
+            if val_due > val_done:
                 clock.stop()
-                next_val = int(progress * cfg.val_points) + 1
+                val_done = val_due
                 last_weights = copy.deepcopy(model.state_dict())
                 lerp(model, ema, cfg.ema_share)
                 measure(schedule.looped)
@@ -1681,25 +1676,24 @@ def main(argv=None):
 
         def late():  # the estimate was too low: fewer tokens do
             return cfg.max_seconds and clock.seconds() >= cfg.max_seconds
+
+        def next_batch():
+            return batch(loader.next()[:CALIB_ROW + 1], cfg.seq_len)
         stats = {}
         if calib_rows:
-            def next_batch():
-                return batch(loader.next()[:calib_row + 1], cfg.seq_len)
             stats = calibrate(model, next_batch, calib_rows, cfg.seed + rank, late)
             sum_over_ranks([*stats.values()])
         clock.stop()
 
         # ---- from here on nothing changes the weights: save, validate, sum up
-        run.update(finished=not stop, steps=step, tokens=step * cfg.batch_tokens,
-                   train_seconds=clock.total)
+        run["finished"] = not stop
         save_checkpoint(stats)  # at once, for torchrun kills 30 s after it was asked to stop
         measure(looped=True)
         run["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0
         save_checkpoint(stats)
         if rank == 0:
-            (folder / "state.pt").unlink(missing_ok=True)
-            for left_over in folder.glob(".*.tmp"):  # of lives that were ended
-                left_over.unlink()
+            for name in ("state.pt", ".state.pt.tmp"):
+                (folder / name).unlink(missing_ok=True)
         if stop:
             log.reason = "stopped early as asked"
             log("stopped early as asked; the checkpoint holds the averaged weights so far")
