@@ -1,0 +1,1725 @@
+"""Train the best language model that fits in 16,000,000 bytes, in ten minutes on 8xH100.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py   the record (needs data/fineweb)
+    python train_gpt.py                                     the same file on whatever is here: on two
+                                                            CPU cores a small model in two minutes
+    python train_gpt.py --help                              every setting, its unit and its default
+
+This file needs torch, numpy and a dataset folder, nothing else. It writes runs/<run>/: log.txt,
+metrics.jsonl, checkpoint.pt (averaged weights and what pack.py needs), source/. Then `python
+pack.py` makes the one file that counts and `python eval_bpb.py` scores it."""
+import argparse
+import copy
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections import defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+# Before torch: spinning OpenMP barriers cost 4-20x on busy cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+try:
+    import fcntl  # locks a run for its process; Windows has none
+except ImportError:
+    fcntl = None
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+HERE = Path(__file__).resolve().parent
+
+# --------------------------------------------------------------------------------------------------
+# Config. The defaults are the record; the comments are what --help prints; #N are pull requests of
+# Parameter Golf.
+
+
+@dataclass
+class Config:
+    # run
+    data: str = "fineweb"       # dataset: a name under data/, a folder, or "synthetic", random tokens
+    run: str = ""               # name of the folder under runs/; empty: preset, date and seed
+    seed: int = 1337            # initial weights, data order, calibration samples
+    device: str = ""            # cuda, mps or cpu; empty: the best there is
+    max_seconds: float = 600.0  # s, the training clock: steps and calibration; 0: no limit
+    max_steps: int = 0          # steps; progress is then step / max_steps, repeatable; 0: no limit
+    # model (11 x 512 with 17 block applications: #1493, #1855)
+    vocab_size: int = 0         # tokens; 0: the dataset's
+    n_layer: int = 11           # blocks
+    n_embd: int = 512           # width of the residual stream
+    n_head: int = 8             # query heads
+    n_kv_head: int = 4          # key and value heads
+    mlp_dim: int = 2048         # hidden width of the MLP
+    loop_first: int = 3         # first block that is repeated
+    loop_last: int = 5          # last block that is repeated
+    loop_passes: int = 3        # how often the repeated blocks run in all; 1: no recurrence
+    loop_at: float = 0.35       # progress at which the recurrence is switched on (#1493)
+    two_lane_from: int = 8      # first block with attention and MLP side by side; n_layer: none
+    rope_dims: int = 16         # rotated dimensions of each head
+    rope_base: float = 10000.0  # base of the rotary frequencies
+    gate_dims: int = 12         # input dimensions that steer the gates (#1667, #1787)
+    qk_gain: float = 5.0        # initial gain of the normalised queries (#1855)
+    softcap: float = 30.0       # logits = softcap * tanh(logits / softcap)
+    copy_dim: int = 128         # width of the pointer's queries and keys (modded-nanogpt #379)
+    # batch
+    batch_tokens: int = 786432  # tokens per optimizer step
+    row_tokens: int = 98304     # tokens per forward pass: one packed row of documents
+    seq_len: int = 3072         # tokens, longest context; shorter ones come first (schedule_at)
+    # optimizer (#1855)
+    matrix_lr: float = 0.026    # Muon learning rate, in units of spectral norm per update
+    embed_lr: float = 0.03      # AdamW learning rate of the embedding
+    scalar_lr: float = 0.02     # AdamW learning rate of gains, mixes and gates
+    matrix_wd: float = 0.095    # decoupled weight decay of the matrices, times matrix_lr
+    embed_wd: float = 0.085     # decoupled weight decay of the embedding
+    scalar_wd: float = 0.02     # decoupled weight decay of gains, mixes and gates
+    momentum: float = 0.97      # Muon momentum, reached at 24 % of progress from 0.92
+    adam_beta1: float = 0.9     # AdamW decay of the first moment
+    adam_beta2: float = 0.99    # AdamW decay of the second moment
+    grad_clip: float = 0.3      # largest global gradient norm
+    cooldown: float = 0.85      # share of the run, at its end, in which the learning rate falls
+    lr_floor: float = 0.10      # learning rate at the end, relative to its peak (#1787)
+    ema_decay: float = 0.9965   # per step, of the averaged weights
+    ema_share: float = 0.8      # of them in what is saved; the rest: the last ones (modded-nanogpt #325)
+    # measuring
+    val_points: int = 4         # validations, evenly spaced, the last at the end; the clock stands still
+    val_tokens: int = 0         # tokens of validation documents that training runs use; 0: all
+    calib_tokens: int = 524288  # tokens for the statistics that pack.py needs, inside the clock
+    log_every: int = 25         # steps between log lines
+    save_every: float = 60.0    # s of training between states from which --resume goes on; 0: none
+
+    def __post_init__(self):
+        """Raise ValueError, naming the flag, for a value or a combination that cannot run."""
+        def refuse(problem, message):
+            if problem:
+                raise ValueError(message)
+        positive = ("n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "gate_dims", "copy_dim", "loop_passes",
+                    "batch_tokens", "row_tokens", "val_points", "log_every", "softcap", "rope_base",
+                    "grad_clip", "cooldown")
+        below_one = ("momentum", "adam_beta1", "adam_beta2", "ema_decay")
+        shares = ("cooldown", "lr_floor", "ema_share")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            flag = f"--{f.name}={value}"
+            refuse(type(value) is not f.type, f"{flag} must be of type {f.type.__name__}")
+            if f.type is not str:
+                refuse(not 0 <= value < 2 ** 63, f"{flag} must be a finite number, 0 or more")
+                refuse(f.name in positive and value == 0, f"{flag} must be above 0")
+                refuse(f.name in below_one and value >= 1, f"{flag} must be below 1")
+                refuse(f.name in shares and value > 1, f"{flag} is a share: at most 1")
+        refuse(self.device not in ("", "cuda", "mps", "cpu"), f"--device={self.device} must be cuda, mps or cpu")
+        refuse(not re.fullmatch(r"[\w.-]*", self.run), f"--run={self.run!r} must be letters, digits, dots and dashes")
+        refuse(not (self.max_seconds or self.max_steps), "--max_seconds or --max_steps must be above 0")
+        refuse(self.n_embd % self.n_head, f"--n_embd={self.n_embd} must be a multiple of --n_head={self.n_head}")
+        refuse(self.n_head % self.n_kv_head,
+               f"--n_head={self.n_head} must be a multiple of --n_kv_head={self.n_kv_head}")
+        head_dim = self.n_embd // self.n_head
+        refuse(self.rope_dims % 2 or self.rope_dims > head_dim,
+               f"--rope_dims={self.rope_dims} must be even and at most the head dimension, {head_dim}")
+        refuse(self.gate_dims > self.n_embd, f"--gate_dims={self.gate_dims} must be at most --n_embd={self.n_embd}")
+        refuse(self.batch_tokens % self.row_tokens,
+               f"--batch_tokens={self.batch_tokens} must be a multiple of --row_tokens={self.row_tokens}")
+        refuse(self.seq_len < 3, f"--seq_len={self.seq_len} must be at least 3")
+        refuse(max(self.n_layer, self.loop_passes) > 64,
+               f"--n_layer={self.n_layer} --loop_passes={self.loop_passes}: at most 64")
+        refuse(self.loop_passes > 1 and not self.loop_first <= self.loop_last < self.n_layer,
+               f"--loop_first={self.loop_first} --loop_last={self.loop_last} must be in order, "
+               f"below --n_layer={self.n_layer}")
+        for looped in (False, True):
+            order = block_order(self, looped)
+            refuse(max(order[:len(order) // 2], default=-1) >= self.two_lane_from,
+                   f"--two_lane_from={self.two_lane_from} must lie in the second half of the block applications")
+
+
+PRESETS = {
+    "record": {},
+    # The record on one GPU: all of its tokens on an H100, if a step takes what is predicted, 663
+    # and 976 ms.
+    "single": dict(max_seconds=4400.0),
+    # A small model for two CPU cores and two minutes.
+    "demo": dict(data="demo", max_seconds=120.0, n_layer=4, n_embd=128, n_head=4, n_kv_head=2,
+                 mlp_dim=512, loop_passes=1, two_lane_from=3, rope_dims=8, copy_dim=32,
+                 batch_tokens=2048, row_tokens=1024, seq_len=384, scalar_lr=0.04, ema_decay=0.985, val_tokens=65536,
+                 calib_tokens=8192, log_every=50),
+    # The record's architecture made small, for paired experiments on a CPU.
+    "proxy": dict(data="proxy", max_seconds=300.0, n_layer=6, n_embd=96, n_head=4, n_kv_head=2,
+                  mlp_dim=384, loop_first=2, loop_last=3, two_lane_from=4, rope_dims=8, copy_dim=32,
+                  batch_tokens=2048, row_tokens=2048, seq_len=384, scalar_lr=0.04, ema_decay=0.98,
+                  val_tokens=65536, calib_tokens=32768, log_every=20),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)  # one line, not the whole usage
+
+
+def show(line):
+    """Print a line; if the terminal or the pipe has gone, the run goes on."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def no_cuda():
+    """Why there is no CUDA device here, in words; empty where there is one."""
+    if torch.cuda.is_available():
+        return ""
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is built without CUDA"
+    return (f"torch {torch.__version__} is built for CUDA {torch.version.cuda} but finds no GPU that it can use: "
+            "is there one, and is its driver new enough? (nvidia-smi)")
+
+
+def parse_config(argv):
+    """Command line -> (preset, Config, the run to resume or ""). --key=value overrides any field of
+    the preset."""
+    settings = inspect.getsource(Config).split("\n", 2)[2].split("\n    def ")[0]  # units and defaults stand there
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog=f"settings, as --name=value, with the values of the record:\n{settings}")
+    parser.add_argument("--preset", choices=PRESETS, help="record where there are CUDA and its dataset, else demo; "
+                        "single: the record on one GPU; proxy: the record made small")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was killed, with its settings")
+    for f in fields(Config):
+        parser.add_argument(f"--{f.name}", type=f.type, help=argparse.SUPPRESS)
+    given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "resume" in given:
+        if len(given) > 1:
+            raise ValueError(f"--resume={given['resume']} takes the settings of the run: give no other flag")
+        return "", Config(), given["resume"]
+    why = no_cuda()
+    if not why and "data" not in given and not (HERE / "data/fineweb/meta.json").exists():
+        why = "no data/fineweb"
+    preset = given.pop("preset", "demo" if why else "record")
+    if os.environ.get("RANK", "0") == "0":
+        show(f"preset: {preset}" + (f", for {why}" if why and preset == "demo" else ""))
+    if "max_steps" in given:
+        given.setdefault("max_seconds", 0.0)
+    return preset, Config(**{**PRESETS[preset], **given}), ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Model. Tokens are one packed row (N,) of documents cut into segments; nothing crosses a segment's
+# start.
+
+
+class Segments(NamedTuple):
+    """Where attention may look: token t sees the tokens of its own segment up to itself."""
+    cu_seqlens: Tensor  # (S + 1,) int32, segment starts and N; trailing empty segments allowed
+    pos: Tensor  # (N,) int32, position in the segment
+    max_len: int  # tokens, at least the longest segment
+
+
+def to_device(array, device):
+    x = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()  # a copy from pageable memory makes the CPU wait for the GPU
+    return x.to(device, non_blocking=True)
+
+
+def make_segments(starts, n_tokens, seq_len, device="cpu", longest=0):
+    """starts (K,) int, increasing positions of document starts in a row of n_tokens -> Segments, on
+    device.
+
+    A document is cut every seq_len tokens from its start. longest: the longest seq_len of the run,
+    lest compiled graphs see more than one shape and one max_len: cu_seqlens is filled up with empty
+    segments, and where a row has more than fit, its shortest documents join the one before them.
+    """
+    longest = longest or seq_len
+    # Twice the segments that the shortest context makes of a row without documents, in steps of
+    # 256.
+    slots = 256 * math.ceil(6 * n_tokens / (256 * longest))
+    edges = np.unique([0, *starts, n_tokens])
+    if np.ceil(np.diff(edges) / seq_len).sum() > slots:
+        by_length = np.argsort(-np.diff(edges), kind="stable")
+        kept = by_length[:slots - n_tokens // seq_len - 1]
+        edges = np.unique([0, *edges[kept], n_tokens])
+    cuts = np.concatenate([np.arange(begin, end, seq_len) for begin, end in zip(edges, edges[1:])])
+    pos = np.arange(n_tokens) - np.repeat(cuts, np.diff(cuts, append=n_tokens))
+    cu_seqlens = np.append(cuts, np.full(slots + 1 - len(cuts), n_tokens))
+    return Segments(to_device(cu_seqlens.astype(np.int32), device),
+                    to_device(pos.astype(np.int32), device), longest)
+
+
+def segment_lengths(seg):
+    return [n for n in seg.cu_seqlens.diff().tolist() if n]
+
+
+def segment_attention(q, k, v, seg):
+    """q (N, H, d), k and v (N, K, d) -> (N, H, d), causal in segments: torch's kernel for each of
+    them in turn."""
+    lengths = segment_lengths(seg)
+    q, k, v = (x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v))  # each (1, heads, length, d)
+    y = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+         for qkv in zip(q, k, v)]
+    return torch.cat(y, 2)[0].transpose(0, 1)
+
+
+FAR = -1e4  # score of a place that may not be looked at: its weight is 0, its gradient no NaN
+COPY_BLOCK = 128  # places in a block of FlexAttention's
+
+
+def before_scores(q, k):
+    """q (.., T, c) of the last T places, k (.., S, c) -> their products (.., T, S) float32, FAR but
+    for places before each."""
+    T, S = q.size(-2), k.size(-2)
+    before = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T - 1)
+    return (q @ k.mT).float().masked_fill(~before, FAR)
+
+
+def segment_copies(q, k, tokens, targets, seg):
+    """q, k (N, c), tokens and targets (N,) -> log-sum-exp (N,) float32 of each q's scores with the
+    places before it in its segment, and with those of them whose token is its target."""
+    parts = []
+    rows = zip(*(x.split(segment_lengths(seg)) for x in (q, k, tokens, targets)))
+    for query, key, text, target in rows:
+        scores = before_scores(query, key)
+        same = scores.masked_fill(target[:, None] != text, FAR)
+        parts.append(torch.stack([scores.logsumexp(1), same.logsumexp(1)]))
+    return torch.cat(parts, 1)
+
+
+def flex_copies(q, k, tokens, targets, seg):
+    """segment_copies() for compiled graphs: two FlexAttentions whose log-sum-exp is what counts, over
+    the blocks of each segment. With its projections 1.3 to 1.8 ms of a record step on paper: 0.32
+    TFLOP and 0.8 GB. Scores in memory would be 0.8 GB for each 2,048 places, ten times over."""
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+    start = torch.arange(len(q), device=q.device) - seg.pos  # of each token's segment
+    block = torch.arange(math.ceil(len(q) / COPY_BLOCK), device=q.device)
+    first = start[::COPY_BLOCK] // COPY_BLOCK
+    looked_at = (first[:, None] + block).clamp(max=len(block) - 1)
+    looked_at = [x.int()[None, None] for x in (block - first + 1, looked_at)]  # number, indices
+
+    def before(batch, head, t, s):
+        return (s < t) & (s >= start[t])
+
+    def same(batch, head, t, s):
+        return before(batch, head, t, s) & (tokens[s] == targets[t])
+
+    found = []
+    for mask in (before, same):
+        mask = BlockMask.from_kv_blocks(*looked_at, BLOCK_SIZE=COPY_BLOCK, mask_mod=mask,
+                                        seq_lengths=(len(q), len(q)))
+        no_values = torch.zeros_like(k[None, None, :, :16])
+        zeros, more = flex_attention(q[None, None], k[None, None], no_values, block_mask=mask,
+                                     scale=1.0, return_aux=AuxRequest(lse=True))
+        # The zeros, for torch cannot differentiate a log-sum-exp alone.
+        found.append((more.lse + zeros[..., 0])[0, 0].clamp(min=FAR))
+    return found
+
+
+def pick_attention(device, dtype):
+    """-> the best kernel(q, k, v, seg) as segment_attention: FlashAttention-3 if there, else torch's varlen or SDPA."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability < (8, 0) or dtype != torch.bfloat16:
+        return segment_attention
+    if capability[0] == 9:
+        try:
+            from flash_attn_interface import flash_attn_varlen_func  # FA3; the module `flash_attn` is FA2
+            torch.ops.flash_attn_3._flash_attn_forward  # there since it can be compiled
+        except (ImportError, OSError, AttributeError, RuntimeError):
+            pass
+        else:
+            def fa3(q, k, v, seg):
+                again = seg.cu_seqlens.view(-1)  # torch 2.13 refuses one tensor given twice
+                y = flash_attn_varlen_func(q, k, v, seg.cu_seqlens, again, max_seqlen_q=seg.max_len,
+                                           max_seqlen_k=seg.max_len, causal=True)
+                return y[0] if isinstance(y, tuple) else y  # older ones return the log-sum-exp too
+            return fa3
+    from torch.nn.attention.varlen import varlen_attn
+    grouped = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # since torch 2.13
+        grouped = {"enable_gqa": True}
+
+    def varlen(q, k, v, seg):
+        return varlen_attn(q, k, v, seg.cu_seqlens, seg.cu_seqlens, seg.max_len, seg.max_len,
+                           window_size=(-1, 0), **grouped)
+    return varlen
+
+
+def block_order(cfg, looped):
+    """The blocks in the order in which they run: 0..10, or with the recurrence 0..5 3..5 3..5 6..10
+    (#1204, #1493)."""
+    blocks = list(range(cfg.n_layer))
+    if not looped or cfg.loop_passes == 1:
+        return blocks
+    again = blocks[cfg.loop_first:cfg.loop_last + 1] * (cfg.loop_passes - 1)
+    return blocks[:cfg.loop_last + 1] + again + blocks[cfg.loop_last + 1:]
+
+
+EPS = 1.2e-7  # of root mean squares
+
+
+def norm(x):
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)  # no gain: a scale per block does its work
+
+
+def lrelu2(x):
+    """LeakyReLU(x, 0.5)^2: 0.002 to 0.003 bits per byte better than relu^2 in the public
+    records."""
+    return F.leaky_relu(x, 0.5).square()
+
+
+class GPT(nn.Module):
+    """A decoder whose matrices are stacked in banks (layer, out, in), one per role: Muon works on
+    whole banks.
+
+    linear(), attend() and previous() may be replaced on an instance: calibration and test-time
+    predictors do."""
+    MATRICES = ("qkv", "o", "up", "down", "copy")
+
+    def __init__(self, cfg):
+        """cfg with vocab_size set. The small parameters have their initial values; init_matrices()
+        draws the rest."""
+        super().__init__()
+        self.cfg = cfg
+        self.dtype = torch.float32  # of activations and products
+        self.kernel = segment_attention
+        self.fused = False  # whether the kernels below do the MLP and the loss
+        L, D, H, K, M = cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, cfg.mlp_dim
+        self.head_dim = D // H
+        self.qkv_sizes = [D, K * self.head_dim, K * self.head_dim]
+        n_skip = len(block_order(cfg, True)) // 2
+        self.embed = nn.Embedding(cfg.vocab_size, D)  # tied: also the output head
+        self.qkv = nn.Parameter(torch.empty(L, sum(self.qkv_sizes), D))
+        self.o = nn.Parameter(torch.empty(L, D, D))
+        self.up = nn.Parameter(torch.empty(L, M, D))
+        self.down = nn.Parameter(torch.empty(L, D, M))
+        self.q_gain = nn.Parameter(torch.full((L, H), cfg.qk_gain))
+        self.attn_gate = nn.Parameter(torch.zeros(L, H, cfg.gate_dims))
+        # How much of the stream, how much of x0.
+        self.x0_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], 1))
+        self.attn_scale = nn.Parameter(torch.ones(L, D))
+        self.mlp_scale = nn.Parameter(torch.ones(L, D))
+        self.skip_scale = nn.Parameter(torch.ones(n_skip, D))
+        self.skip_gate = nn.Parameter(torch.zeros(n_skip, D))
+        self.smear_gate = nn.Parameter(torch.zeros(cfg.gate_dims))
+        self.smear_scale = nn.Parameter(torch.zeros(1))
+        # The pointer's queries; its keys, from the state and from the one before.
+        self.copy = nn.Parameter(torch.empty(1, 3 * cfg.copy_dim, D))
+        self.copy_gain = nn.Parameter(torch.ones(1))
+        self.copy_sink = nn.Parameter(torch.zeros(cfg.copy_dim))
+        self.copy_gate = nn.Parameter(torch.zeros(D))
+        self.copy_bias = nn.Parameter(torch.tensor([-4.0]))
+        # Per two-lane block: keep of lane 0 and lane 1; attention into 0 and 1; MLP into 0 and 1.
+        lanes = torch.tensor([1.1, 1.1, 1, 1, 1, 1])
+        self.lanes = nn.Parameter(lanes.repeat(max(L - cfg.two_lane_from, 0), 1))
+
+    @torch.no_grad()
+    def init_matrices(self):
+        """Draw the initial matrices from torch's generator."""
+        nn.init.normal_(self.embed.weight, std=0.005)
+        for bank in (*self.qkv.split(self.qkv_sizes, 1), self.up):
+            for W in bank:
+                nn.init.orthogonal_(W)
+        self.o.zero_()  # every block starts as the identity
+        self.down.zero_()
+        query, key, key_before = self.copy[0].chunk(3)
+        nn.init.orthogonal_(query)
+        nn.init.orthogonal_(key)
+        key_before.zero_()
+
+    def place(self, device):
+        """Move to device and choose what is best there: the dtype, attention's kernel."""
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.dtype = torch.bfloat16 if bf16 else torch.float32  # CPUs are 15-30 times slower in bf16
+        self.kernel = pick_attention(device, self.dtype)
+        return self.to(device)
+
+    def linear(self, x, W, name, layer, visit):
+        """x (N, in), W (out, in) of the bank `name` -> (N, out); visit counts the block
+        applications."""
+        return F.linear(x, W)
+
+    def attend(self, q, k, v, seg, visit):
+        """q (N, H, d), k and v (N, K, d) -> (N, H, d)."""
+        return self.kernel(q, k, v, seg)
+
+    def previous(self, x, name):
+        """x (N, .), the tokens' "embed" or "copy" -> (N, .), those of the tokens before."""
+        return F.pad(x, (0, 0, 1, 0))[:-1]
+
+    def forward(self, tokens, seg, looped=True):
+        """tokens (N,) int -> hidden (N, D) after the last norm, in self.dtype; logits() makes it
+        logits."""
+        cfg = self.cfg
+
+        def cast(p):
+            return p.to(self.dtype)
+        lanes = cast(self.lanes).unbind()
+        skip_scale = cast(self.skip_scale).unbind()
+        skip_gate = cast(self.skip_gate.sigmoid()).unbind()
+        x0_mix = cast(self.x0_mix.view(-1, cfg.n_embd)).unbind()
+        # Scales of a product's input or output are folded into its matrix: a product the size of
+        # the weights instead of one of the activations, each way. Deeper blocks read a smaller norm
+        # (public: -0.002 with partial RoPE).
+        depth = torch.arange(1, cfg.n_layer + 1, device=tokens.device)[:, None, None] ** -0.5
+        weights = {"qkv": self.qkv * depth, "o": self.o * self.attn_scale[:, :, None],
+                   "up": self.up * depth, "down": self.down * self.mlp_scale[:, :, None],
+                   "gate": self.attn_gate * (0.5 * depth)}
+        weights = {name: cast(W).unbind() for name, W in weights.items()}
+        # Values share the queries' and keys' rotation: by no angle, and with a gain of 1.
+        weights["gain"] = F.pad(self.q_gain, (0, 2 * cfg.n_kv_head), value=1.0)
+
+        # Rotary angles from the position in the segment, once for all blocks, in fp32.
+        freqs = torch.arange(0, cfg.rope_dims, 2, device=tokens.device)
+        freqs = torch.exp(freqs * (-math.log(cfg.rope_base) / cfg.rope_dims))
+        angle = seg.pos[:, None, None] * freqs  # (N, 1, rope_dims / 2)
+        angle = F.pad(angle.expand(-1, cfg.n_head + cfg.n_kv_head, -1), (0, 0, 0, cfg.n_kv_head))
+        rotary = (angle.cos(), angle.sin())
+
+        # SmearGate: each token takes some of the one before it, never across a segment's start
+        # (#1667, #1851; -0.0005).
+        x = cast(self.embed(tokens))  # (N, D)
+        open_gate = (x[:, :cfg.gate_dims] * cast(self.smear_gate)).sum(-1).sigmoid() * (seg.pos > 0)
+        x = x + (cast(self.smear_scale) * open_gate)[:, None] * self.previous(x, "embed")
+        x = x0 = norm(x)
+
+        order = block_order(cfg, looped)
+        n_encoder = len(order) // 2
+        skips = []
+        lane = None
+        for visit, i in enumerate(order):
+            if i >= cfg.two_lane_from and lane is None:
+                lane = x  # before the skip, which joins lane 0 only
+            if visit >= n_encoder and skips:  # U-Net: the decoder takes back the encoder's outputs
+                j = visit - n_encoder
+                x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])
+            W = {name: bank[i] for name, bank in weights.items()}
+            u = x0_mix[2 * i] * x + x0_mix[2 * i + 1] * x0
+            a = self.attention(norm(u), W, rotary, seg, i, visit)
+            if i < cfg.two_lane_from:
+                x = u + a
+                x = x + self.mlp(norm(x), W, i, visit)
+            else:  # attention and MLP side by side (#1529: -0.004)
+                m = self.mlp(norm(lane), W, i, visit)
+                keep0, keep1, a0, a1, m0, m1 = lanes[i - cfg.two_lane_from].unbind()
+                x, lane = keep0 * x + a0 * a + m0 * m, keep1 * lane + a1 * a + m1 * m
+            if visit < n_encoder:
+                skips.append(x)
+        return norm(x if lane is None else (x + lane) / 2)
+
+    def attention(self, x, W, rotary, seg, layer, visit):
+        """x (N, D), the block's normed input; W, its matrices and gain; rotary, cos and sin -> (N,
+        D)."""
+        qkv = self.linear(x, W["qkv"], "qkv", layer, visit).view(len(x), -1, self.head_dim)
+        q, k, v = RotatedHeads.apply(qkv, W["gain"], *rotary, self.cfg.n_kv_head)
+        # Before attention: after it, the compiler would keep v in float32 for backward.
+        v_unit, v_length = unit(v)
+        y = self.attend(q, k, v, seg, visit)  # (N, H, d)
+        gate = F.linear(x[:, :self.cfg.gate_dims], W["gate"])  # (N, H)
+        y = GatedXSA.apply(y, v, v_unit, v_length, gate)
+        return self.linear(y.reshape(x.shape), W["o"], "o", layer, visit)
+
+    def mlp(self, x, W, layer, visit):
+        """x (N, D), normed -> (N, D)."""
+        if self.fused:
+            return FusedMLP.apply(x, W["up"], W["down"])
+        h = lrelu2(self.linear(x, W["up"], "up", layer, visit))
+        return self.linear(h, W["down"], "down", layer, visit)
+
+    def logits(self, hidden):
+        """hidden (N, D) -> logits (N, V) float32, softcapped."""
+        z = F.linear(hidden, (self.embed.weight / self.cfg.softcap).to(hidden.dtype)).float()
+        return self.cfg.softcap * torch.tanh(z)
+
+    def pointer(self, hidden, seg):
+        """hidden (N, D) -> queries and keys (N, c), scores of the sink and the gate (N,) float32.
+
+        p(y) = p_lm(y) (1 - a (1 - A_sink)) + a * sum of A_s over the places s before whose token is
+        y, where A is the softmax of q . k_s and the sink's score, and a = sigmoid(gate). As a key
+        reads the state before its place too, q can find what followed a state like its own.
+        (modded-nanogpt #379: 12 % fewer steps for 1.3 % more time, 8 runs against 13. There a is one
+        more logit's share of the softmax: no better here.)"""
+        q, k, before = self.linear(hidden, self.copy[0].to(hidden.dtype), "copy", 0, 0).chunk(3, 1)
+        q = norm(q) * (self.copy_gain * self.cfg.copy_dim ** -0.5).to(q.dtype)
+        k = norm(k + self.previous(before, "copy") * (seg.pos > 0)[:, None])
+        sink = (q * self.copy_sink.to(q.dtype)).sum(-1).float()
+        return q, k, sink, (hidden * self.copy_gate.to(q.dtype)).sum(-1).float() + self.copy_bias
+
+    def mixture(self, logits, q, k, sink, gate, tokens):
+        """logits (.., T, V), q (.., T, c), sink and gate (.., T) of the last T places, k (.., S, c)
+        and tokens (.., S) of all -> p (.., T, V) float32."""
+        shares = torch.cat([before_scores(q, k), sink[..., None]], -1).softmax(-1)[..., :-1]
+        shares = shares * gate.sigmoid()[..., None]
+        p = logits.softmax(-1) * (1 - shares.sum(-1, keepdim=True))
+        return p.scatter_add(-1, tokens[..., None, :].expand(shares.shape), shares)
+
+    def probabilities(self, hidden, tokens, seg):
+        """hidden (N, D) of tokens (N,) -> p (N, V) float32 of what follows each."""
+        parts = (self.logits(hidden), *self.pointer(hidden, seg), tokens)
+        parts = zip(*(x.split(segment_lengths(seg)) for x in parts))
+        return torch.cat([self.mixture(*part) for part in parts])
+
+    def losses(self, tokens, targets, seg, looped):
+        """tokens, targets (N,) int64 -> nats (N,) float32 of each target."""
+        hidden = self(tokens, seg, looped)
+        if self.fused:
+            z = F.linear(hidden, self.embed.weight.to(hidden.dtype))
+            nats = FusedCE.apply(z, targets, self.cfg.softcap)
+        else:
+            nats = F.cross_entropy(self.logits(hidden), targets, reduction="none")
+        q, k, sink, gate = self.pointer(hidden, seg)
+        copies = segment_copies if self.kernel is segment_attention else flex_copies
+        every, same = copies(q, k, tokens, targets, seg)
+        scale = F.logsigmoid(gate) - torch.logaddexp(every, sink)  # log of a over the sum of weights
+        kept = torch.logaddexp(F.logsigmoid(-gate), scale + sink)
+        return -torch.logaddexp(kept - nats, scale + same)
+
+
+def count_flops(cfg, looped):
+    """Model FLOPs per trained token: 6 per weight of each matrix product, forward and backward;
+    attention left out."""
+    kv = cfg.n_kv_head * cfg.n_embd // cfg.n_head
+    per_block = (2 * cfg.n_embd + 2 * kv + 2 * cfg.mlp_dim) * cfg.n_embd
+    ends = (cfg.vocab_size + 3 * cfg.copy_dim) * cfg.n_embd
+    return 6 * (len(block_order(cfg, looped)) * per_block + ends)
+
+
+def rotate(x, cos, sin):
+    """x (N, heads, d): the first 2 * r dimensions turned as pairs (i, i + r) by the angles of cos,
+    sin (N, ., r)."""
+    r = cos.size(-1)
+    a, b, rest = x[..., :r], x[..., r:2 * r], x[..., 2 * r:]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
+
+
+# What stands between the products of attention, as two functions with gradients of their own: 70
+# lines for 5.7 of 91.6 ms of a record step on paper (records/evidence/roofline.py). A test compares
+# them with their parts in plain torch.
+
+
+class RotatedHeads(torch.autograd.Function):
+    """qkv (N, H + 2 K, d), gain (H + 2 K,), cos and sin (N, H + 2 K, r) float32 -> q (N, H, d), k
+    and v (N, K, d), views of one tensor: q and k of unit mean square, all rotated and times their
+    gains (v: by no angle, times 1).
+
+    With x^ = x / rms(x), y = gain R x^, y^ = y / gain, g = dy: dx = gain R^T (g - y^ mean(y^ g)) /
+    rms(x)."""
+
+    @staticmethod
+    def forward(ctx, qkv, gain, cos, sin, n_kv):
+        x = qkv.float()
+        n_q = len(gain) - 2 * n_kv
+        gain = gain[:, None] + 1e-12  # backward divides by it
+        normed = torch.arange(len(gain), device=x.device)[:, None] < n_q + n_kv
+        scale = torch.where(normed, torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), 1.0)
+        q, k, v = (rotate(x, cos, sin) * (scale * gain)).to(qkv.dtype).split([n_q, n_kv, n_kv], 1)
+        ctx.save_for_backward(q, k, gain, cos, sin, scale)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        q, k, gain, cos, sin, scale = ctx.saved_tensors
+        sizes = [q.size(1), k.size(1), k.size(1)]
+        cos, sin = cos[:, :1], -sin[:, :1]  # turns back
+
+        def undo(y, g, gain, scale):
+            """-> dx, and the sums x^ R^T g (N, heads) that add up to the gradient of the gain."""
+            dot = (y.float() * g.float()).sum(-1, keepdim=True) / gain
+            dx = rotate(g.float(), cos, sin) * gain - rotate(y.float(), cos, sin) * (dot / y.size(-1))
+            return (dx * scale).to(g.dtype), dot[..., 0]
+        gain_q, gain_k, _ = gain.split(sizes)
+        scale_q, scale_k, _ = scale.split(sizes, 1)
+        dx_q, dgain = undo(q, dq, gain_q, scale_q)
+        dx_k, _ = undo(k, dk, gain_k, scale_k)
+        dgain = F.pad(dgain.sum(0), (0, len(gain) - q.size(1)))
+        return torch.cat([dx_q, dx_k, dv], 1), dgain, None, None, None
+
+
+def unit(v):
+    """v (N, K, d) -> v / |v| float32, |v| (N, K, 1)."""
+    v = v.detach().float()
+    length = v.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    return v / length, length
+
+
+class GatedXSA(torch.autograd.Function):
+    """y (N, G K, d), v (N, K, d), unit(v), gate (N, G K) -> (N, G K, d): each head less what lies
+    along its token's own value (XSA, #265), times sigmoid(gate) (sparse attention gate, #1787).
+
+    With v^ = v / |v|, p = y v^: z = s (y - p v^). Then dy = e - q v^ where e = s dz and q = e v^,
+    and of each head dv = (2 p q v^ - p e - q y) / |v|."""
+
+    @staticmethod
+    def heads(K, *xs):
+        """Tensors (N, G K, ...) -> G tuples of them as (N, K, .) float32: the heads that share
+        their values."""
+        xs = [x.view(len(x), K, -1, x.size(2) if x.ndim == 3 else 1) for x in xs]
+        return [[x[:, :, g].float() for x in xs] for g in range(xs[0].size(2))]
+
+    @staticmethod
+    def forward(ctx, y, v, v_unit, v_length, gate):
+        ctx.save_for_backward(y, v_unit, v_length, gate)
+        zs = []
+        for x, s in GatedXSA.heads(v.size(1), y, gate.float().sigmoid()):
+            p = (x * v_unit).sum(-1, keepdim=True)
+            zs.append(((x - p * v_unit) * s).to(y.dtype))
+        return torch.stack(zs, 2).view(y.shape)
+
+    @staticmethod
+    def backward(ctx, dz):
+        y, v_unit, v_length, gate = ctx.saved_tensors
+        dv = 0.0
+        dys = []
+        dgates = []
+        for x, s, g in GatedXSA.heads(v_unit.size(1), y, gate.float().sigmoid(), dz):
+            e = g * s
+            p = (x * v_unit).sum(-1, keepdim=True)
+            q = (e * v_unit).sum(-1, keepdim=True)
+            dgate = (g * (x - p * v_unit)).sum(-1, keepdim=True) * s * (1 - s)
+            dgates.append(dgate.to(gate.dtype))
+            dys.append((e - q * v_unit).to(dz.dtype))
+            dv = dv + ((2 * p * q * v_unit - p * e - q * x) / v_length).to(dz.dtype)
+        return torch.stack(dys, 2).view(dz.shape), dv, None, None, torch.stack(dgates, 2).view(gate.shape)
+
+
+# --------------------------------------------------------------------------------------------------
+# Kernels, for an H100 (GPT.fused): two places where memory traffic is spent that the compiler does
+# not save. The torch references stand in GPT.mlp and GPT.losses; tests compare them. Sizes are
+# constants to Triton: a model has few.
+
+if triton:
+    @triton.jit
+    def up_kernel(a_ptr, b_ptr, pre_ptr, out_ptr, N, stride_bn, stride_bk, K: tl.constexpr,
+                  BACKWARD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+        # acc = A (M, K) @ B (N, K)^T, all multiples of the tile. Forward: pre = acc, out =
+        # lrelu2(acc). Backward: out = acc * lrelu2'(pre). Neighbours share rows of A; all of B
+        # stays in L2.
+        m = tl.program_id(1) * BM + tl.arange(0, BM)
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        k = tl.arange(0, BK)
+        a = a_ptr + m[:, None].to(tl.int64) * K + k[None, :]
+        b = b_ptr + n[None, :] * stride_bn + k[:, None] * stride_bk
+        acc = tl.zeros((BM, BN), tl.float32)
+        for _ in range(0, K, BK):
+            acc = tl.dot(tl.load(a), tl.load(b), acc, input_precision="ieee")
+            a += BK
+            b += BK * stride_bk
+        at = m[:, None].to(tl.int64) * N + n[None, :]
+        if BACKWARD:
+            pre = tl.load(pre_ptr + at).to(tl.float32)
+            tl.store(out_ptr + at, acc * tl.where(pre > 0, 2 * pre, 0.5 * pre))
+        else:
+            tl.store(pre_ptr + at, acc)
+            tl.store(out_ptr + at, acc * tl.where(acc > 0, acc, 0.25 * acc))
+
+    # Softcap by a sigmoid: cap * tanh(x / cap) = 2 cap * sigmoid(2 x / cap) - cap; the constant
+    # drops out of softmax. The capped logit lies in [0, 2 cap], so 2 cap serves as the maximum and
+    # one pass suffices.
+    @triton.jit
+    def ce_forward(x_ptr, target_ptr, loss_ptr, lse_ptr, cap: tl.constexpr, V: tl.constexpr,
+                   BV: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        total = tl.zeros((BV,), tl.float32)
+        for start in range(0, V, BV):
+            v = start + tl.arange(0, BV)
+            x = tl.load(x_ptr + row * V + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            total += tl.exp(2 * cap * tl.sigmoid(2 * x / cap) - 2 * cap)  # e^-60 for what lies beyond V
+        lse = 2 * cap + tl.log(tl.sum(total, 0))
+        x = tl.load(x_ptr + row * V + tl.load(target_ptr + row)).to(tl.float32)
+        tl.store(lse_ptr + row, lse)
+        tl.store(loss_ptr + row, lse - 2 * cap * tl.sigmoid(2 * x / cap))
+
+    @triton.jit
+    def ce_backward(x_ptr, target_ptr, lse_ptr, grad_ptr, dx_ptr, cap: tl.constexpr, V: tl.constexpr,
+                    BV: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(target_ptr + row)
+        lse = tl.load(lse_ptr + row)
+        grad = tl.load(grad_ptr + row)
+        for start in range(0, V, BV):
+            v = start + tl.arange(0, BV)
+            x = tl.load(x_ptr + row * V + v, mask=v < V, other=0.0).to(tl.float32)
+            s = tl.sigmoid(2 * x / cap)
+            p = tl.exp(2 * cap * s - lse)
+            dx = grad * (p - tl.where(v == target, 1.0, 0.0)) * 4 * s * (1 - s)
+            tl.store(dx_ptr + row * V + v, dx, mask=v < V)
+
+
+TILE = (128, 256, 64)  # rows, columns and depth of the product that one program computes
+
+
+def up_product(a, b, pre=None):
+    """a (M, K) contiguous, b (N, K) of any strides -> pre = a @ b^T and lrelu2(pre), both (M, N).
+    With the pre of the forward pass: (a @ b^T) * lrelu2'(pre)."""
+    M, N = len(a), len(b)
+    BM, BN, BK = TILE
+    backward = pre is not None
+    out = a.new_empty(M, N)
+    pre = pre if backward else torch.empty_like(out)
+    up_kernel[N // BN, M // BM](a, b, pre, out, N, *b.stride(), K=a.size(1), BACKWARD=backward,
+                                BM=BM, BN=BN, BK=BK, num_warps=8, num_stages=3)
+    return out if backward else (pre, out)
+
+
+class FusedMLP(torch.autograd.Function):
+    """x (N, D), up (M, D), down (D, M) -> lrelu2(x @ up^T) @ down^T: the activation rides on the
+    matrix products. 8.9 of 91.6 ms of a record step on paper."""
+
+    @staticmethod
+    def forward(ctx, x, up, down):
+        pre, h = up_product(x.contiguous(), up)
+        ctx.save_for_backward(x, up, down, pre, h)
+        return h @ down.t()
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, up, down, pre, h = ctx.saved_tensors
+        dpre = up_product(dy.contiguous(), down.t(), pre)
+        return dpre @ up, dpre.t() @ x, dy.t() @ h
+
+
+def softcap_ce(x, targets, cap):
+    """x (N, V) raw logits, targets (N,) int64 -> nats, log-sum-exp (N,) float32 of cap * tanh(x /
+    cap)."""
+    loss = x.new_empty(len(x), dtype=torch.float32)
+    lse = torch.empty_like(loss)
+    ce_forward[len(x),](x, targets, loss, lse, cap=cap, V=x.size(1), BV=1024)
+    return loss, lse
+
+
+def softcap_ce_backward(x, targets, lse, grad, cap):
+    """-> the gradient of x (N, V) from that of the nats, grad (N,)."""
+    dx = torch.empty_like(x)
+    ce_backward[len(x),](x, targets, lse, grad, dx, cap=cap, V=x.size(1), BV=1024)
+    return dx
+
+
+class FusedCE(torch.autograd.Function):
+    """x (N, V) raw logits, targets (N,) int64, cap -> nats (N,) float32 of cap * tanh(x / cap): one
+    read forward, a read and a write backward. 4.2 to 6.6 of 91.6 ms of a record step on paper."""
+
+    @staticmethod
+    def forward(ctx, x, targets, cap):
+        loss, lse = softcap_ce(x, targets, cap)
+        ctx.save_for_backward(x, targets, lse)
+        ctx.cap = cap
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        return softcap_ce_backward(*ctx.saved_tensors, grad.contiguous(), ctx.cap), None, None
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimizer: Muon for the banks of matrices, torch's AdamW for the embedding and the small
+# parameters.
+
+# Polar Express: the best five quintic steps towards the orthogonal factor in bf16 (arXiv
+# 2505.16932; scaled by 1.02).
+POLAR_EXPRESS = [(8.156554524902461, -22.48329292557795, 15.878769915207462),
+                 (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]
+
+
+def orthogonalize(G):
+    """G (n, rows, cols) -> the nearest semi-orthogonal matrices times sqrt(max(1, rows / cols));
+    singular values above 1e-3 of the norm land within 0.86 .. 1.14. Rows are first scaled to one
+    length (MuonEq-R, arXiv 2603.28254)."""
+    X = G / G.norm(dim=-1, keepdim=True).clamp(min=1e-7)
+    tall = X.size(-2) > X.size(-1)
+    X = X.mT if tall else X  # the products are on the short side
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    X = X.mT if tall else X
+    return X * max(1.0, G.size(-2) / G.size(-1)) ** 0.5
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, then the nearest orthogonal matrix (Keller Jordan). For banks (layer,
+    rows, cols) of hidden matrices only; lr in units of spectral norm per update.
+
+    Every rank keeps all momenta and orthogonalises its share of each bank's layers: on paper 0.2 ms
+    of a record step instead of 1 to 2.5. A group's `rows` are those of the matrices stacked in a
+    layer, such as q, k and v."""
+
+    def __init__(self, groups, compiled=False):
+        """groups: [{"params": [bank, ...], "rows": [int, ...] or None, "weight_decay": float}]; lr
+        and momentum are set by the loop."""
+        super().__init__(groups, {"lr": 0.0, "momentum": 0.0})
+        self.orthogonalize = orthogonalize
+        if compiled:
+            self.orthogonalize = torch.compile(orthogonalize, dynamic=False, fullgraph=True)
+
+    def share(self, update, rows):
+        """update (L, rows, cols) -> all of it orthogonalised, padded to (n * ranks, rows, cols),
+        handle to wait on."""
+        rank, world_size = place_among_ranks()
+        n = math.ceil(len(update) / world_size)
+        update = F.pad(update, (0, 0, 0, 0, 0, n * world_size - len(update)))[rank * n:(rank + 1) * n]
+        parts = update.split(rows or update.size(1), 1)
+        update = torch.cat([self.orthogonalize(part) for part in parts], 1)
+        if world_size == 1:
+            return update, None
+        whole = update.new_empty(n * world_size, *update.shape[1:])
+        return whole, dist.all_gather_into_tensor(whole, update, async_op=True)
+
+    @torch.no_grad()
+    def step(self):
+        gathered = []  # one bank travels while the next is orthogonalised
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                m = state["momentum_buffer"]
+                m.mul_(group["momentum"]).add_(p.grad)
+                update = p.grad + group["momentum"] * m
+                update = update.bfloat16() if p.is_cuda else update
+                gathered.append((p, group, *self.share(update, group["rows"])))
+        for p, group, update, handle in gathered:
+            if handle:
+                handle.wait()
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update[:len(p)], alpha=-group["lr"])
+
+
+def make_optimizers(model, cfg, compiled=False):
+    """-> Muon, AdamW. Each group holds its peak_lr; no parameter is left out."""
+    matrix = {"weight_decay": cfg.matrix_wd, "peak_lr": cfg.matrix_lr}
+    muon = Muon([{"params": [model.down, model.up, model.o], "rows": None, **matrix},
+                 {"params": [model.qkv], "rows": model.qkv_sizes, **matrix},
+                 {"params": [model.copy], "rows": [cfg.copy_dim] * 3, **matrix}], compiled)
+    others = (*model.MATRICES, "embed.weight")
+    small = [p for name, p in model.named_parameters() if name not in others and p.numel()]
+    adamw = torch.optim.AdamW([
+        {"params": [model.embed.weight], "peak_lr": cfg.embed_lr, "weight_decay": cfg.embed_wd},
+        {"params": small, "peak_lr": cfg.scalar_lr, "weight_decay": cfg.scalar_wd},
+    ], betas=(cfg.adam_beta1, cfg.adam_beta2), fused=True)
+    return [muon, adamw]
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes: those that torchrun started, or this one alone. CPU tensors travel by gloo, a GPU's by
+# NCCL.
+
+
+def read_launcher():
+    """RANK, LOCAL_RANK and WORLD_SIZE of the environment; 0, 0, 1 without torchrun. Raises
+    ValueError."""
+    given = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if not any(value is not None for value in given.values()):
+        return [0, 0, 1]
+    numbers = [int(value) if re.fullmatch(r"\d{1,6}", value or "") else -1 for value in given.values()]
+    if min(numbers) < 0 or max(numbers[:2]) >= numbers[2]:
+        raise ValueError(f"the environment has {given}: torchrun sets all three, the first two below the third")
+    return numbers
+
+
+def join_ranks(cfg):
+    """Start the process group, if there are others -> the device of this rank. Raises
+    ValueError."""
+    rank, local_rank, world_size = read_launcher()
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    kind = cfg.device or next(kind for kind in available if available[kind])
+    if not available[kind] or kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"--device={kind}: {no_cuda() or 'this machine has none, or fewer than ranks'}")
+    n_rows = cfg.batch_tokens // cfg.row_tokens
+    if n_rows % world_size:
+        raise ValueError(f"--batch_tokens={cfg.batch_tokens} is {n_rows} rows of --row_tokens="
+                         f"{cfg.row_tokens}, which {world_size} ranks cannot share evenly")
+    if world_size > 1:
+        # torch 2.13 renames collectives that 2.11 has.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    if kind != "cuda":
+        return torch.device(kind)
+    torch.cuda.set_device(local_rank)
+    torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
+    return torch.device(kind, local_rank)
+
+
+def place_among_ranks():
+    """-> rank, number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(tensors):
+    """Each tensor becomes its sum over all ranks, all in flight at once."""
+    if dist.is_initialized():
+        for handle in [dist.all_reduce(x, async_op=True) for x in tensors]:
+            handle.wait()
+
+
+def largest(*values):
+    """The largest of each value over all ranks; also where they wait for each other."""
+    agreed = torch.tensor(values, dtype=torch.float64)  # on the CPU: no GPU waits for it
+    if dist.is_initialized():
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    return agreed.tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# Data. A dataset is a folder: meta.json, tokenizer.json, shards train_NNNNNN.bin and val_NNNNNN.bin
+# (data/README.md).
+
+BOUNDARY = 0  # the token that starts each document
+
+
+def read_shard(path):
+    """Shard file: 256 little-endian int32 (20240520, 1, number of tokens, 0 ...), uint16 tokens ->
+    (n,) mapped."""
+    size = path.stat().st_size
+    header = np.fromfile(path, "<i4", 3).tolist()
+    if size < 1026 or header[:2] != [20240520, 1] or size != 1024 + 2 * header[2]:
+        raise ValueError(f"{path}: not a token shard, empty or cut short")
+    return np.memmap(path, "<u2", mode="r", offset=1024)
+
+
+def find_dataset(name):
+    """Name under data/, or path of a folder with a meta.json. Raises ValueError with the command
+    that prepares it."""
+    for folder in (Path(name), HERE / "data" / name, Path("data") / name):
+        if (folder / "meta.json").is_file():
+            return folder
+    how = name if name in ("demo", "fineweb") else f"docs PATH --name={name}"
+    raise ValueError(f"--data={name}: no such dataset; prepare it with: python data/prepare.py {how}")
+
+
+class Dataset:
+    """A dataset as training reads it: vocab_size, meta (dict), tokenizer (the text of
+    tokenizer.json, for pack.py), train [functions that read a shard], val (n,) uint16 in whole
+    documents and the bytes of their text, val_bytes."""
+
+    def __init__(self, cfg):
+        """Checks what a run relies on: the files against meta.json, and this rank's part of the
+        shards for tokens outside the vocabulary. Raises ValueError."""
+        self.tokenizer = ""
+        if cfg.data == "synthetic":
+            self.vocab_size = cfg.vocab_size or 8192
+            self.meta = {"name": "synthetic"}
+            n = max(1 << 22, 2 * cfg.row_tokens)
+            self.train = [partial(synthetic_tokens, self.vocab_size, n, seed) for seed in range(8)]
+            self.val = synthetic_tokens(self.vocab_size, 4 * cfg.row_tokens, 8)
+            self.val_bytes = 0
+            return
+        folder = find_dataset(cfg.data)
+        try:
+            self.meta = json.loads((folder / "meta.json").read_bytes())
+            files = self.meta.pop("files")
+            self.vocab_size, self.val_bytes = int(self.meta["vocab_size"]), int(self.meta["val_bytes"])
+            self.tokenizer = (folder / "tokenizer.json").read_text("utf-8")
+            if hashlib.sha256(self.tokenizer.encode()).hexdigest() != self.meta["tokenizer_sha256"]:
+                raise ValueError("tokenizer.json is not the one that meta.json names")
+            shards = {"train": [], "val": []}
+            rank, world_size = place_among_ranks()
+            for i, name in enumerate(sorted(files)):
+                if split := re.fullmatch(r"(train|val)_\d+\.bin", name):
+                    tokens = read_shard(folder / name)
+                    if tokens.nbytes + 1024 != files[name]["bytes"]:
+                        raise ValueError(f"{name} is not as long as meta.json says")
+                    if i % world_size == rank and tokens.max() >= self.vocab_size:
+                        raise ValueError(f"{name} has tokens outside the vocabulary of {self.vocab_size}")
+                    shards[split[1]].append(folder / name)
+            self.train = [partial(read_shard, path) for path in shards["train"]]
+            longest = max(len(read()) for read in self.train)
+            val = np.concatenate([read_shard(path) for path in shards["val"]])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+            raise ValueError(f"dataset {folder}: damaged: {type(e).__name__}: {e}") from None
+        if cfg.vocab_size not in (0, self.vocab_size):
+            raise ValueError(f"--vocab_size={cfg.vocab_size}, but {folder} has {self.vocab_size}: leave it 0")
+        if longest <= cfg.row_tokens:
+            raise ValueError(f"--row_tokens={cfg.row_tokens}: no train shard of {folder} is that long")
+        ends = np.append(np.flatnonzero(val[1:] == BOUNDARY) + 1, len(val))  # of the documents
+        n_docs = np.searchsorted(ends, cfg.val_tokens or len(val), side="right")
+        self.val = val[:ends[max(n_docs, 1) - 1]]
+        self.val_bytes *= len(self.val) / len(val)  # of a part: what its tokens have on average
+
+
+def synthetic_tokens(vocab_size, n, seed):
+    """-> n random tokens uint16 in documents of web-like lengths (lognormal, median 403 tokens,
+    mean 690)."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, vocab_size, n, dtype=np.uint16)
+    starts = np.cumsum(rng.lognormal(np.log(403), 1.04, n // 100)).astype(np.int64)
+    tokens[[0, *starts[starts < n]]] = BOUNDARY
+    return tokens
+
+
+def make_batch(row, seq_len, device, longest=0):
+    """row (N + 1,) of tokens -> tokens (N,), targets (N,) int64 on the device, Segments of at most
+    seq_len tokens."""
+    starts = np.flatnonzero(row[:-1] == BOUNDARY)
+    x = to_device(row.astype(np.int64), device)
+    return x[:-1], x[1:], make_segments(starts, len(row) - 1, seq_len, device, longest)
+
+
+class Loader:
+    """An endless stream of rows: shards in a seeded order, the documents of each in a seeded order,
+    cut into rows.
+
+    The stream is the same whatever the number of ranks; rank r of n takes rows r, r + n, ... A
+    thread reads ahead. (The public loaders that mix documents gained 0.002 bits per byte over
+    sequential ones.)"""
+
+    def __init__(self, data, cfg, first_row=0):
+        """The stream starts at first_row, counted over all ranks."""
+        self.data, self.cfg, self.first_row = data, cfg, first_row
+        self.rank, self.world_size = place_among_ranks()
+        self.stream = self.rows()
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead = deque(self.reader.submit(next, self.stream) for _ in range(16))
+
+    def next(self):
+        """-> (row_tokens + 1,) uint16; the last token is only a target."""
+        self.ahead.append(self.reader.submit(next, self.stream))
+        return self.ahead.popleft().result()
+
+    def rows(self):
+        """Yields this rank's rows."""
+        n = self.cfg.row_tokens
+        index = 0
+        epoch = 0
+        while True:
+            rng = np.random.default_rng((self.cfg.seed, epoch))
+            for shard in rng.permutation(len(self.data.train)):
+                tokens = self.data.train[shard]()
+                starts = np.union1d([0], np.flatnonzero(tokens == BOUNDARY))
+                ends = np.append(starts[1:], len(tokens))
+                parts = []
+                size = 0
+                for document in rng.permutation(len(starts)):
+                    parts.append(tokens[starts[document]:ends[document]])
+                    size += len(parts[-1])
+                    while size > n:  # the tail of a shard that fills no row is left out
+                        whole = np.concatenate(parts)
+                        if index >= self.first_row and index % self.world_size == self.rank:
+                            yield whole[:n + 1]
+                        parts = [whole[n:]]
+                        size -= n
+                        index += 1
+            epoch += 1
+
+
+@torch.no_grad()
+def validate(losses, data, cfg, batch, looped):
+    """Score whole validation documents in order, each target once, with a context of up to seq_len.
+    losses as GPT.losses, batch(row, seq_len) as make_batch -> {"val_loss": nats per token,
+    "val_bpb": bits per byte}."""
+    rank, world_size = place_among_ranks()
+    n = cfg.row_tokens
+    nats = torch.zeros((), dtype=torch.float64)
+    for start in range(rank * n, len(data.val), world_size * n):
+        row = data.val[start:start + n + 1]
+        n_real = min(n, len(data.val) - start)
+        if len(row) <= n:  # the boundary that closes the last document, then one that does not count
+            row = np.pad(np.append(row, BOUNDARY), (0, n - len(row)), constant_values=1)
+        nats += losses(*batch(row, cfg.seq_len), looped)[:n_real].cpu().double().sum()
+    sum_over_ranks([nats])
+    val_bpb = nats.item() / math.log(2) / data.val_bytes if data.val_bytes else math.nan
+    return {"val_loss": nats.item() / len(data.val), "val_bpb": val_bpb}
+
+
+# --------------------------------------------------------------------------------------------------
+# Schedules: pure functions of progress in [0, 1].
+
+
+class Schedule(NamedTuple):
+    lr: float  # relative to each group's peak
+    momentum: float  # Muon's
+    seq_len: int  # tokens
+    looped: bool
+
+
+def schedule_at(cfg, progress):
+    """The learning rate is 1, then a line to 0 over the cooldown, never below lr_floor (#1787).
+    Short contexts come first: a third of seq_len, two thirds, all (#2014: 1k, 2k, 3k; -0.001)."""
+    lr = min(1.0, max(cfg.lr_floor, (1 - progress) / cfg.cooldown))
+    momentum = cfg.momentum - max(cfg.momentum - 0.92, 0) * max(1 - progress / 0.24, 0)
+    thirds = 1 if progress < 0.1 else 2 if progress < 0.7 else 3
+    looped = bool(progress >= cfg.loop_at)  # numpy's own bool would be a tensor to the compiler
+    return Schedule(lr, momentum, cfg.seq_len * thirds // 3, looped)
+
+
+# --------------------------------------------------------------------------------------------------
+# Calibration and checkpoint
+
+CALIB_ROW = 16384  # tokens at a time, at most: float32 copies of their activations must fit
+
+
+def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
+    """Sums over n_rows of next_batch(), as make_batch(), with labels sampled from the model (the
+    true Fisher):
+
+    bank.H (L, in, in) of x x^T and bank.g (L, out) of (dL/dy)^2 for each y = W x, over all visits
+    of a looped block; for the tied embedding embed.H (D, D) and embed.g (V,) as the head, embed.S
+    (D, D) of (dL/dx)(dL/dx)^T as the input; tokens (1,). embed.g is p (1 - p) times the softcap's
+    slope squared, which is exact but for the pointer. Ends after a row once late() is true."""
+    device = model.embed.weight.device
+    sums = defaultdict(float)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def outer(key, x):
+        x = x.detach().float()
+        sums[key] += x.mT @ x
+
+    def squares(key, g):
+        sums[key] += g.float().square().sum(0)
+
+    def tap(x, W, name, layer, visit):
+        outer((name, "H", layer), x)
+        y = F.linear(x, W)
+        y.register_hook(partial(squares, (name, "g", layer)))
+        return y
+
+    def tap_embedding(module, inputs, x):
+        x.requires_grad_().register_hook(partial(outer, "embed.S"))
+
+    fused, model.fused, model.linear = model.fused, False, tap
+    hook = model.embed.register_forward_hook(tap_embedding)
+    model.requires_grad_(False)  # only activations need gradients here
+    for i in range(n_rows):
+        if i and late():
+            break
+        tokens, _, seg = next_batch()
+        hidden = model(tokens, seg)
+        outer("embed.H", hidden)
+        p = model.probabilities(hidden, tokens, seg)
+        with torch.no_grad():
+            labels = torch.multinomial(p, 1, generator=generator)
+            logits = model.logits(hidden)
+            lm = logits.softmax(-1)
+            slope = 1 - (logits / model.cfg.softcap).square()
+            sums["embed.g"] += (lm * (1 - lm) * slope.square()).sum(0)
+        p.gather(1, labels).log().sum().neg().backward()
+        sums["tokens"] += torch.tensor([float(len(tokens))], device=device)
+    model.requires_grad_(True)
+    hook.remove()
+    del model.linear
+    model.fused = fused
+    stats = {key: sums[key] for key in ("embed.H", "embed.S", "embed.g", "tokens")}
+    for name in model.MATRICES:
+        for part in "Hg":
+            layers = [sums[name, part, layer] for layer in range(len(getattr(model, name)))]
+            stats[f"{name}.{part}"] = torch.stack(layers)
+    # The products had scales folded into their matrices; the statistics are those of the matrices
+    # without.
+    depth = torch.arange(1, model.cfg.n_layer + 1, device=device)[:, None, None]
+    stats["qkv.H"] /= depth
+    stats["up.H"] /= depth
+    stats["o.g"] *= model.attn_scale.detach().square()
+    stats["down.g"] *= model.mlp_scale.detach().square()
+    return stats
+
+
+def write_checkpoint(path, **values):
+    """What load_checkpoint() reads. The file that stands there is replaced in one step, or stays as
+    it is."""
+    buffer = io.BytesIO()  # a full disk must fail in write(), not in torch.save
+    torch.save(values, buffer)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(buffer.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path}: {e.strerror}") from None
+
+
+CHECKPOINT = {"weights": dict, "stats": dict, "run": dict, "tokenizer": str}
+STATE = {"weights": dict, "ema": dict, "optimizers": list, "preset": str, "step": int,
+         "next_val": int, "seconds": float}
+
+
+def load_checkpoint(path, kinds=CHECKPOINT):
+    """checkpoint.pt, or state.pt with kinds=STATE -> {"config": Config, and each of kinds}. The
+    file may come from anywhere: checksums first, which torch does not look at, then tensors and
+    plain values only, the weights of the shapes that the config describes. Raises ValueError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: train first, python train_gpt.py")
+    try:
+        with zipfile.ZipFile(path) as z:
+            if (bad := z.testzip()) is not None:
+                raise ValueError(f"{bad} does not match its checksum")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = {"config": Config(**saved["config"])}
+        with torch.device("meta"):
+            expected = {name: x.shape for name, x in GPT(found["config"]).state_dict().items()}
+        for key, kind in kinds.items():
+            found[key] = saved[key]
+            if not isinstance(saved[key], kind):
+                raise ValueError(f"{key} is no {kind.__name__}")
+            if key in ("weights", "ema") and {name: x.shape for name, x in saved[key].items()} != expected:
+                raise ValueError(f"the {key} are not those that the config describes")
+        return found
+    except Exception as e:  # torch.load has no single error for bad bytes
+        raise ValueError(f"{path} is not whole: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# The run: its folder, its log, its clock
+
+
+def open_run(name):
+    """Make runs/<name>/ with this file as source/. A folder that exists is refused: ValueError."""
+    folder = Path("runs") / name
+    try:
+        folder.mkdir(parents=True)
+        (folder / "source").mkdir()
+        shutil.copyfile(__file__, folder / "source/train_gpt.py")
+    except FileExistsError:
+        raise ValueError(f"--run={name}: {folder} exists; nothing is overwritten") from None
+    except OSError as e:
+        raise ValueError(f"--run={name}: {e.filename}: {e.strerror}") from None
+    return folder
+
+
+def load_state(run):
+    """A run's folder or its name -> the folder, its state.pt. Raises ValueError."""
+    folder = Path(run) if Path(run).is_dir() else Path("runs") / run
+    if not (folder / "state.pt").is_file():
+        raise ValueError(f"--resume={run}: nothing to go on from: no such run, or it has ended, or "
+                         "saved no state yet")
+    source = folder / "source/train_gpt.py"
+    if not source.is_file() or source.read_bytes() != Path(__file__).read_bytes():
+        raise ValueError(f"--resume={run}: train_gpt.py changed since the run began")
+    return folder, load_checkpoint(folder / "state.pt", STATE)
+
+
+class Log:
+    """log.txt for eyes and awk, metrics.jsonl for programs, the terminal for whoever waits. Only
+    rank 0 has a folder and writes. Holds the run for this process; its last line says how the run
+    ended: finished, or why not."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.reason = "finished"
+        if not folder:
+            return
+        self.text = open(folder / "log.txt", "a", encoding="utf-8")
+        self.json = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        if fcntl:
+            try:
+                fcntl.flock(self.json, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"{folder} is being trained by another process") from None
+
+    def __call__(self, line="", **numbers):
+        """A line of text, or key:value pairs that go to both files; `kind` names the line in
+        metrics.jsonl."""
+        if not self.folder:
+            return
+        if numbers:
+            self.record(**numbers)
+            line = " ".join(f"{k}:{v:.6g}" if isinstance(v, float) else f"{k}:{v}"
+                            for k, v in numbers.items() if k != "kind")
+        print(line, file=self.text, flush=True)
+        show(line)
+
+    def record(self, **values):
+        """A line of metrics.jsonl; what is not finite becomes null."""
+        if self.folder:
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                      for k, v in values.items()}
+            print(json.dumps(values), file=self.json, flush=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        code = 0
+        if isinstance(error, SystemExit):
+            code = error.code
+        elif error:
+            code = 2 if isinstance(error, ValueError) else 1
+            self.reason = f"{kind.__name__}: {(str(error).splitlines() or [''])[0]}"
+        self.record(kind="end", reason=self.reason, exit_code=code, time=utc())
+
+
+def utc():
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class Clock:
+    """Seconds of training: runs from start() to stop(), as often as need be. Queued GPU work
+    counts."""
+
+    def __init__(self, device):
+        self.device = device
+        self.total = 0.0
+        self.since = None
+
+    def sync(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def start(self):
+        largest(0)  # no clock runs while one rank still writes
+        self.sync()
+        self.since = time.perf_counter()
+
+    def stop(self):
+        self.sync()
+        self.total = self.seconds()
+        self.since = None
+
+    def seconds(self):
+        return self.total + (time.perf_counter() - self.since if self.since is not None else 0.0)
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by name of the GPU, for MFU
+
+
+class Meter:
+    """Looks at steps once they have ended, for a GPU must not wait for the CPU: logs one in
+    log_every and ends the run, exit code 3, at a loss that is not finite."""
+
+    def __init__(self, cfg, clock, limit, log, step):
+        """limit: s that the steps may take; step: the number of the last one."""
+        self.cfg, self.clock, self.limit, self.log = cfg, clock, limit, log
+        self.in_flight = []  # (step, Schedule, (loss, gradient norm), event after it)
+        self.last = {"step": step, "train_seconds": clock.total, "train_loss": math.nan, "step_ms": 0.0}
+        self.peak_flops = 0.0
+        for name, flops in PEAK_FLOPS.items():
+            if name in environment(clock.device)["device"]:
+                self.peak_flops = flops * place_among_ranks()[1]
+
+    def add(self, step, schedule, numbers):
+        """numbers (2,) on the device: of the step that was queued last."""
+        numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory; readable once `done` has passed
+        done = torch.cuda.current_stream().record_event() if self.clock.device.type == "cuda" else None
+        self.in_flight.append((step, schedule, numbers, done))
+
+    def settle(self, keep):
+        """Wait for all steps but the newest `keep`, and report them."""
+        while len(self.in_flight) > keep:
+            step, schedule, numbers, done = self.in_flight.pop(0)
+            if done:
+                done.synchronize()
+            train_loss, grad_norm = numbers.tolist()
+            if not math.isfinite(train_loss):
+                self.log.reason = (f"the loss is {train_loss} at step {step}; last good: "
+                                   f"{self.last['train_loss']:.4f} at step {self.last['step']}")
+                self.log(f"stopped: {self.log.reason}")
+                sys.exit(3)
+            if step % self.cfg.log_every == 0 or step <= 5:
+                self.report(step, schedule, train_loss, grad_norm)
+
+    def report(self, step, schedule, train_loss, grad_norm):
+        cfg, seconds = self.cfg, self.clock.seconds()
+        step_ms = 1000 * (seconds - self.last["train_seconds"]) / (step - self.last["step"])
+        rate = 1000 * cfg.batch_tokens / step_ms  # tokens per second
+        eta = self.limit - seconds if cfg.max_seconds else (cfg.max_steps - step) * step_ms / 1000
+        self.last = {"step": step, "train_loss": train_loss, "lr": schedule.lr,
+                     "grad_norm": grad_norm, "step_ms": step_ms, "train_seconds": seconds,
+                     "tokens": step * cfg.batch_tokens, "tokens_per_second": int(rate)}
+        if self.peak_flops:
+            self.last["mfu"] = rate * count_flops(cfg, schedule.looped) / self.peak_flops
+        self.log(kind="step", **self.last, eta=max(int(eta), 0))
+
+
+def environment(device):
+    """What the numbers were made on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": f"{place_among_ranks()[1]} x {name}",
+            "cpu": f"{os.cpu_count()} cores, {platform.machine()}", "os": platform.system(),
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            "cuda": torch.version.cuda or "", "numpy": np.__version__,
+            "threads": torch.get_num_threads()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+@torch.no_grad()
+def lerp(model, other, share):
+    """The weights of model become share * other's + (1 - share) * its own."""
+    torch._foreach_lerp_([*model.parameters()], [*other.parameters()], share)
+
+
+def train_step(losses, batches, model, optimizers, schedule, cfg):
+    """One update from this rank's batches (tokens, targets, seg) -> (2,) float32 on the device: the
+    loss of all ranks' tokens, the gradient norm before clipping."""
+    train_loss = torch.zeros((), device=model.embed.weight.device)
+    for tokens, targets, seg in batches:
+        loss = losses(tokens, targets, seg, schedule.looped).sum() / cfg.batch_tokens
+        loss.backward()
+        train_loss += loss.detach()
+    sum_over_ranks([train_loss, *(p.grad for p in model.parameters() if p.numel())])
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr * group["peak_lr"]
+            group["momentum"] = schedule.momentum  # of which AdamW takes no notice
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack([train_loss, grad_norm])
+
+
+def warm_up(cfg, model, losses, optimizers, batch):
+    """Compile every graph and time calibration, on random tokens and untimed; leaves no trace. A
+    row that does not fit into memory is halved. -> (Config with the row_tokens that fit, seconds of
+    calibration per row)."""
+    initial = copy.deepcopy(model.state_dict())
+    rng = np.random.default_rng(place_among_ranks()[0])
+
+    def random_batch(n):
+        row = rng.integers(1, cfg.vocab_size, n + 1)
+        row[::700] = BOUNDARY
+        return batch(row, cfg.seq_len)
+    states = sorted({schedule_at(cfg, 0.0).looped, True})
+    while True:
+        out_of_memory = False
+        try:
+            for looped in states:
+                losses(*random_batch(cfg.row_tokens), looped).sum().backward()
+        except RuntimeError as e:
+            if "out of memory" not in str(e):
+                raise
+            out_of_memory = True
+        if not largest(out_of_memory)[0]:
+            break
+        if cfg.row_tokens % 2 or cfg.row_tokens <= 32:
+            raise ValueError(f"--row_tokens={cfg.row_tokens}: not even such a row of this model fits into memory")
+        model.zero_grad()
+        torch.compiler.reset()
+        cfg = replace(cfg, row_tokens=cfg.row_tokens // 2)
+    train_step(losses, [random_batch(cfg.row_tokens)], model, optimizers, schedule_at(cfg, 1.0), cfg)
+    with torch.no_grad():
+        for looped in states:
+            losses(*random_batch(cfg.row_tokens), looped)  # validation's graphs
+    model.load_state_dict(initial)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    seconds = 0.0
+    for _ in range(2 if cfg.calib_tokens else 0):  # the second is the one that counts
+        begin = time.perf_counter()
+        stats = calibrate(model, partial(random_batch, min(cfg.row_tokens, CALIB_ROW)), 1, cfg.seed)
+        stats["tokens"].item()  # waits for the GPU
+        seconds = time.perf_counter() - begin
+    return cfg, seconds
+
+
+def main(argv=None):
+    # ---- settings, processes, dataset, run folder
+    begin = time.perf_counter()
+    if sys.stdout:
+        # A terminal that cannot show a name ends no run.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    preset, cfg, resume = parse_config(sys.argv[1:] if argv is None else argv)
+    folder, state = load_state(resume) if resume else (None, {})
+    if state:
+        preset, cfg = state["preset"], state["config"]
+    device = join_ranks(cfg)
+    rank, world_size = place_among_ranks()
+    made = (HERE / "data/demo/meta.json").exists()
+    if cfg.data == "demo" and not made and read_launcher()[1] == 0:
+        # Should it fail, Dataset() stops us.
+        subprocess.run([sys.executable, str(HERE / "data/prepare.py"), "demo"])
+    largest(0)
+    data = Dataset(cfg)
+    cfg = replace(cfg, vocab_size=data.vocab_size)
+    if rank == 0 and not folder:
+        folder = open_run(cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}")
+
+    with Log(folder if rank == 0 else None) as log:
+        about = {"preset": preset, "dataset": data.meta, "environment": environment(device)}
+        source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        start = {**about, "config": asdict(cfg), "source_sha256": {"train_gpt.py": source},
+                 "time": utc()}
+        log.record(kind="resume" if resume else "start", **start)
+        log("\n".join(f"{key}: {json.dumps(value)}" for key, value in start.items()))
+
+        # ---- model, optimizers, warm-up
+        torch.manual_seed(cfg.seed)
+        model = GPT(cfg)
+        model.init_matrices()  # on the CPU: the same weights on any device
+        model.place(device)
+        cuda = device.type == "cuda"
+        hopper = cuda and torch.cuda.get_device_capability(device) == (9, 0)
+        rest = cfg.row_tokens % TILE[0] or cfg.mlp_dim % TILE[1] or cfg.n_embd % TILE[2]
+        model.fused = hopper and triton is not None and not rest
+        compiled = model.kernel is not segment_attention  # whose shapes change from row to row
+        batch = partial(make_batch, device=device, longest=cfg.seq_len)
+        n_params = sum(p.numel() for p in model.parameters())
+        if rank == 0 and shutil.disk_usage(folder).free < 40 * n_params:
+            raise ValueError(f"{folder}: the disk has no room for {40 * n_params:,} bytes of states")
+        optimizers = make_optimizers(model, cfg, compiled)
+        losses = model.losses
+        if compiled:
+            losses = torch.compile(losses, dynamic=False, fullgraph=True)
+        row_tokens = cfg.row_tokens
+        cfg, calib_seconds = warm_up(cfg, model, losses, optimizers, batch)
+        if cfg.row_tokens < row_tokens:
+            log(f"--row_tokens={row_tokens} does not fit into memory: {cfg.row_tokens}, the same "
+                "batch in more passes")
+        n_rows = cfg.batch_tokens // cfg.row_tokens
+        calib_row = min(cfg.row_tokens, CALIB_ROW)
+        calib_rows = math.ceil(cfg.calib_tokens / (calib_row * world_size))
+        # Calibration is part of the budget: what it will take is set aside, by the slowest rank's
+        # estimate.
+        (reserve,) = largest(1.2 * calib_seconds * calib_rows)
+        limit = cfg.max_seconds - reserve if cfg.max_seconds else math.inf
+        if limit <= 0:
+            raise ValueError(f"--max_seconds={cfg.max_seconds}: calibration alone takes {reserve:.0f} s")
+        ema = copy.deepcopy(model)  # the averaged weights start where training starts
+        clock = Clock(device)
+        step = 0
+        next_val = 1
+        if state:
+            step, next_val, clock.total = state["step"], state["next_val"], state["seconds"]
+            model.load_state_dict(state["weights"])
+            ema.load_state_dict(state["ema"])
+            for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            log(f"resumed at step {step}, after {clock.total:.1f} s of training")
+        loader = Loader(data, cfg, first_row=step * n_rows)
+        log(f"attention:{model.kernel.__name__} dtype:{str(model.dtype)[6:]} compiled:{compiled} "
+            f"fused:{model.fused} parameters:{n_params} rows_per_step:{n_rows} "
+            f"rows_per_rank:{n_rows // world_size} val_tokens:{len(data.val)}")
+        if hopper and model.kernel.__name__ != "fa3":
+            log("WARNING: FlashAttention-3 is not installed: FlashAttention-2 takes 7 to 14 ms more of a "
+                "record step; build the package in the folder hopper of github.com/Dao-AILab/flash-attention")
+        log(f"warmup_seconds:{time.perf_counter() - begin:.1f} calibration_reserve_seconds:{reserve:.1f}")
+
+        # ---- the loop
+        stop_asked = []
+
+        def ask_to_stop(number, frame):  # once: finish early and save; twice: leave at once
+            if stop_asked:
+                sys.exit(128 + number)
+            stop_asked.append(number)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask_to_stop)
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a run outlives its terminal
+        meter = Meter(cfg, clock, limit, log, step)
+        saved_at = clock.total
+        run = {"seed": cfg.seed, **about, "finished": False}
+
+        def measure(looped):
+            """Scores the weights as they are, the clock stopped; the log and the checkpoint will
+            say so."""
+            scores = validate(losses, data, cfg, batch, looped)
+            log(kind="val", step=step, progress=min(progress, 1.0), **scores, train_seconds=clock.total)
+            run.update(scores, steps=step, tokens=step * cfg.batch_tokens, train_seconds=clock.total)
+
+        def save_checkpoint(stats):
+            if rank == 0:
+                write_checkpoint(folder / "checkpoint.pt", config=asdict(cfg), run=run, stats=stats,
+                                 weights=model.state_dict(), tokenizer=data.tokenizer)
+
+        def save_state():
+            """All from which --resume goes on: rows and random numbers follow from the step."""
+            if rank == 0:
+                moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
+                write_checkpoint(folder / "state.pt", config=asdict(cfg), preset=preset, step=step,
+                                 next_val=next_val, seconds=clock.total, optimizers=moments,
+                                 weights=model.state_dict(), ema=ema.state_dict())
+
+        clock.start()
+        while True:
+            meter.settle(keep=1 if cuda else 0)  # the GPU's queue is never empty, never long
+            seconds = clock.seconds()
+            progress = (seconds + len(meter.in_flight) * meter.last["step_ms"] / 1000) / limit
+            if cfg.max_steps:
+                progress = max(progress, step / cfg.max_steps)
+            save_due = bool(cfg.save_every) and seconds - saved_at >= cfg.save_every
+            # Rank 0's clock decides for all; a signal that any of them got stops all.
+            progress, save_due, stop = largest(rank == 0 and progress, rank == 0 and save_due,
+                                               bool(stop_asked))
+            if stop or progress >= 1:
+                break
+            schedule = schedule_at(cfg, progress)
+            if step and progress * cfg.val_points >= next_val:
+                clock.stop()
+                next_val = int(progress * cfg.val_points) + 1
+                last_weights = copy.deepcopy(model.state_dict())
+                lerp(model, ema, cfg.ema_share)
+                measure(schedule.looped)
+                save_checkpoint({})
+                model.load_state_dict(last_weights)
+                clock.start()
+            if save_due:
+                clock.stop()
+                save_state()
+                saved_at = clock.total
+                clock.start()
+            batches = (batch(loader.next(), schedule.seq_len)
+                       for micro_step in range(n_rows // world_size))
+            numbers = train_step(losses, batches, model, optimizers, schedule, cfg)
+            lerp(ema, model, 1 - cfg.ema_decay)
+            step += 1
+            meter.add(step, schedule, numbers)
+
+        # ---- calibration of the averaged weights, the last thing inside the clock
+        meter.settle(keep=0)
+        lerp(model, ema, cfg.ema_share)
+
+        def late():  # the estimate was too low: fewer tokens do
+            return cfg.max_seconds and clock.seconds() >= cfg.max_seconds
+        stats = {}
+        if calib_rows:
+            def next_batch():
+                return batch(loader.next()[:calib_row + 1], cfg.seq_len)
+            stats = calibrate(model, next_batch, calib_rows, cfg.seed + rank, late)
+            sum_over_ranks([*stats.values()])
+        clock.stop()
+
+        # ---- from here on nothing changes the weights: save, validate, sum up
+        run.update(finished=not stop, steps=step, tokens=step * cfg.batch_tokens,
+                   train_seconds=clock.total)
+        save_checkpoint(stats)  # at once, for torchrun kills 30 s after it was asked to stop
+        measure(looped=True)
+        run["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0
+        save_checkpoint(stats)
+        if rank == 0:
+            (folder / "state.pt").unlink(missing_ok=True)
+            for left_over in folder.glob(".*.tmp"):  # of lives that were ended
+                left_over.unlink()
+        if stop:
+            log.reason = "stopped early as asked"
+            log("stopped early as asked; the checkpoint holds the averaged weights so far")
+        keys = ("val_bpb", "val_loss", "train_seconds", "steps", "tokens", "seed", "peak_memory_mb")
+        summary = {key: run[key] for key in keys}
+        log.record(kind="summary", **summary, finished=not stop)
+        log("---")
+        for key, value in summary.items():
+            log(f"{key}: {value:.6f}" if isinstance(value, float) else f"{key}: {value}")
+        log(f"run: {folder}")
+    if world_size > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as e:
+        print(f"train_gpt.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
