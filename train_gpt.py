@@ -1343,6 +1343,8 @@ class Log:
         code = 0
         if isinstance(error, SystemExit):
             code = error.code
+            if code > 128:
+                self.reason = f"ended by signal {code - 128}"
         elif error:
             code = 2 if isinstance(error, ValueError) else 1
             self.reason = f"{kind.__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -1535,7 +1537,11 @@ def main(argv=None):
     if rank == 0 and not folder:
         folder = open_run(cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}")
 
-    with Log(folder if rank == 0 else None) as log:
+    log = Log(folder if rank == 0 else None)
+    if resume:
+        largest(0)  # now rank 0 holds the run; whoever held it until then may have gone on or ended
+        state = load_state(resume)[1]
+    with log:
         about = {"preset": preset, "dataset": data.meta, "environment": environment(device)}
         source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         start = {**about, "config": asdict(cfg), "source_sha256": {"train_gpt.py": source},
@@ -1600,7 +1606,6 @@ def main(argv=None):
         def ask_to_stop(number, frame):  # once: finish early and save; twice: leave at once
             nonlocal stop_asked
             if stop_asked:
-                log.reason = f"ended by signal {number}"
                 sys.exit(128 + number)
             stop_asked = True
         for number in (signal.SIGINT, signal.SIGTERM):
