@@ -123,7 +123,7 @@ def test_what_is_trained_is_the_probability_of_what_follows():
 
 
 def test_a_token_sees_only_its_own_segment_and_its_past():
-    model, (tokens, targets, seg) = tiny_model(), tiny_batch(starts=(0, 30, 77))
+    model, (tokens, _, seg) = tiny_model(), tiny_batch(starts=(0, 30, 77))
     before = model(tokens, seg)
     for at, end in (20, 30), (29, 30), (30, 77), (76, 77), (100, 125), (125, 128):
         changed = tokens.clone()
