@@ -67,7 +67,7 @@ class Tokenizer:
 
     tokenizer.json is {"format": 2, "name": str, "pieces": [str of Latin-1 characters, a byte each],
     "phrases": [[left token, right token], ...]}; pieces are of at most 64 bytes, phrases of at most
-    128. .pieces[token] is the bytes that the token stands for, before restore_case;
+    128. .pairs (phrases, 2) are those of .first_phrase and on. .pieces[token] is the bytes that the token stands for, before restore_case;
     .text_bytes[token] how many bytes of text are in it, for a marker is none: summed over the
     tokens of a text, the UTF-8 bytes of the text.
     """
@@ -89,23 +89,22 @@ class Tokenizer:
             if max(map(len, self.pieces)) > MAX_PIECE_BYTES:
                 raise ValueError(f"a piece is longer than {MAX_PIECE_BYTES} bytes")
             for left, right in spec["phrases"]:
-                if not (0 < left < len(self.pieces) and 0 < right < len(self.pieces)):
-                    raise ValueError(f"phrase {len(self.pieces)} is not of earlier tokens")
-                self.pieces.append(self.pieces[left] + self.pieces[right])
-                if len(self.pieces[-1]) > MAX_PHRASE_BYTES:
-                    raise ValueError(f"phrase {len(self.pieces) - 1} is longer than {MAX_PHRASE_BYTES} bytes")
+                phrase = self.pieces[left] + self.pieces[right]
+                if min(left, right) < 1 or len(phrase) > MAX_PHRASE_BYTES:
+                    raise ValueError(f"phrase {len(self.pieces)} is no two tokens of {MAX_PHRASE_BYTES} bytes in all")
+                self.pieces.append(phrase)
             ranks = {piece: token for token, piece in enumerate(self.pieces[1:self.first_phrase], 1)}
             # tiktoken is twice as fast with a special token than with none; "A" is never in its
             # text.
             self.bpe = tiktoken.Encoding("nanogolf", pat_str=PATTERN, mergeable_ranks=ranks,
                                          special_tokens={"A": 65536})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             what = f"{type(error).__name__}: {error}"
             raise BadInput(f"tokenizer.json: damaged or not ours ({what:.200})") from error
         text_bytes = [len(piece.translate(None, b"CUL")) for piece in self.pieces]
         self.text_bytes = np.array(text_bytes, dtype=np.uint8)
-        pairs = np.array(spec["phrases"], dtype=np.int64).reshape(-1, 2)
-        keys = np.append(pairs[:, 0] << 16 | pairs[:, 1], 1 << 32)   # the last one ends every search
+        self.pairs = np.array(spec["phrases"], dtype=np.int64).reshape(-1, 2)
+        keys = np.append(self.pairs @ [1 << 16, 1], 1 << 32)   # the last one ends every search
         self.phrases = np.argsort(keys, kind="stable")
         self.keys = keys[self.phrases]
 
