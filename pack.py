@@ -504,9 +504,12 @@ def build_artifact(files, model):
     return data + sha256(data).digest()
 
 
-def read_archive(data):
-    """Inverse of build_artifact() -> {name: bytes}. ValueError, or an error of zipfile's, unless it
-    has the known files and no more."""
+def read_archive(path):
+    """artifact.pyz -> its bytes, {name: bytes} of the files in it, as they went into
+    build_artifact(). ValueError, or an error of zipfile's, unless those are the known ones and no
+    more."""
+    need(Path(path).stat().st_size <= MAX_FILE, "it is too large")
+    data = Path(path).read_bytes()
     need(sha256(data[:-32]).digest() == data[-32:], "damaged, cut short or no artifact (checksum)")
     with ZipFile(io.BytesIO(data)) as archive:
         parts = archive.infolist()
@@ -515,7 +518,7 @@ def read_archive(data):
         kinds = {part.compress_type for part in parts}
         need(kinds == {ZIP_STORED, ZIP_DEFLATED}, "it is compressed in another way")
         need(sum(part.file_size for part in parts) <= MAX_FILE, "its files are too large")
-        return {part.filename: archive.open(part).read(part.file_size) for part in parts}
+        return data, {part.filename: archive.open(part).read(part.file_size) for part in parts}
 
 
 def load(path):
@@ -526,8 +529,7 @@ def load(path):
     for what the limits above allow: nothing in it is executed, every length is checked before use.
     """
     try:
-        need(Path(path).stat().st_size <= MAX_FILE, "it is too large")
-        files = read_archive(Path(path).read_bytes())
+        _, files = read_archive(path)
         tokenizer = Tokenizer(files["tokenizer.json"])
         cfg, model = unpack_model(files["model.bin"])
         need(tokenizer.vocab_size == cfg.vocab_size, "its tokenizer does not fit its model")
