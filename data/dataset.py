@@ -1,16 +1,19 @@
 """The dataset folder, and the few things that every command shares: bad input, flags, atomic files,
 progress.
 
-data/<name>/    meta.json               what the folder holds; META_KEYS below; the sha256 and size of every other file
+data/<name>/    meta.json               what the folder holds; files: the size and sha256 of every other file
                 tokenizer.json          data/tokenizer.py
                 train_000000.bin ...    256 little-endian int32 (20240520, 1, number of tokens, 0 ...), uint16 tokens
                 val_000000.bin ...      the tokens of val_docs.jsonl.zst, in order; each document after a boundary
                 val_docs.jsonl.zst      the documents that are judged, one {"text": ...} a line
-*_bytes are the UTF-8 bytes of the documents' text after the text rule; *_tokens include a boundary
-token a document. The shard format is that of llm.c and modded-nanogpt.
+meta.json has format (1), name, text_rule, vocab_size, tokenizer_sha256, val_docs_sha256 (count_docs),
+and of train and val *_docs, *_bytes, *_tokens: *_bytes are the UTF-8 bytes of the documents' text
+after the text rule; *_tokens include a boundary token a document. The shard format is that of llm.c
+and modded-nanogpt.
 """
 import argparse
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -20,7 +23,6 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +30,8 @@ import zstandard
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-META_KEYS = {"format": int, "name": str, "text_rule": str, "vocab_size": int, "tokenizer_sha256": str,
-             "train_docs": int, "train_bytes": int, "train_tokens": int,
-             "val_docs": int, "val_bytes": int, "val_tokens": int, "val_docs_sha256": str, "files": dict}
+META_KEYS = {"format": int, "name": str, "val_docs": int, "val_bytes": int, "val_docs_sha256": str,
+             "files": dict}   # which the judge needs
 
 
 class BadInput(ValueError):
@@ -61,6 +62,14 @@ class Parser(argparse.ArgumentParser):
             if default is False:
                 how = {"action": "store_true"}
             self.add_argument(f"--{name}", help=text, **how)
+
+
+def package(name, purpose):
+    """-> the package, which not every command needs; BadInput says what to install."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BadInput(f"{purpose} needs: pip install {name}") from error
 
 
 def printable(text, encoding="utf-8"):
@@ -109,7 +118,7 @@ def atomic_write(path, mode="wb"):
 
 
 class Progress:
-    """One redrawn line on a terminal, `label 12,345/50,000 docs 0:00:41 left`; nothing in a pipe or
+    """One redrawn line on a terminal, `label 12,345/50,000 docs 41 s left`; nothing in a pipe or
     without a label.
 
     With total 0 it only counts. It is drawn on stderr.
@@ -128,7 +137,7 @@ class Progress:
         if now - self.drawn >= 0.2:
             self.drawn = now
             left = (now - self.start) * (self.total / max(self.done, 1) - 1)
-            clock = f"{timedelta(seconds=int(left))} left" if left > 0 else ""
+            clock = f"{left:.0f} s left" if left > 0 else ""
             print(self.line.format(self.done, clock), end="", file=sys.stderr, flush=True)
 
     def __enter__(self):

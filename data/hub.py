@@ -9,7 +9,7 @@ import json
 import sys
 import time
 
-from data.dataset import BadInput, atomic_write, printable
+from data.dataset import BadInput, atomic_write, package, printable
 
 REPO = "willdepueoai/parameter-golf"
 DOCS = "datasets/docs_selected.jsonl"
@@ -21,11 +21,7 @@ TAIL_BYTES = 16_000          # in one request, to complete the last document of 
 
 
 def hub():
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise BadInput("fineweb needs: pip install huggingface_hub") from error
-    return huggingface_hub
+    return package("huggingface_hub", "fineweb")
 
 
 def insist(ask, name):

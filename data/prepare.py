@@ -34,7 +34,7 @@ import numpy as np
 import zstandard
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in [str(ROOT)] if path not in sys.path]
+sys.path.insert(0, str(ROOT))
 from data import hub  # noqa: E402
 from data.dataset import (  # noqa: E402
     BadInput, Parser, Progress, atomic_write, command, count_docs, find_dataset, printable,
@@ -46,7 +46,7 @@ from data.train_bpe import at_most, train_tokenizer  # noqa: E402
 RANGE_BYTES = 1 << 27              # of documents, as JSON lines, that become one shard: some 27 M tokens
 BATCH_CHARACTERS = 1_000_000       # of text that is encoded at a time
 PIECE_BYTES = 8192                 # of the documents that a single text is cut into
-DEMO_TOKENIZER = Path(__file__).resolve().parent / "demo_tokenizer.json"
+DEMO_TOKENIZER = ROOT / "data/demo_tokenizer.json"
 DEMO_VAL_BYTES = 450_000
 DEMO_TRAIN_BYTES = 10_000_000
 DEMO_PIECE_CHARACTERS = 6144
@@ -121,9 +121,8 @@ def raw_documents(files):
     """Yields (where, bytes, is it JSON) of every document in the files."""
     for path in files:
         is_json = READABLE.search(path.name)[1].lower() == "jsonl"
-        if is_json:   # which holds no bare carriage return, so that one may end a line
-            lines = hub.split_lines(unpacked(path))
-            documents = (part for line in lines for part in line.splitlines() or [b""])
+        if is_json:
+            documents = hub.split_lines(unpacked(path))
         else:
             documents = [b"".join(unpacked(path))]
         if not is_json and len(files) == 1:
@@ -220,7 +219,7 @@ class Range(NamedTuple):
     path: Path               # JSON lines
     source: tuple | None     # from which hub.fetch gets them where they are not there
     text_rule: str
-    left_out: frozenset      # digests of texts, those of validation
+    left_out: frozenset = frozenset()   # digests of texts, those of validation
 
     def texts(self):
         """Yields the texts after the text rule; all are good, or BadInput."""
@@ -253,12 +252,12 @@ def make_shard(documents, path, blob):
         documents.path.unlink(missing_ok=True)
 
 
-def write_ranges(texts, folder, left_out=()):
+def write_ranges(texts, folder):
     """Texts -> Ranges, of RANGE_BYTES or a little more each, in a new folder."""
     folder.mkdir()
     ranges = []
     for batch in batches(map(to_line, texts), RANGE_BYTES):
-        ranges.append(Range(folder / f"{len(ranges)}.jsonl", None, "raw", frozenset(left_out)))
+        ranges.append(Range(folder / f"{len(ranges)}.jsonl", None, "raw"))
         ranges[-1].path.write_bytes(b"".join(batch))
     return ranges
 
@@ -302,19 +301,21 @@ def write_val_docs(folder, texts):
 
 
 def build(folder, args, val, ranges, wanted=None):
-    """What write_val_docs returned, ranges of training documents -> all else of a dataset, with
-    some `wanted` tokens for training. What is there is kept, shards too of which so many are not
-    wanted."""
+    """What write_val_docs returned, ranges of documents -> all else of a dataset: those that are
+    not of validation are for training, some `wanted` tokens of them. What is there is kept, shards
+    too of which so many are not wanted."""
+    left_out = frozenset(map(digest, read_val_docs(folder, val)))
+    ranges = [part._replace(left_out=left_out) for part in ranges]
     path = folder / "tokenizer.json"
-    begun = path.read_bytes() if path.exists() else None
-    blob = args.blob or begun
-    if begun not in (None, blob):
+    if not path.exists():
+        if not args.blob:
+            print("training a tokenizer", flush=True)
+        blob = args.blob or train_tokenizer(lambda: texts_in(ranges), args.vocab_size, args.name)
+        with atomic_write(path) as file:
+            file.write(blob)
+    blob = path.read_bytes()
+    if args.blob and args.blob != blob:
         raise BadInput(f"{path}: begun with another tokenizer; remove {folder} or change --name")
-    if not blob:
-        print("training a tokenizer", flush=True)
-        blob = train_tokenizer(lambda: texts_in(ranges), args.vocab_size, args.phrases, args.name)
-    with atomic_write(path) as file:
-        file.write(blob)
     tokens = encode(read_val_docs(folder, val), Tokenizer(blob))
     write_shard(folder / "val_000000.bin", tokens)
     if wanted:   # of bytes as many as those of validation tell, and 2 % for what they may err
@@ -325,8 +326,8 @@ def build(folder, args, val, ranges, wanted=None):
         for _ in make_shards(jobs, args.workers):
             progress.add()
     shutil.rmtree(folder / "documents", ignore_errors=True)
-    known = {"name": args.name, "text_rule": args.text_rule, "val_docs_sha256": val["val_docs_sha256"]}
-    meta = describe(folder, **known)
+    meta = describe(folder, name=args.name, text_rule=args.text_rule,
+                    val_docs_sha256=val["val_docs_sha256"])
     with atomic_write(folder / "meta.json", "w") as file:   # which makes the folder a dataset
         json.dump(meta, file, indent=1)
     for split in ("train", "val"):
@@ -408,7 +409,7 @@ def demo(args):
     args.blob = DEMO_TOKENIZER.read_bytes()
     val, train = map(dict.fromkeys, demo_documents())   # each text once
     with new_dataset("demo") as folder:
-        ranges = write_ranges(train, folder / "documents", map(digest, val))
+        ranges = write_ranges(train, folder / "documents")
         build(folder, args, write_val_docs(folder, val), ranges)
 
 
@@ -440,8 +441,7 @@ def docs(args):
             lines = [printable(f"{where}: {what}") + "\n" for where, what in problems]
             (folder / "skipped.txt").write_text("".join(lines), encoding="utf-8")
         texts = (text for text in texts_in(val_ranges) if digest(text) in val)
-        val_docs = write_val_docs(folder, texts)
-        build(folder, args, val_docs, [part._replace(left_out=frozenset(val)) for part in ranges])
+        build(folder, args, write_val_docs(folder, texts), ranges)
     if problems:
         say(f"skipped {len(problems):,}{reasons(problems)}; all are in data/{args.name}/skipped.txt")
 
@@ -455,7 +455,7 @@ def fineweb_source(folder, documents, text_rule):
         return json.loads(path.read_bytes())
     source = hub.find_documents() | {"text_rule": text_rule}
     where = source, 0, source["bytes"], FINEWEB_VAL_DOCS
-    val = Range(documents / f"{source['etag']}_val.jsonl", where, text_rule, frozenset())
+    val = Range(documents / f"{source['etag']}_val.jsonl", where, text_rule)
     source |= write_val_docs(folder, val.texts())
     source["train_start"] = val.path.stat().st_size
     size = source["val_bytes"]
@@ -482,20 +482,17 @@ def fineweb(args):
         path.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.rglob(".*.tmp"):
         unfinished.unlink(missing_ok=True)
-    there = sum(path.stat().st_size for path in folder.glob("train_*.bin"))
-    needed = int(args.train_tokens) * (8 if args.keep_documents else 2) - there
     free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise BadInput(f"{folder}: some {needed:,} bytes are needed, the disk has {free:,} left")
+    if free < 2 * args.train_tokens and not (folder / "source.json").exists():
+        raise BadInput(f"{folder}: some {2 * args.train_tokens:,.0f} bytes are needed, the disk has {free:,} left")
     source = fineweb_source(folder, documents, args.text_rule)
     if source["text_rule"] != args.text_rule:
         raise BadInput(f"{folder}: begun with another text rule; remove it or change --name")
-    left_out = frozenset(map(digest, read_val_docs(folder, source)))
     ends = [*range(source["train_start"], source["bytes"], RANGE_BYTES), source["bytes"]]
     ranges = []
     for start, end in itertools.pairwise(ends):
         path = documents / f"{source['etag']}_{start}_{end}.jsonl"
-        ranges.append(Range(path, (source, start, end), args.text_rule, left_out))
+        ranges.append(Range(path, (source, start, end), args.text_rule))
     build(folder, args, source, ranges, int(args.train_tokens))
 
 
@@ -507,10 +504,11 @@ def verify(args):
         folder = find_dataset(name)
         meta = read_meta(folder)
         found = describe(folder, **meta)
-        found |= found.pop("files")
-        for key, value in (meta.pop("files") | meta).items():
-            if found.get(key) != value:
-                raise BadInput(f"{folder}: {key} is {value} in meta.json, and not {found.get(key)}")
+        meta = meta.pop("files") | meta
+        found = found.pop("files") | found
+        for key in meta | found:
+            if meta.get(key) != found.get(key):
+                raise BadInput(f"{folder}: {key} is {meta.get(key)} in meta.json, and not {found.get(key)}")
         for _ in read_val_docs(folder, meta):
             pass  # at its end it has compared number, bytes and sha256
         say(f"{folder}: whole: {meta['train_docs']:,} training and {meta['val_docs']:,} validation "
@@ -518,7 +516,6 @@ def verify(args):
 
 
 TRAINED = {"tokenizer": ("", "a tokenizer.json; without it one is trained"),
-           "phrases": (-1, "of a trained tokenizer: phrases; -1: a 16th of --vocab_size"),
            "workers": (os.cpu_count(), "processes")}
 FLAGS = {demo: {}, verify: {}, docs: TRAINED | {
     "name": ("", "writes data/NAME"),
@@ -555,8 +552,6 @@ def main():
         enough = args.workers > 0 and 0 < getattr(args, "train_tokens", 1) < 1e15
         if not (enough and args.vocab_size < 65536):
             raise BadInput("--workers, --train_tokens: at least 1; --vocab_size: at most 65535")
-        if args.phrases < 0:
-            args.phrases = args.vocab_size // 16
         args.blob = args.tokenizer and Path(args.tokenizer).read_bytes()
         if args.blob:
             Tokenizer(args.blob)   # is it one?

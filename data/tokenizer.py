@@ -84,10 +84,9 @@ class Tokenizer:
                            *(piece.encode("latin-1") for piece in spec["pieces"])]
             self.first_phrase = len(self.pieces)
             self.vocab_size = self.first_phrase + len(spec["phrases"])
-            if len({*self.pieces}) != self.first_phrase or self.vocab_size > 65535:
-                raise ValueError("repeated pieces, or more than 65,535 tokens")
-            if max(map(len, self.pieces)) > MAX_PIECE_BYTES:
-                raise ValueError(f"a piece is longer than {MAX_PIECE_BYTES} bytes")
+            longest = max(map(len, self.pieces))
+            if len({*self.pieces}) < self.first_phrase or longest > MAX_PIECE_BYTES or self.vocab_size > 65535:
+                raise ValueError(f"a piece twice or above {MAX_PIECE_BYTES} bytes, or more than 65,535 tokens")
             for left, right in spec["phrases"]:
                 phrase = self.pieces[left] + self.pieces[right]
                 if min(left, right) < 1 or len(phrase) > MAX_PHRASE_BYTES:
@@ -124,12 +123,11 @@ class Tokenizer:
         on short texts."""
         boundary = np.zeros(1, dtype=np.uint32)
         parts = [boundary]
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise BadInput(f"text holds a lone surrogate at character {error.start}") from error
-            parts += [self.bpe.encode_to_numpy(lower_case(text), disallowed_special=()), boundary]
+        try:
+            for text in map(lower_case, texts):
+                parts += [self.bpe.encode_to_numpy(text, disallowed_special=()), boundary]
+        except UnicodeEncodeError as error:
+            raise BadInput(f"text holds a lone surrogate at character {error.start}") from error
         tokens = np.concatenate(parts).astype(np.int64)
         none = [self.vocab_size]
         phrase = self.phrase_of(tokens[:-1], tokens[1:])   # of each pair of neighbours

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from data.dataset import BadInput
+from data.dataset import BadInput, package
 from data.tokenizer import MAX_PHRASE_BYTES, MAX_PIECE_BYTES, NO_TOKEN, PATTERN, Tokenizer, lower_case
 
 SAMPLE_BYTES = 1_000_000_000   # of text that the pieces are trained on, at most
@@ -15,17 +15,15 @@ PHRASE_BYTES = 60_000_000      # of text that the phrases are counted on, at mos
 TRAINING_PATTERN = PATTERN.replace("+", "{1,256}")
 
 
-def train_tokenizer(texts, vocab_size, n_phrases, name):
+def train_tokenizer(texts, vocab_size, name):
     """Function () -> iterator of texts (after the text rule) -> tokenizer.json of vocab_size
-    tokens, phrases included.
+    tokens, a 16th of them phrases.
 
     The pieces come from a BPE within chunks, then the phrases from counting neighbours. The same
     texts, the same bytes.
     """
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise BadInput("training a tokenizer needs: pip install tokenizers   (or --tokenizer=FILE)") from error
+    tokenizers = package("tokenizers", "training a tokenizer (not --tokenizer=FILE)")
+    n_phrases = vocab_size // 16
     n_pieces = vocab_size - 1 - (256 - len(NO_TOKEN)) - n_phrases
     # ByteLevel writes a byte as the character that it is in Latin-1, or one from 256 on if that is
     # not to be seen.
@@ -50,8 +48,7 @@ def train_tokenizer(texts, vocab_size, n_phrases, name):
     spec["phrases"] = find_phrases(tokenizer, docs, n_phrases)
     found = tokenizer.vocab_size + len(spec["phrases"])
     if found != vocab_size:
-        raise BadInput(f"--vocab_size={vocab_size} --phrases={n_phrases}: single bytes and what the text gives "
-                       f"are {found} tokens")
+        raise BadInput(f"--vocab_size={vocab_size}: single bytes and what the text gives are {found} tokens")
     return to_json(spec)
 
 
