@@ -984,7 +984,7 @@ def test_expected_kl_is_the_measured_one_for_every_bank(run_to_pack):
     for name, bank in zip(pack.MATRICES, banks):
         error = exact - log_p(checkpoint["weights"] | {name: packed[name]})
         measured = (exact.exp() * error).sum(-1).mean()
-        most = 2.5 if name == "embed.weight" else 1.25               # its uses are added as if they were apart
+        most = 4 if name == "embed.weight" else 1.25  # as an input, a row is weighed by how likely it is
         assert 0.8 < measured / pack.expected_kl(bank, packed[name]) < most, name
 
 
