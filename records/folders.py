@@ -1,5 +1,5 @@
 """Read run and record folders as data. Crashes cut these files, people edit them and strangers
-write them, so each is read with a size limit and every number is checked before use.
+write them, so every number is checked before use.
 
 What is known of one seed is called its facts: FACTS. submit.py writes them under the last `---` of
 the seed's log, one `key: JSON` a line; submission.json holds what summarise() makes of them, so
@@ -13,9 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.dataset import BadInput
+from data.dataset import ROOT, BadInput, read_json
 
-ROOT = Path(__file__).resolve().parents[1]
 PER_RUN = {"seed", "run"}   # in which two runs of one experiment may differ
 NUMBERS = ("val_bpb", "val_loss", "artifact_bytes", "train_seconds", "eval_seconds", "steps",
            "tokens")
@@ -29,22 +28,6 @@ def is_number(x):
     return type(x) in (int, float) and abs(x) <= sys.float_info.max
 
 
-def read_json(path):
-    """A JSON object in a file -> dict. BadInput names the file."""
-    try:
-        value = json.loads(path.read_bytes())
-        value.keys()
-        return value
-    except (OSError, ValueError, AttributeError, RecursionError) as e:
-        raise BadInput(f"{path}: {getattr(e, 'strerror', None) or f'no JSON object: {e}'}") from None
-
-
-def read_turn(run):
-    """The turn.json of the turn that started a run, {} of a run by hand."""
-    path = Path("runs/turns", Path(run).resolve().name.rpartition("_s")[0], "turn.json")
-    return read_json(path) if path.exists() else {}
-
-
 def part(value, key):
     """The object under a key of a JSON object, {} where there is none."""
     found = value.get(key)
@@ -54,6 +37,17 @@ def part(value, key):
 def nats_per_bit(dataset):
     """Nats per token in one bit per byte."""
     return math.log(2) * dataset["val_bytes"] / dataset["val_tokens"]
+
+
+def read_if_there(path):
+    """A JSON object in a file, {} where there is no file."""
+    return read_json(path) if path.exists() else {}
+
+
+def read_turn(run):
+    """The turn.json of the turn that started a run, {} of a run by hand."""
+    side = Path(run).resolve().name.rpartition("_s")[0]
+    return read_if_there(Path("runs/turns", side, "turn.json"))
 
 
 def read_metrics(folder):
@@ -69,20 +63,17 @@ def read_metrics(folder):
 
 
 def read_run(folder):
-    """A run folder -> its facts as far as they are there, what else score.json says, folder, and
-    end: the reason why it ended, None of a run that was killed."""
+    """A run folder -> its facts as far as they are there, and end: the reason why it ended, None of
+    a run that was killed."""
     latest = {row["kind"]: row for row in read_metrics(folder)}
     start = part(latest, "start")
-    path = Path(folder) / "score.json"
-    score = read_json(path) if path.exists() else {}
-    run = {**part(latest, "summary"), "val_bpb": None, "val_loss": None, **score}
-    for key in SHARED:
-        run[key] = part(start, key)
-    run["dataset"] |= part(score, "dataset")
-    run["seed"] = run["config"].get("seed")
-    run["eval_seconds"] = part(score, "phases").get("total")
+    score = read_if_there(Path(folder, "score.json"))
+    run = {**start, **part(latest, "summary"), "val_bpb": None, "val_loss": None, **score}
+    run["environment"] = start.get("environment")   # where it was trained, not where it was scored
+    run["seed"] = part(run, "config").get("seed")
+    run["eval_seconds"] = part(run, "phases").get("total")
     run["end"] = part(latest, "end").get("reason")
-    return {**run, "folder": Path(folder)}
+    return run
 
 
 def check_facts(facts):
@@ -111,6 +102,12 @@ def summarise(seeds):
     return out
 
 
+def known_records(records=ROOT / "records"):
+    """{name: folder} of the records of this repository."""
+    paths = [*records.glob("track_*/*/submission.json")]
+    return {path.parent.name: path.parent for path in sorted(paths)}
+
+
 def find_entry(name):
     """A run or a record, by its folder or its name -> its folder. BadInput without one."""
     for folder in (Path(name), Path("runs", name), known_records().get(name, Path(name))):
@@ -120,20 +117,14 @@ def find_entry(name):
 
 
 def read_entry(name):
-    """A run or a record -> its SHARED facts and scores {seed: val_bpb}."""
+    """A run or a record -> what is known of it, and its scores {seed: val_bpb}."""
     folder = find_entry(name)
-    if not (folder / "submission.json").is_file():
-        run = read_run(folder)
-        return {**run, "scores": {str(run["seed"]): run["val_bpb"]}}
-    entry = read_json(folder / "submission.json")
+    entry = read_if_there(folder / "submission.json")
+    if not entry:
+        entry = read_run(folder)
+        return {**entry, "scores": {str(entry["seed"]): entry["val_bpb"]}}
     rows = part(entry, "seed_results")
     return {**entry, "scores": {seed: part(rows, seed).get("val_bpb") for seed in rows}}
-
-
-def known_records(records=ROOT / "records"):
-    """{name: folder} of the records of this repository."""
-    paths = [*records.glob("track_*/*/submission.json")]
-    return {path.parent.name: path.parent for path in sorted(paths)}
 
 
 def git(*args):
