@@ -47,13 +47,6 @@ DENIED = {
 }
 
 
-def quoted(data: bytes, most: int) -> str:
-    """What a child says, as Python would write it: nothing in it can make a terminal show something
-    else."""
-    text = " ".join(data.decode("utf-8", "replace").split())
-    return repr(text if len(text) <= most else text[:most] + "...")
-
-
 def reachable(folder: Path) -> str:
     """-> what a child may read that holds the folder, or ""."""
     real = os.path.realpath(folder)
@@ -146,19 +139,19 @@ def lacking() -> str:
     child = Child(Path(sys.executable), ["true"], {})
     _, said = child.process.communicate()
     child.close()
-    return f"bubblewrap that works: {quoted(said, 200)}" if child.process.returncode else ""
+    return f"bubblewrap that works: {said!r:.200}" if child.process.returncode else ""
 
 
 # ---- both ends of the pipe
 
 
-def serve(name: str, device: str, vocab_size: int, memory: int) -> None:
-    """The child's side of Remote, until its stdin ends. Prints go to stderr. memory: bytes at most;
-    0: no limit."""
+def serve(name: str, device: str, vocab_size: int) -> None:
+    """The child's side of Remote, until its stdin ends. Prints go to stderr."""
     import resource
     resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # to one byte, for an empty core would go through a pipe
-    if memory:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    if device == "cpu":
+        half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # of the memory
+        resource.setrlimit(resource.RLIMIT_DATA, (half, half))
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 
@@ -197,7 +190,6 @@ class Remote:
         self.artifact, self.device, self.vocab_size = artifact, device, vocab_size
         self.confined = confined
         self.child = None
-        self.why = ""  # it was killed
 
     def open(self, name: str, seconds: float = 0) -> str:
         """Starts the child, which ends after `seconds`; 0: never -> the predictor's name. From then
@@ -205,15 +197,14 @@ class Remote:
         folder = "/tmp" if self.confined else str(self.artifact.parent)
         env = {key: os.environ[key] for key in ENVIRONMENT & os.environ.keys()}
         env |= {"HOME": folder, "TMPDIR": folder, "USER": "nobody", "PYTHONPATH": PYTHON[-1]}
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 * (self.device == "cpu")
         code = f"""import importlib, os, struct, sys
 import numpy as np
 {inspect.getsource(serve)}
-serve({name!r}, {self.device!r}, {self.vocab_size}, {memory})"""
+serve({name!r}, {self.device!r}, {self.vocab_size})"""
         self.child = Child(self.artifact, [sys.executable, "-c", code], env, self.confined)
         self.pipes = self.child.process
         threading.Thread(target=self.show_stderr, daemon=True).start()
-        self.timer = threading.Timer(seconds, self.expire)
+        self.timer = threading.Timer(seconds, self.kill)
         if seconds:
             self.timer.start()
         self.slots, self.chunk, said = struct.unpack("<qq64s", self.receive(80))
@@ -224,11 +215,7 @@ serve({name!r}, {self.device!r}, {self.vocab_size}, {memory})"""
         while data := self.pipes.stderr.readline(1 << 12):
             lines += 1
             if lines <= STDERR_LINES:
-                print(f"artifact: {quoted(data, 60)}", file=sys.stderr)
-
-    def expire(self):
-        self.why = f": it took more than {self.timer.interval:.0f} s"
-        self.kill()
+                print(f"artifact: {data!r:.60}", file=sys.stderr)
 
     def kill(self):
         if self.child:
@@ -238,11 +225,12 @@ serve({name!r}, {self.device!r}, {self.vocab_size}, {memory})"""
         """The answer, of so many bytes."""
         sign = self.pipes.stdout.read(1)
         if sign == b"!":
-            raise BadInput(f"its code says {quoted(self.pipes.stdout.read(4096), 240)}")
+            raise BadInput(f"its code says {self.pipes.stdout.read(4096)!r:.240}")
         content = bytearray(size)
         if sign != b"=" or self.pipes.stdout.readinto(content) < size:
             self.child.close()
-            raise BadInput(f"no answer from its process (exit code {self.pipes.returncode}{self.why})")
+            raise BadInput(f"no answer from its process: exit code {self.pipes.returncode}; it had "
+                           f"{self.timer.interval:.0f} s (0: any time)")
         return content
 
     def ask(self, sign: bytes, tokens, flags, size: int) -> bytearray:

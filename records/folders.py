@@ -82,7 +82,8 @@ def check_facts(facts):
         x = facts.get(key)
         if not isinstance(x, kind) or key in NUMBERS and not (is_number(x) and x > 0):
             raise ValueError(f"{key} is {x}")
-    nats_per_bit(facts["dataset"])
+    if abs(facts["val_loss"] / facts["val_bpb"] / nats_per_bit(facts["dataset"]) - 1) > 1e-5:
+        raise ValueError("val_bpb is not val_loss by the dataset's tokens and bytes")
 
 
 def summarise(seeds):
@@ -136,8 +137,8 @@ def git(*args):
 
 
 def committed(commit, name):
-    """The bytes of a file at a commit of this repository; None without such a commit or file."""
+    """The bytes of a file at a commit of this repository; b"" without such a commit or file."""
     try:
-        return git("show", f"{commit}:{name}") if re.fullmatch("[0-9a-f]{7,64}", commit) else None
+        return git("show", f"{commit}:{name}") if re.fullmatch("[0-9a-f]{7,64}", str(commit)) else b""
     except BadInput:
-        return None
+        return b""

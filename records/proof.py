@@ -83,14 +83,14 @@ def prove(judge, scored, text, nats: dict, gather) -> str:
     gather()  # and what they left in memory
     sizes = {doc: len(each) for doc, each in nats.items()}
     n, n_targets = sum(sizes.values()), sum(text.sizes)
-    seconds = judge.phases.seconds["score"] + judge.phases.seconds["learn"]
-    n_rounds = sum(1 for _ in text.deal(sizes, scored.slots, scored.chunk))
+    spent = judge.phases.seconds
+    round_seconds = (spent["score"] + spent["learn"]) * scored.slots * scored.chunk / n
     # At the speed of scoring; about a quarter of the slots hold a place that a call asks.
-    affordable = judge.args.audit_seconds / seconds * n_rounds * scored.slots / 4
+    affordable = judge.args.audit_seconds / round_seconds * scored.slots / 4
     places = draw(sizes, min(n, math.ceil(max(affordable, DRAWS * n / n_targets))))
     rounds = plan(text, places, scored.slots, scored.chunk)
-    calls = sum(call.max() + 2 for _, _, call in rounds)
-    seconds = PATIENCE + 4 * (judge.phases.seconds["load"] + seconds * max(1, calls / n_rounds / 2))
+    calls = sum(call.max() + 2 for _, _, call in rounds)   # of predict and learn, two a round in scoring
+    seconds = PATIENCE + 4 * (spent["load"] + round_seconds * calls / 2)
     try:
         predictor = judge.predictor(seconds)
         if (predictor.slots, predictor.chunk) != (scored.slots, scored.chunk):

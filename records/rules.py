@@ -1,6 +1,6 @@
 """What a record is checked for: every rule with its level and where it comes from; all limits.
 
-FAIL can be proved from the files; FLAG is for a person to decide; INFO is context.
+FAIL can be proved from the files; FLAG is for a person to decide.
 """
 import re
 
@@ -9,29 +9,21 @@ CAP_BYTES = 16_000_000          # decimal, the whole artifact
 CLOCK_SECONDS = 601             # s, of training and of scoring each: 600, one step may overrun
 RULE_NATS = 0.005               # nats per token, by which a record beats its parent
 RULE_P = 0.01
-BEST_PUBLIC_BPB = 1.05651       # on fineweb (openai/parameter-golf #2135)
-FINEWEB_DOCS = 50_000
-FINEWEB_BYTES = 151_078_222     # of those documents (#1916)
+DOCUMENTS = ("fineweb", 50_000)
+DOCUMENTS_BYTES = 151_078_222   # (#1916)
 
-FILE_LIMIT = 1 << 20            # bytes of one file
-FOLDER_LIMIT = 16 << 20         # bytes of all
+FOLDER_LIMIT = 4 << 20          # bytes of all files
 ENTRY_LIMIT = 400               # files and folders
 SHOWN_LIMIT = 12                # findings of one rule in one folder
 CHILD_SECONDS = 20              # of CPU, of the process that reads one folder
 CHILD_BYTES = 3 << 30           # of its memory
 
 LEVELS = {  # level: {rule: its source}
-    "INFO": {
-        "commit": "what a record leaves out comes from its commit",
-    },
     "FLAG": {
         "stray-file": "a record is a folder",
         "machine-path": "another machine has no such path",
         "readme-words": "LOOP.md, Submit",
-        "date": "the folder's, and past",
         "environment": "#1177: another machine, another score",
-        "byte-count": "a log counts other bytes than its dataset; #1719 #2138",
-        "odd-score": "280 public claims below 1.0, nearly all errors; a std is 0.0002 to 0.0017",
         "significance": "README.md, Rules: 0.005 nats at p < 0.01",
         "same-source": "an equal source has one author; #1624",
     },
@@ -57,7 +49,6 @@ LEVELS = {  # level: {rule: its source}
         # the score
         "artifact-cap": "README.md, Rules",
         "track": "README.md, Rules: 8xH100, fineweb, 600 s each, three seeds; #1908 #837",
-        "arithmetic": "eval_bpb.py: bits per byte",
         "proof": "eval_bpb.py: --trust and a failed replay prove nothing",
         "rescore": "eval_bpb.py: the root's judge has the last word",
         # sources and lineage
@@ -85,11 +76,15 @@ IN_TEXTS = {  # and no file
         r"(?<![\w.])(/home/|/Users/|/root/|/workspace/|/mnt/|[A-Z]:\\)\w"),
 }
 FOLDER_NAME = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._-]{1,80}")
-SOURCE_NAME = re.compile(r"(data/)?(?!test_)\w{1,40}\.py")
+SOURCE_NAME = re.compile(r"(data/)?(?!test_|__main__)\w{1,40}\.py")
+
+SAID = re.compile(r"\b(train_seconds|steps|tokens|artifact_bytes): ?(\d{1,12}(?:\.\d{1,9})?)\b")
+ADDED = re.compile(r"A\t(records/track_(?:10min|non_record)_16mb/[^/]+)/")   # as git says it
+COOKIE = re.compile(rb"([^\r\n]*[\r\n]+)?[^\r\n]*coding[:=](?![ \t]*utf-8)", re.I)
 
 # Words by which a source runs or loads what is not written there; the builtins only as plain names,
 # for model.eval(), torch.compile and re.compile are other things. SAFE are harmless uses.
-BUILTINS = {"eval", "compile"}
 HIDING = {*"""exec __import__ importlib pickle _pickle cloudpickle dill joblib marshal ctypes _ctypes
 cffi builtins __builtins__ runpy zipimport weights_only allow_pickle""".split()}
+HIDING_NAMES = HIDING | {"eval", "compile"}
 SAFE = {"weights_only": True, "allow_pickle": False}
