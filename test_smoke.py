@@ -1694,7 +1694,7 @@ track: ran on | train_seed2.log | 8 x NVIDIA H100 | 8 x A100
 track: over 600 | train_seed2.log | train_seconds: 599.5 | train_seconds: 601.5
 track: over 600 | train_seed2.log | eval_seconds: 400 | eval_seconds: 602
 track: documents | train_seed2.log | "val_docs": 50000 | "val_docs": 10000
-track: 164594398 | train_seed2.log | 151078222 | 164594398
+track: 164594398 | train_seed2.log | 40540160, "val_bytes": 151078222 | 44167075, "val_bytes": 164594398
 log: is not val_loss | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.2
 proof: mode trusted | train_seed2.log | "own" | "trusted"
 proof: replay: FAIL | train_seed2.log | pass | FAIL
