@@ -5,7 +5,7 @@
     python records/check.py FOLDER --rescore=ARTIFACT     also run the root's judge on the artifact
     python records/check.py compare RUN... -- RUN...      is the left side better? Paired by seed
 
-A line a folder as soon as it is read, its findings below it, `LEVEL rule file:line message
+A line a folder as soon as it is read, its findings below it, `LEVEL rule file message
 [source]`; at the end copies between the folders and a table, worst first. rules.py has all rules.
 Exit code by the worst finding: 4 FLAG, 1 FAIL, 0 none; 2 bad input. `compare` exits 0.
 
@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import suppress
 from hashlib import sha256
 from multiprocessing.pool import ThreadPool
@@ -44,21 +44,17 @@ JUDGE = b"\n# The judge. Below this line nothing may be changed"
 OURS = [ROOT / "records" / name for name in ("evidence", "__pycache__")]   # no records: for a glob
 
 
-def finding(rule, message, file="submission.json", line=1):
+def finding(rule, message, file="submission.json"):
     level = RULES[rule]
-    return {"level": level, "rule": rule, "file": file, "line": line,
-            "message": str(message)[:300], "source": LEVELS[level][rule]}
+    return {"level": level, "rule": rule, "file": file, "message": str(message)[:300],
+            "source": LEVELS[level][rule]}
 
 
-def text_of(r, name):
-    return r.files.get(name, b"").decode("utf-8", "replace")
-
-
-# ---- the folder. Each check yields (rule, message, file, line); file and line may be left out
+# ---- the folder. Each check yields (rule, message, file); the file may be left out
 
 
 def check_files(r):
-    """Fills r.files without following a link; whatever is not a plain small file is a finding."""
+    """Fills r.files and r.texts without following a link; whatever is not a plain small file is a finding."""
     paths = [*itertools.islice(r.folder.rglob("*"), rules.ENTRY_LIMIT)]
     if len(paths) == rules.ENTRY_LIMIT:
         yield "review-limit", f"{len(paths)} files or more; the rest is not read", "."
@@ -75,6 +71,7 @@ def check_files(r):
             yield "file-size", f"{size:,} bytes are too many; not read", name
         elif path.is_file():
             r.files[name] = path.read_bytes()
+            r.texts[name] = r.files[name].decode("utf-8", "replace")
             room -= size
     for name in ("README.md", "submission.json", "train_gpt.py"):
         if not r.files.get(name):
@@ -83,7 +80,7 @@ def check_files(r):
 
 def check_json(r):
     """Fills r.json; what no log says."""
-    r.json = {**json.loads(text_of(r, "submission.json"))}   # a TypeError where it is no object
+    r.json = {**json.loads(r.texts["submission.json"])}   # a TypeError where it is no object
     for key in ("author", "github_id", "name", "blurb", "commit"):
         if not r.json.get(key):
             yield "json", f"{key}: missing or empty"
@@ -98,11 +95,10 @@ def check_json(r):
 
 def check_texts(r):
     """Keys and paths of one machine in any file."""
-    for name in r.files:
-        text = text_of(r, name)
+    for name, text in r.texts.items():
         for rule, pattern in rules.IN_TEXTS.items():
             if m := pattern.search(text):
-                yield rule, f"{m[0][:8]}...", name, text.count("\n", 0, m.start()) + 1
+                yield rule, f"{m[0][:8]}...", name
 
 
 # ---- the seeds
@@ -110,8 +106,8 @@ def check_texts(r):
 
 def check_logs(r):
     """Fills r.seeds; and what stands in a log does not say otherwise than its end."""
-    for name in r.files:
-        body, _, end = text_of(r, name).rpartition("\n---\n")
+    for name, text in r.texts.items():
+        body, _, end = text.rpartition("\n---\n")
         if not name.endswith(".log"):
             continue
         try:
@@ -142,7 +138,7 @@ def check_seeds(r):
                 yield rule, f"another {key} than in submission.json", name
         if f.artifact_bytes > rules.CAP_BYTES:
             yield "artifact-cap", f"{f.artifact_bytes:,} bytes, over {rules.CAP_BYTES:,}", name
-        failed = [verdict for verdict in f.audit.values() if not str(verdict).startswith("pass")]
+        failed = {k: v for k, v in f.audit.items() if not str(v).startswith("pass")}
         if failed or f.mode not in ("own", "audited") or r.record and not f.audit:
             yield "proof", f"mode {f.mode}, {failed}: score it with --audit, not --trust", name
         if r.record:
@@ -170,7 +166,7 @@ def check_summary(r):
     for key in sorted(expected.keys() - SHARED):
         if r.json.get(key) != expected[key]:
             yield "log-score", f"{key} is {r.json.get(key)}, by the logs {expected[key]}"
-    readme = text_of(r, "README.md")
+    readme = r.texts["README.md"]
     if f"{expected['val_bpb']:.6f}" not in readme:
         yield "readme", f"does not say {expected['val_bpb']:.6f}, the val_bpb", "README.md"
     if "(write this)" in readme:
@@ -188,7 +184,7 @@ def check_sources(r):
         known = rules.SOURCE_NAME.fullmatch(name) and (ROOT / name).exists()
         # What a record leaves out comes from its commit, or from the root.
         allowed = [committed(r.json.get("commit"), name), (ROOT / name).read_bytes() if known else b""]
-        data = r.files.get(name) or allowed[0] or allowed[1]
+        data = r.files.get(name, allowed[0] or allowed[1])
         if sha256(data).hexdigest() != hashes.get(name):
             yield "source-hash", "is not the source that ran, by its sha256", name
         if name == "eval_bpb.py":
@@ -210,17 +206,17 @@ def check_parent(r):
 
 
 def hidden_code(data):
-    """Source bytes -> (line, what) of all that would run or load code which is not written there.
+    """Source bytes -> what would run or load code which is not written there.
 
     By words alone, under whatever alias: a name, a part of a module's name, an attribute, an
     argument, a whole string. What is put together at run time is the business of the sandbox.
     """
     if rules.COOKIE.match(data):
-        yield 1, "of another coding: comments may be code"
+        yield "of another coding: comments may be code"
     try:
         tree = ast.parse(data.decode("utf-8-sig"))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        yield 1, f"does not parse: {e!r}"
+        yield f"does not parse: {e!r}"
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and rules.SAFE.get(node.arg) is getattr(node.value, "value", 0):
@@ -228,14 +224,14 @@ def hidden_code(data):
         hiding = rules.HIDING_NAMES if isinstance(node, ast.Name) else rules.HIDING
         for _, value in ast.iter_fields(node):
             for word in hiding.intersection(value.split(".") if isinstance(value, str) else ()):
-                yield getattr(node, "lineno", 1), f"{word}: what runs is not written here"
+                yield f"{word}: what runs is not written here"
 
 
 def check_code(r):
     """No code that is not written there. The only check that takes seconds, so the last."""
     for name, data in r.files.items():
-        for line, what in hidden_code(data) if name.endswith(".py") else ():
-            yield "plain-source", what, name, line
+        for what in hidden_code(data) if name.endswith(".py") else ():
+            yield "plain-source", what, name
 
 
 CHECKS = (check_files, check_json, check_texts, check_logs, check_seeds, check_summary,
@@ -247,6 +243,7 @@ def review(folder, report):
     its sha256: rule on its copies}."""
     r = SimpleNamespace(folder=Path(folder).resolve(), record=False)
     r.files = {}   # name: bytes, of what may be read
+    r.texts = {}
     r.json = {}    # submission.json
     r.seeds = {}   # name of a log: the facts at its end
     shown = Counter()
@@ -295,16 +292,14 @@ def review_in_child(folder):
 
 
 def find_copies(hashes):
-    """{folder: {hash: rule}} -> findings, one for each group of folders that share something."""
-    holders = defaultdict(list)
+    """{folder: {hash: rule}} -> findings, one for each folder that shares something with another."""
+    first = {}
+    found = {}
     for folder in sorted(hashes):
         for key, rule in hashes[folder].items():
-            holders[rule, key].append(folder)
-    found = {}
-    for (rule, key), folders in holders.items():
-        if len(folders) > 1:
-            what = f"the same {key[:24]} as {folders[1]}, {len(folders)} folders in all"
-            found[rule, *folders] = finding(rule, what, folders[0])
+            other = first.setdefault(key, folder)
+            if other != folder:
+                found[rule, folder, other] = finding(rule, f"the same {key[:24]} as {other}", folder)
     return [*found.values()]
 
 
@@ -314,7 +309,7 @@ def show(name, findings, done):
     counts = Counter(f["level"] for f in findings)
     print(f"{name}: {', '.join(f'{n} {level}' for level, n in counts.items()) or 'clean'}")
     for f in findings:
-        line = "  {level} {rule} {file}:{line} {message} [{source}]".format(**f)
+        line = "  {level} {rule} {file} {message} [{source}]".format(**f)
         print(printable(line, "ascii"))
     sys.stdout.flush()
 

@@ -19,8 +19,9 @@ PER_RUN = {"seed", "run"}   # in which two runs of one experiment may differ
 NUMBERS = ("val_bpb", "val_loss", "artifact_bytes", "train_seconds", "eval_seconds", "steps",
            "tokens")
 SHARED = ("dataset", "config", "source_sha256", "environment")
-FACTS = {"seed": int, **dict.fromkeys(NUMBERS, (int, float)), "artifact_sha256": str, "mode": str,
-         "audit": dict, **dict.fromkeys(SHARED, dict)}
+OF_A_SEED = {**dict.fromkeys(NUMBERS, (int, float)), "artifact_sha256": str, "mode": str,
+             "audit": dict}
+FACTS = {"seed": int, **OF_A_SEED, **dict.fromkeys(SHARED, dict)}
 
 
 def is_number(x):
@@ -90,16 +91,14 @@ def summarise(seeds):
     """Facts of all seeds -> what submission.json says of them."""
     out = {key: seeds[0][key] for key in SHARED}
     out["config"] = {k: v for k, v in out["config"].items() if k not in PER_RUN}
+    scores = [facts["val_bpb"] for facts in seeds]
     out["hardware"] = str(out["environment"].get("device"))
-    for key in ("val_bpb", "val_loss"):
-        values = [facts[key] for facts in seeds]
-        out[key] = statistics.fmean(values)
-        out[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+    out["val_bpb"] = statistics.fmean(scores)
+    out["val_bpb_std"] = statistics.stdev(scores) if len(scores) > 1 else None
     out["bytes_total"] = max(facts["artifact_bytes"] for facts in seeds)
-    out["seed_results"] = {}
+    out["seed_results"] = rows = {}
     for facts in seeds:
-        row = {key: facts[key] for key in FACTS if key not in SHARED}
-        out["seed_results"][str(row.pop("seed"))] = row
+        rows[str(facts["seed"])] = {key: facts[key] for key in OF_A_SEED}
     return out
 
 

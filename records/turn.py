@@ -26,13 +26,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])   # not records/: nothing may shadow a package
 from data.dataset import ROOT, BadInput, Parser, command, find_dataset, read_json
 from records import plot
-from records.folders import (PER_RUN, find_entry, git, is_number, read_entry, read_if_there,
-                             read_run, read_turn)
+from records.folders import find_entry, git, is_number, read_if_there, read_run, read_turn
 from records.rules import SOURCE_NAME
 from records.stats import compare, comparison, smallest_gain
 
 TURNS = Path("runs/turns")
-# Of the parts of train_gpt.py and of its settings.
+# Of the parts of train_gpt.py, and of its settings.
 HEADING = re.compile(r"^(?:    )?# (model|kernels|batch|data|optimizer|schedules|calibration|training)\b",
                      re.M | re.I)
 STOPPED = (None, "stopped early as asked")   # so ends a run that may go on
@@ -55,19 +54,18 @@ def files_at(commit):
 
 
 def parent_of(name):
-    """A run, a record or a commit -> (its name, {file: bytes} of its sources, its settings, the
-    record that it is or builds on)."""
+    """A turn's run, a record or a commit -> (its name, {file: bytes} of its sources, its settings,
+    the record that it is or builds on)."""
     try:
         folder = find_entry(name)
     except BadInput:
         return git("rev-parse", "--short", name).decode().strip(), files_at(name), {}, None
     if turn := read_turn(folder):
         side = folder.name.rpartition("_s")[0]
-        return side, files_in(TURNS / side), turn["settings"], turn.get("record")
-    entry = read_entry(folder)
-    files = files_at(entry.get("commit", "HEAD")) | files_in(folder) | files_in(folder / "source")
-    settings = {k: v for k, v in entry["config"].items() if k not in PER_RUN}
-    return folder.name, files, settings, folder.name if "commit" in entry else None
+        return side, files_in(TURNS / side), turn["settings"], turn["record"]
+    record = read_json(folder / "submission.json")
+    files = files_at(record["commit"]) | files_in(folder)
+    return folder.name, files, record["config"], folder.name
 
 
 def parts_of(files):
@@ -122,18 +120,15 @@ def finish(home, seed):
         CHILDREN.append(child)
         if child.wait():
             break
-    state = "scored"
-    if not score.exists():
-        state = f"no score, {read_run(run)['end']}; see {home / run.name}.out"
-    print(f"{run}: {state}", file=sys.stderr, flush=True)
+    state = "scored" if score.exists() else "no score"
+    print(f"{run}: {state}, {read_run(run)['end']}; see {home / run.name}.out", file=sys.stderr)
 
 
-def scores_of(side):
-    """{seed: val_bpb} of the runs of a side that have a whole score."""
-    scores = {}
-    for run in Path("runs").glob(f"{side}_s*"):
-        scores[run.name.rpartition("_s")[2]] = read_run(run)["val_bpb"]
-    return {seed: bpb for seed, bpb in scores.items() if is_number(bpb)}
+def read_side(name):
+    """-> ({seed: val_bpb} of the side's runs that have a whole score, how its runs ended)."""
+    runs = [read_run(path) for path in Path("runs").glob(f"{name}_s*")]
+    scores = {str(run["seed"]): run["val_bpb"] for run in runs if is_number(run["val_bpb"])}
+    return scores, {run["end"] for run in runs}
 
 
 def list_ideas():
@@ -142,14 +137,12 @@ def list_ideas():
         if "idea" not in turn:
             continue
         side = path.parent.name
-        ours = scores_of(side)
-        theirs = scores_of(turn["against"])
+        ours, ends = read_side(side)
+        theirs, _ = read_side(turn["against"])
+        words = f"{'undecided' if ends <= {None, 'finished'} else 'drop'}: {ends}"
         if min(len(ours), len(theirs)) > 1:
             c = comparison(ours, theirs, 1.0)
             words = f"{c['verdict']}: {c['gain_bpb']:+.5f} bits per byte, p {c['p']:.2g}"
-        else:
-            ends = {read_run(run)["end"] for run in Path("runs").glob(f"{side}_s*")}
-            words = f"{'undecided' if ends <= {None, 'finished'} else 'drop'}: {ends}"
         print(f"{words}; n {len(ours)}\n  {turn['idea']}\n  moved {', '.join(turn['moved'])}; {side} "
               f"against {turn['against']}, {turn['settings']}")
 
@@ -162,7 +155,7 @@ def run_all(home, parent, seeds, jobs):
             theirs = pool.starmap_async(finish, [(parent, seed) for seed in seeds])
             ours = pool.starmap_async(finish, [(home, seed) for seed in seeds])
             theirs.get()
-            scores = [*scores_of(parent.name).values()]
+            scores = [*read_side(parent.name)[0].values()]
             if len(scores) > 1:
                 print(f"noise      {parent.name}: std {statistics.stdev(scores):.5f}, n {len(scores)}; "
                       f"unpaired, a gain under {smallest_gain(scores):.5f} bits per byte does not show",
@@ -203,9 +196,7 @@ def main():
     new = files_in(ROOT)
     if new == old and own.items() <= settings.items():
         raise BadInput(f"nothing differs from {args.parent}: edit, or give settings behind --")
-    parts = parts_of(new)
-    moved = {part for part, _ in parts ^ parts_of(old)}
-    moved |= {part for part, text in parts if any(f"\n    {key}:" in text for key in own)}
+    moved = {part for part, _ in parts_of(new) ^ parts_of(old)} | own.keys()
     parent = make_side(name, old, settings)
     home = make_side(args.idea, new, {**settings, **own}, idea=args.idea, against=parent.name,
                      moved=sorted(moved), record=record)
