@@ -103,6 +103,8 @@ class Child:
     """A command in the sandbox, or unconfined in the artifact's folder. close() returns when
     nothing of it is left."""
 
+    process = first = None
+
     def __init__(self, artifact: Path, command: list, env: dict, confined: bool = True):
         calls, calls_in = os.pipe()
         info, info_in = os.pipe()
@@ -117,17 +119,19 @@ class Child:
         os.close(info_in)
         with open(info) as file:
             said = file.read() if confined else ""
-        self.first = os.pidfd_open(json.loads(said)["child-pid"]) if said else None  # of the sandbox's processes
+        if said:
+            self.first = os.pidfd_open(json.loads(said)["child-pid"])  # of the sandbox's processes
 
     def kill(self):
         """The kernel kills the sandbox's processes when bubblewrap dies."""
-        if self.process.returncode is None:  # else its number may be another's
+        if self.process and self.process.returncode is None:  # else its number may be another's
             with suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self):
         self.kill()
-        self.process.wait()
+        if self.process:
+            self.process.wait()
         if self.first is not None:
             select.select([self.first], [], [])
 
@@ -180,7 +184,7 @@ def serve(name: str, device: str, vocab_size: int) -> None:
         raise
 
 
-class Remote:
+class Remote(Child):
     """A predictor in a child process: predict and learn send it what is revealed, no more.
 
     The child is told no path but those of Python, and runs serve() before any code of the artifact.
@@ -189,7 +193,6 @@ class Remote:
     def __init__(self, artifact: Path, device: str, vocab_size: int, confined: bool):
         self.artifact, self.device, self.vocab_size = artifact, device, vocab_size
         self.confined = confined
-        self.child = None
 
     def open(self, name: str, seconds: float = 0) -> str:
         """Starts the child, which ends after `seconds`; 0: never -> the predictor's name. From then
@@ -201,10 +204,10 @@ class Remote:
 import numpy as np
 {inspect.getsource(serve)}
 serve({name!r}, {self.device!r}, {self.vocab_size})"""
-        self.child = Child(self.artifact, [sys.executable, "-c", code], env, self.confined)
-        self.pipes = self.child.process
+        super().__init__(self.artifact, [sys.executable, "-c", code], env, self.confined)
         threading.Thread(target=self.show_stderr, daemon=True).start()
         self.timer = threading.Timer(seconds, self.kill)
+        self.timer.daemon = True
         if seconds:
             self.timer.start()
         self.slots, self.chunk, said = struct.unpack("<qq64s", self.receive(80))
@@ -212,31 +215,27 @@ serve({name!r}, {self.device!r}, {self.vocab_size})"""
 
     def show_stderr(self):
         lines = 0
-        while data := self.pipes.stderr.readline(1 << 12):
+        while data := self.process.stderr.readline(1 << 12):
             lines += 1
             if lines <= STDERR_LINES:
                 print(f"artifact: {data!r:.60}", file=sys.stderr)
 
-    def kill(self):
-        if self.child:
-            self.child.kill()
-
     def receive(self, size: int) -> bytearray:
         """The answer, of so many bytes."""
-        sign = self.pipes.stdout.read(1)
+        sign = self.process.stdout.read(1)
         if sign == b"!":
-            raise BadInput(f"its code says {self.pipes.stdout.read(4096)!r:.240}")
+            raise BadInput(f"its code says {self.process.stdout.read(4096)!r:.240}")
         content = bytearray(size)
-        if sign != b"=" or self.pipes.stdout.readinto(content) < size:
-            self.child.close()
-            raise BadInput(f"no answer from its process: exit code {self.pipes.returncode}; it had "
+        if sign != b"=" or self.process.stdout.readinto(content) < size:
+            self.close()
+            raise BadInput(f"no answer from its process: exit code {self.process.returncode}; it had "
                            f"{self.timer.interval:.0f} s (0: any time)")
         return content
 
     def ask(self, sign: bytes, tokens, flags, size: int) -> bytearray:
         with suppress(BrokenPipeError):  # then there is no answer either
-            self.pipes.stdin.write(sign + tokens.tobytes() + flags.tobytes())
-            self.pipes.stdin.flush()
+            self.process.stdin.write(sign + tokens.tobytes() + flags.tobytes())
+            self.process.stdin.flush()
         return self.receive(size)
 
     def predict(self, fresh, inputs):
@@ -246,8 +245,3 @@ serve({name!r}, {self.device!r}, {self.vocab_size})"""
 
     def learn(self, targets, real):
         self.ask(b"l", targets, real, 0)
-
-    def close(self):
-        if self.child:
-            self.timer.cancel()
-            self.child.close()

@@ -82,9 +82,12 @@ SAID = re.compile(r"\b(train_seconds|steps|tokens|artifact_bytes): ?(\d{1,12}(?:
 ADDED = re.compile(r"A\t(records/track_(?:10min|non_record)_16mb/[^/]+)/")   # as git says it
 COOKIE = re.compile(rb"([^\r\n]*[\r\n]+)?[^\r\n]*coding[:=](?![ \t]*utf-8)", re.I)
 
-# Words by which a source runs or loads what is not written there; the builtins only as plain names,
-# for model.eval(), torch.compile and re.compile are other things. SAFE are harmless uses.
-HIDING = {*"""exec __import__ importlib pickle _pickle cloudpickle dill joblib marshal ctypes _ctypes
-cffi builtins __builtins__ runpy zipimport weights_only allow_pickle""".split()}
-HIDING_NAMES = HIDING | {"eval", "compile"}
-SAFE = {"weights_only": True, "allow_pickle": False}
+# Words by which a source runs or loads what is not written there, in the dump of its syntax tree: as
+# a name, a part of a module's name, an attribute, an argument, a whole string. The builtins only as
+# plain names, for model.eval(), torch.compile and re.compile are other things.
+HIDING = re.compile(
+    r"Name\(id='(?:eval|compile)'|[=\[ ]'(?:[^'\s]*\.)?(?:exec|__import__|importlib|_?pickle|cloudpickle"
+    r"|dill|joblib|marshal|_?ctypes|cffi|(?:__)?builtins(?:__)?|runpy|zipimport|weights_only"
+    r"|allow_pickle)['.]")
+SAFE = re.compile(r"keyword\(arg='(?:weights_only', value=Constant\(value=True"
+                  r"|allow_pickle', value=Constant\(value=False)\)\)")   # harmless uses of them
