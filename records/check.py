@@ -5,6 +5,9 @@
     python records/check.py FOLDER --rescore=ARTIFACT     also run the root's judge on the artifact
     python records/check.py compare RUN... -- RUN...      is the left side better? Paired by seed
 
+--data=NAME is the dataset of --rescore, if not the record's; --jobs=N folders are read at once;
+--json=FILE gets every finding, too.
+
 A line a folder as soon as it is read, its findings below it, `LEVEL rule file message
 [source]`; at the end copies between the folders and a table, worst first. rules.py has all rules.
 Exit code by the worst finding: 4 FLAG, 1 FAIL, 0 none; 2 bad input. `compare` exits 0.
@@ -33,10 +36,10 @@ from types import SimpleNamespace
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"   # of the children too: threads take address space
 sys.path[0] = str(Path(__file__).resolve().parents[1])   # not records/: nothing may shadow a package
-from data.dataset import ROOT, BadInput, Parser, Progress, atomic_write, command, printable, read_json
+from data.dataset import ROOT, BadInput, Progress, atomic_write, command, printable, read_json
 from records import rules
-from records.folders import (SHARED, check_facts, committed, git, is_number, known_records,
-                             nats_per_bit, part, read_entry, read_if_there, summarise)
+from records.folders import (SHARED, check_facts, committed, flags_of, git, is_number,
+                             known_records, nats_per_bit, part, read_entry, read_if_there, summarise)
 from records.rules import LEVELS, RULES, TRACKS
 from records.stats import compare, comparison
 
@@ -65,11 +68,13 @@ def check_files(r):
             if pattern.search(name):
                 yield rule, "a name that does not belong in a record", name
         size = path.lstat().st_size
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if path.is_symlink() or not path.is_file():
             yield "link", "a link or a special file; not followed, not opened", name
-        elif path.is_file() and size > room:
+        elif size > room:
             yield "file-size", f"{size:,} bytes are too many; not read", name
-        elif path.is_file():
+        else:
             r.files[name] = path.read_bytes()
             r.texts[name] = r.files[name].decode("utf-8", "replace")
             room -= size
@@ -381,14 +386,8 @@ def main():
         return compare(sys.argv[2:])
     if sys.argv[1:2] == ["--child"]:
         return child(sys.argv[2])
-    p = Parser(description=__doc__)
-    p.add_argument("folders", nargs="*", help="record folders")
-    p.add_argument("--base", help="review what was committed since this reference")
-    p.add_argument("--rescore", help="artifact.pyz or run, to be judged again")
-    p.add_argument("--data", help="dataset of --rescore; empty: the record's")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="folders at once")
-    p.add_argument("--json", help="write every finding here, too")
-    args = p.parse_args()
+    args = flags_of(__doc__, "folders", base="", rescore="", data="", jobs=os.cpu_count(),
+                    json="").parse_args()
     done = {}   # folder: findings
     folders = [name for name in args.folders if Path(name).resolve().parent not in OURS]
     if args.base:

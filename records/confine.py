@@ -32,9 +32,10 @@ import torch
 
 from data.dataset import BadInput
 
-PYTHON = [sys.prefix, sys.base_prefix, str(Path(torch.__file__).parents[1])]  # the last holds the packages
+PYTHON = [sys.prefix, sys.base_prefix, str(Path(torch.__file__).parents[1])]  # the last: packages
 READABLE = ["/usr", "/lib", "/lib64", "/bin", *PYTHON, *map(os.path.realpath, PYTHON)]  # by the child
-ENVIRONMENT = {"PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "GOMP_SPINCOUNT"}  # it is given
+ENVIRONMENT = {"PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+               "GOMP_SPINCOUNT"}  # it is given
 STDERR_LINES = 20  # of what it writes there that are shown
 
 # What the mounts leave open, by processor: its name to seccomp, then socket, socketpair; ptrace,
@@ -101,7 +102,7 @@ def sandbox(artifact: Path) -> list[str]:
 
 class Child:
     """A command in the sandbox, or unconfined in the artifact's folder. close() returns when
-    nothing of it is left."""
+    nothing of it is left. One that was never started may be killed and closed, too."""
 
     process = first = None
 
@@ -187,7 +188,8 @@ def serve(name: str, device: str, vocab_size: int) -> None:
 class Remote(Child):
     """A predictor in a child process: predict and learn send it what is revealed, no more.
 
-    The child is told no path but those of Python, and runs serve() before any code of the artifact.
+    The child, which open() starts, is told no path but those of Python, and runs serve() before any
+    code of the artifact.
     """
 
     def __init__(self, artifact: Path, device: str, vocab_size: int, confined: bool):

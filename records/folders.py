@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.dataset import ROOT, BadInput, read_json
+from data.dataset import ROOT, BadInput, Parser, read_json
 
 PER_RUN = {"seed", "run"}   # in which two runs of one experiment may differ
 NUMBERS = ("val_bpb", "val_loss", "artifact_bytes", "train_seconds", "eval_seconds", "steps",
@@ -22,6 +22,16 @@ SHARED = ("dataset", "config", "source_sha256", "environment")
 OF_A_SEED = {**dict.fromkeys(NUMBERS, (int, float)), "artifact_sha256": str, "mode": str,
              "audit": dict}
 FACTS = {"seed": int, **OF_A_SEED, **dict.fromkeys(SHARED, dict)}
+
+
+def flags_of(doc, many, **flags):
+    """A command's docstring, which describes its flags, what may be named many times, {flag:
+    default} -> its Parser."""
+    p = Parser(description=doc)
+    p.add_argument(many, nargs="*", help="see above")
+    for name, default in flags.items():
+        p.add_argument(f"--{name}", default=default, type=type(default), help="see above")
+    return p
 
 
 def is_number(x):

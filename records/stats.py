@@ -34,11 +34,10 @@ def welch(gain, va, na, vb, nb):
 def smallest_gain(scores):
     """The gain, within 1 %, that as many runs a side of this spread would show, unpaired."""
     n = len(scores)
-    variance = statistics.variance(scores)
-    gain = max(variance ** 0.5, 1e-9)
-    while welch(gain, variance, n, variance, n) >= RULE_P:
-        gain *= 1.01
-    return gain
+    t = 1.0
+    while t_upper(t, 2 * n - 2) >= RULE_P:
+        t *= 1.01
+    return t * (2 * statistics.variance(scores) / n) ** 0.5
 
 
 def comparison(ours, theirs, nats):
@@ -62,7 +61,7 @@ def comparison(ours, theirs, nats):
         return welch(gain - margin, va, len(ours) + more, vb, len(theirs) + more)
     # Would it show with more runs, if gain and spread stay?
     more = next((more for more in range(MOST_RUNS) if p_above(0.0, more) < RULE_P), MOST_RUNS)
-    verdict = "keep" if more == 0 else "drop" if more == MOST_RUNS else f"run {more} more a side"
+    verdict = {0: "keep", MOST_RUNS: "drop"}.get(more, f"run {more} more a side")
     return {"gain_bpb": gain, "gain_nats": gain * nats, "paired": paired, "p": p_above(0.0),
             "p_written": p_above(RULE_NATS / nats), "verdict": verdict}
 

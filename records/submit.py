@@ -7,6 +7,15 @@ Each run is trained, packed and scored, with a seed of its own. The folder gets 
 what else of the artifact's sources differs from a commit, one log a seed, submission.json and a
 README with a place for the author's words. What check.py would FAIL is refused; nothing is
 overwritten.
+
+--name=SLUG           short name of the record: letters, digits, ._-
+--author=NAME         yours; empty: git's user.name
+--github_id=NAME      yours at GitHub; empty: the author
+--track=TRACK         track_10min_16mb or track_non_record_16mb; empty: the first for runs on H100
+--parent=RECORD       that it builds on; empty: the turn's
+--idea=TEXT           what differs from the parent; empty: the turn's
+--commit=REF          whose sources are left out
+--date=YYYY-MM-DD     of the record
 """
 import datetime
 import json
@@ -18,10 +27,10 @@ from hashlib import sha256
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])   # not records/: nothing may shadow a package
-from data.dataset import ROOT, BadInput, Parser, atomic_write, command, read_json
+from data.dataset import ROOT, BadInput, atomic_write, command, read_json
 from records.check import review
-from records.folders import (FACTS, NUMBERS, check_facts, committed, find_entry, git, is_number,
-                             known_records, part, read_run, read_turn, summarise)
+from records.folders import (FACTS, NUMBERS, check_facts, committed, find_entry, flags_of, git,
+                             is_number, known_records, part, read_run, read_turn, summarise)
 from records.rules import SOURCE_NAME, TRACKS
 
 HEAD = """# Records
@@ -154,17 +163,9 @@ def leaderboard(records=ROOT / "records"):
 
 
 def main():
-    p = Parser(description=__doc__)
-    p.add_argument("runs", nargs="*", help="run folders, one a seed")
-    p.add_argument("--name", help="short name of the record: letters, digits, ._-")
-    p.add_argument("--author", help="your name; empty: git's user.name")
-    p.add_argument("--github_id", help="your GitHub name; empty: the author")
-    p.add_argument("--track", choices=TRACKS, help="empty: the record track for runs on H100")
-    p.add_argument("--parent", help="the record that it builds on; empty: the turn's")
-    p.add_argument("--idea", help="what differs from the parent; empty: the turn's")
-    p.add_argument("--commit", default="HEAD", help="whose sources are left out")
-    p.add_argument("--date", default=str(datetime.date.today()), help="YYYY-MM-DD")
-    p.add_argument("--leaderboard", action="store_true", help="only write the leaderboard")
+    p = flags_of(__doc__, "runs", name="", author="", github_id="", track="", parent="", idea="",
+                 commit="HEAD", date=str(datetime.date.today()))
+    p.add_argument("--leaderboard", action="store_true", help="see above")
     args = p.parse_args()
     if bool(args.runs and args.name) == args.leaderboard:
         raise BadInput("name the runs of one record and --name=SLUG, or --leaderboard")

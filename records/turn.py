@@ -6,8 +6,8 @@ scored, seed by seed.
     python records/turn.py --idea="..." --parent=NAME          against a run, a record or a commit
     python records/turn.py                                     every idea so far and its verdict
 
-Settings before the -- go to both sides: --preset=proxy --data=NAME --max_steps=1000. Runs go side
-by side, one thread each on a CPU. What is there is not run again: a turn that was stopped goes on
+--seeds=N: seeds 1 to N on both sides; --jobs=N: runs at once, on a CPU one thread each. Settings
+before the -- go to both sides: --preset=proxy --data=NAME --max_steps=1000. What is there is not run again: a turn that was stopped goes on
 where it stood. runs/turns/<side>/ keeps a side's sources, what its commands printed, turn.json and
 the curves; its runs are runs/<side>_s<seed>/.
 """
@@ -24,9 +24,10 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])   # not records/: nothing may shadow a package
-from data.dataset import ROOT, BadInput, Parser, command, find_dataset, read_json
+from data.dataset import ROOT, BadInput, command, find_dataset, read_json
 from records import plot
-from records.folders import find_entry, git, is_number, read_if_there, read_run, read_turn
+from records.folders import (find_entry, flags_of, git, is_number, read_if_there, read_run,
+                             read_turn)
 from records.rules import SOURCE_NAME
 from records.stats import compare, comparison, smallest_gain
 
@@ -175,11 +176,8 @@ def read_settings(words):
 
 
 def main():
-    p = Parser(description=__doc__)
-    p.add_argument("--idea", help="what differs from the parent; empty: list the ideas so far")
-    p.add_argument("--parent", default="HEAD", help="a run, a record or a commit")
-    p.add_argument("--seeds", type=int, default=3, help="seeds 1 to this on both sides")
-    p.add_argument("--jobs", type=int, default=1 if ON_GPU else os.cpu_count(), help="runs at once")
+    p = flags_of(__doc__, "settings", idea="", parent="HEAD", seeds=3,
+                 jobs=1 if ON_GPU else os.cpu_count())
     cut = [*sys.argv, "--"].index("--")
     args, words = p.parse_known_args(sys.argv[1:cut])
     if not args.idea:
@@ -188,7 +186,7 @@ def main():
         raise BadInput("--seeds=2 at least: one run says nothing about noise; --jobs=1 at least")
     name, old, settings, record = parent_of(args.parent)
     # Steps, for what a busy machine does in so many seconds is a lottery.
-    settings = {"max_seconds": 0, "max_steps": 300, **settings, **read_settings(words)}
+    settings = {"max_seconds": 0, "max_steps": 300, **settings, **read_settings(args.settings + words)}
     preset = settings.setdefault("preset", "proxy" if Path("data/proxy").is_dir() else "demo")
     data = preset if preset in ("demo", "proxy") else "fineweb"
     settings["data"] = os.path.relpath(find_dataset(settings.get("data", data)))
