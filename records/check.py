@@ -124,8 +124,8 @@ def check_logs(r):
             continue
         r.seeds[name] = facts
         for key, value in rules.SAID.findall(body):
-            if float(value) > facts[key] + 0.1:
-                yield "log", f"{key} {value}, but {facts[key]} at its end", name
+            if float(value) > facts[f"{key}s"] + 0.1:
+                yield "log", f"{key}s {value}, but {facts[f'{key}s']} at its end", name
     if len(r.seeds) < (3 if r.record else 1):
         yield "track", f"{len(r.seeds)} logs of seeds; a record needs 3", "."
 

@@ -78,7 +78,7 @@ IN_TEXTS = {  # and no file
 FOLDER_NAME = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._-]{1,80}")
 SOURCE_NAME = re.compile(r"(data/)?(?!test_|__main__)\w{1,40}\.py")
 
-SAID = re.compile(r"\b(train_seconds|steps|tokens|artifact_bytes): ?(\d{1,12}(?:\.\d{1,9})?)\b")
+SAID = re.compile(r"\b(train_second|step|token|artifact_byte)s?: ?(\d{1,12}(?:\.\d{1,9})?)\b")
 ADDED = re.compile(r"A\t(records/track_(?:10min|non_record)_16mb/[^/]+)/")   # as git says it
 COOKIE = re.compile(rb"([^\r\n]*[\r\n]+)?[^\r\n]*coding[:=](?![ \t]*utf-8)", re.I)
 
