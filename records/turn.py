@@ -63,7 +63,7 @@ def parent_of(name):
         return git("rev-parse", "--short", name).decode().strip(), files_at(name), {}, None
     if turn := read_turn(folder):
         side = folder.name.rpartition("_s")[0]
-        return side, files_in(TURNS / side), turn["settings"], turn["record"]
+        return side, files_in(TURNS / side), turn["settings"], turn.get("record")
     record = read_json(folder / "submission.json")
     files = files_at(record["commit"]) | files_in(folder)
     return folder.name, files, record["config"], folder.name
