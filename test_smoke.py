@@ -321,20 +321,21 @@ def test_calibration_ends_with_the_clock_and_its_fisher_is_the_exact_one():
     z = F.linear(model(tokens, seg), model.embed.weight).detach()
     slopes = torch.vmap(torch.func.jacrev(log_p))(z)  # (64, label, logit)
     fisher = (log_p(z).exp()[..., None] * slopes ** 2).sum((0, 1))
-    torch.testing.assert_close(stats["embed.g"] / 2, fisher, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(stats["embed.g"][0] / 2, fisher, rtol=1e-3, atol=1e-4)
 
 
 # ---- whole runs
 
 
 DIES = """if True:
-    import os, sys, train_gpt
-    add = train_gpt.Meter.add
-    def die(meter, step, *rest):
-        add(meter, step, *rest)
-        if step == 9:
+    import itertools, os, sys, train_gpt
+    train_step, steps = train_gpt.train_step, itertools.count()
+    def die(*args):
+        numbers = train_step(*args)
+        if next(steps) == 9:  # one is the warm-up's
             os.kill(os.getpid(), 9)
-    train_gpt.Meter.add = die
+        return numbers
+    train_gpt.train_step = die
     sys.exit(train_gpt.main())
 """
 
@@ -378,20 +379,22 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(trained, monkeypat
 
 
 def test_a_signal_the_clock_and_a_bad_loss_end_a_run_each_in_its_way(tmp_path, monkeypatch):
-    add = train_gpt.Meter.add
+    train_step = train_gpt.train_step
 
-    def signalled(meter, step, *rest):
-        add(meter, step, *rest)
-        if step == 3:
+    def signalled(*args):
+        numbers = train_step(*args)
+        if next(steps) == 3:  # one is the warm-up's
             signal.raise_signal(sent)
+        return numbers
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gpt.Meter, "add", signalled)
+    monkeypatch.setattr(train_gpt, "train_step", signalled)
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(9))
     for sent, flags, code, reason in (
             (signal.SIGHUP, "--run=a --max_seconds=2", 0, "finished"),
             (signal.SIGTERM, "--run=b --max_seconds=900", 0, "stopped early as asked"),
             (signal.SIGHUP, "--run=c --embed_lr=1e18 --scalar_lr=1e18", 3, "the loss is nan")):
+        steps = itertools.count()
         with pytest.raises(SystemExit) as stopped:
             sys.exit(train_gpt.main([*RUN_FLAGS, *flags.split()]))
         run = flags[6]
@@ -981,7 +984,7 @@ def test_expected_kl_is_the_measured_one_for_every_bank(run_to_pack):
     for name, bank in zip(pack.MATRICES, banks):
         error = exact - log_p(checkpoint["weights"] | {name: packed[name]})
         measured = (exact.exp() * error).sum(-1).mean()
-        most = 2.5 if name == "embed.weight" else 1.25               # its uses are added as if they were apart
+        most = 4 if name == "embed.weight" else 1.25  # as an input, a row is weighed by how likely it is
         assert 0.8 < measured / pack.expected_kl(bank, packed[name]) < most, name
 
 
