@@ -1394,7 +1394,7 @@ def test_audited_strangers_prove_their_score_or_have_none(judge, dataset, tmp_pa
     assert "proved" not in said.out and "\nval_bpb" not in said.out
     monkeypatch.setattr(proof, "PATIENCE", 1.0)
     sleeps = "self.seen = getattr(self, 'seen', 0) + 1; self.seen > self.rounds + 1 and time.sleep(999)"
-    assert "it took more than" in judge(sleeps)[1]["audit"]["replay"]
+    assert "no answer" in judge(sleeps)[1]["audit"]["replay"]
     shutil.copytree(dataset, tmp_path / "demo")
     meta = json.loads((dataset / "meta.json").read_text()) | {"name": "demo"}
     (tmp_path / "demo/meta.json").write_text(json.dumps(meta))
@@ -1516,11 +1516,10 @@ def test_files_that_a_child_could_read_are_dropped_from_memory(tmp_path, monkeyp
 
 
 HARM = {
-    "raise ValueError('no\x1b\\nval_bpb: 1')": r"its code says .ValueError: no\\x1b val_bpb: 1",
+    "raise ValueError('no\x1b\\nval_bpb: 1')": r"its code says b.ValueError: no\\x1b\\nval_bpb: 1",
     "os._exit(3)": "exit code 3",
     "self.hoard = np.ones(1 << 40)": "llocate",
-    "while True: os.write(2, b'x' * 4096)": "wrote more than",
-    "while True: os.write(int(max(os.listdir('/proc/self/fd'), key=int)) - 1, b'x' * 4096)": "sent a frame|exit code",
+    "while True: os.write(int(max(os.listdir('/proc/self/fd'), key=int)) - 1, b'x' * 4096)": "exit code",
     "logits = logits[0]": "must return logits",
     "logits[0, 0, 5] = -np.inf": "not finite",
     "os.kill(0, 9)": "exit code 137",
@@ -1535,7 +1534,7 @@ def test_harm_ends_in_one_line_and_what_a_child_says_is_quoted(judge, packed_run
         code, result, _ = judge(harm, "--trust")
         assert re.search(words, str(code)) and str(code).isprintable() and not result, (harm, code)
     code, result, said = judge("print('\x1b[8mno\\nval_bpb: 0.0\\n' + 90 * ' ' + 'val_bpb: 0.1\\n' * 50)", "--trust")
-    shown = [line for line in said.err.splitlines() if line.startswith("artifact: '")]
+    shown = [line for line in said.err.splitlines() if line.startswith("artifact: b'")]
     assert len(shown) == confine.STDERR_LINES and max(map(len, shown)) < 80 and "\x1b" not in said.err
     assert code == 0 and said.out.count("\nval_bpb: ") == 1 and "NOTHING IS PROVED" in said.out
     assert result["val_loss"] == pytest.approx(math.log(1024), rel=1e-12)
@@ -1680,7 +1679,7 @@ machine-path | run.sh | | cd /home/ann/data
 plain-source | train_gpt.py | LR | exec
 review-limit: check_json | submission.json | | {
 json: blurb | submission.json | "faster" | ""
-date | submission.json | 2026-01-02 | 2020-01-01
+folder-name | submission.json | 2026-01-02 | 2020-01-01
 log: val_bpb is -1 | train_seed2.log | val_bpb: 1.2002 | val_bpb: -1
 log: facts | train_seed2.log | steps: 5000 | steps: ?
 log: train_seconds 599.0 | train_seed2.log | train_seconds: 599.5 | train_seconds: 9.5
@@ -1698,18 +1697,15 @@ track: ran on | train_seed2.log | 8 x NVIDIA H100 | 8 x A100
 track: over 600 | train_seed2.log | train_seconds: 599.5 | train_seconds: 601.5
 track: over 600 | train_seed2.log | eval_seconds: 400 | eval_seconds: 602
 track: documents | train_seed2.log | "val_docs": 50000 | "val_docs": 10000
-track: 164594398 | train_seed2.log | 151078222 | 164594398
-arithmetic | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.2
-byte-count | train_seed2.log | val_bpb:1.21 | val_bpb:1.03
-odd-score: best | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.03
+track: 164594398 | train_seed2.log | 40540160, "val_bytes": 151078222 | 44167075, "val_bytes": 164594398
+log: is not val_loss | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.2
 proof: mode trusted | train_seed2.log | "own" | "trusted"
-proof: replay: FAIL | train_seed2.log | pass | FAIL
+proof: 'replay': 'FAIL | train_seed2.log | pass | FAIL
 proof: mode own | train_seed2.log | "replay": "pass: 9,200 places" |
 source-hash | train_gpt.py | 02 | 03
 source-hash | more.py | | 
 judge | data/tokenizer.py | | 
 judge | eval_bpb.py | | # another
-commit | submission.json | "commit": " | "commit": "0
 parent | submission.json | "parent": null | "parent": "nobody"
 parent | submission.json | "parent": null | "parent": "2026-01-02_good"
 significance | submission.json | "parent": null | "parent": "known"
@@ -1745,7 +1741,6 @@ def test_every_rule_finds_what_breaks_it_and_a_good_record_is_clean(tmp_path, mo
         write(folder / f"{i}.txt", "")
     broken("review-limit: 400 files", folder)
     broken("folder-name", folder.rename(folder.parent / "my record"))
-    broken("odd-score: deviation", make_record(tmp_path, "same", spread=1e-6))
     assert rules.RULES.keys() == seen
 
 
@@ -1849,11 +1844,11 @@ def test_a_batch_is_reviewed_to_its_end_and_copies_are_named(tmp_path):
     out = check_command(good, tmp_path / "stray", copy, tmp_path / "none", "--jobs=2",
                         f"--json={tmp_path}/all.json", code=1)
     for words in (f"{good}: clean", f"{copy}: 1 FAIL", f"FAIL  {tmp_path}/none: missing-folder",
-                  f"FLAG  {tmp_path}/stray: stray-file\n1 of 5 clean"):
+                  f"FLAG  {tmp_path}/stray: stray-file", "1 of 5 clean"):
         assert f"{words}\n" in out, words
     found = json.loads((tmp_path / "all.json").read_text())["between the folders"]
-    assert [(f["rule"], f["file"]) for f in found] == [("copy", str(copy)), ("same-source", str(copy))]
-    assert all(f"as {good}, 2 folders in all" in f["message"] for f in found)
+    assert [(f["rule"], f["file"]) for f in found] == [("copy", str(good)), ("same-source", str(good))]
+    assert all(f["message"].endswith(f" as {copy}") for f in found)
     check_command(tmp_path / "stray", code=4)
     check_command(good, code=0)
 
@@ -1865,8 +1860,8 @@ def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, 
     for changes in ({}, {"val_bpb": 1.21}, {"val_bpb": None}, {"artifact_sha256": "x"}):
         text = json.dumps(score | changes)
         write(tmp_path / "eval_bpb.py", f"import sys; open(sys.argv[3][6:], 'w').write({text!r})")
-        found = check.rescore(folder, str(tmp_path / "runs/good2"), None)
-        assert ["no seed of the record claims" in f["message"] for f in found] == [True][:len(changes)]
+        found = check.rescore(folder, str(tmp_path / "runs/good2/artifact.pyz"), None)
+        assert ["the record claims" in f["message"] for f in found] == [True][:len(changes)]
 
 
 def test_the_p_value_is_students():
@@ -1892,8 +1887,7 @@ def test_compare_takes_nats_from_the_dataset_and_refuses_what_does_not_compare(t
     for words in ("candidate  val_bpb 1.19020  std 0.00010  n 3", "verdict    keep", "True, p 2.44e-05",
                   "+0.02635 nats per token = +0.01020 bits per byte", "paired by seed: one-sided p 1.6e-05"):
         assert words in out
-    found = check_command("compare", *theirs, "--", *ours, "--json", code=0)
-    assert json.loads(found)["verdict"] == "drop"
+    assert "verdict    drop" in check_command("compare", *theirs, "--", *ours, code=0)
     other = fake_run(tmp_path / "c", 4, dataset={"val_docs_sha256": "f" * 64})
     for args, words in (((*ours, "--", other), "such runs do not compare"),
                         ((ours[0], "--", theirs[0]), "each side needs two"),
@@ -1912,7 +1906,7 @@ def test_the_leaderboard_is_up_to_date_and_nothing_breaks_out_of_its_cells(tmp_p
     text = submit.leaderboard(tmp_path / "records")
     assert text.index("[best]") < text.index("[worse]")
     assert ("\n| 1.1 | 0.0001 | 3 | [best](track_10min_16mb/2026-01-02_best/README.md) "
-            "| A?&lt;b&gt; ?x?(y) | 2026-01-02 | ") in text
+            "| A??b???x?(y) | 2026-01-02 | ") in text
 
 
 def test_a_picture_holds_every_point_of_every_run_once(tmp_path):
@@ -1983,7 +1977,7 @@ def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_its_verdict(tmp_
     assert len(before) == 9 and after == before   # nothing ran again, not what failed either
     wider, rate = turn().split("; n ")[:2]
     assert wider.startswith("keep: +0.009") and "moved model; a-wider" in rate
-    assert "drop: {'a nan'}" in rate and "moved optimizer; a-rate" in turn()
+    assert "drop: {'a nan'}" in rate and "moved lr; a-rate" in turn()
 
 
 def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
