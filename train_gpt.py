@@ -23,7 +23,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 import zipfile
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -918,8 +917,6 @@ def join_ranks(cfg):
         raise ValueError(f"--batch_tokens={cfg.batch_tokens} is {n_rows} rows of --row_tokens="
                          f"{cfg.row_tokens}, which {world_size} ranks cannot share evenly")
     if world_size > 1:
-        # torch 2.13 renames collectives that 2.11 has.
-        warnings.filterwarnings("ignore", category=FutureWarning)
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     if kind != "cuda":
         return torch.device(kind)
