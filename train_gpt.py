@@ -871,10 +871,9 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, cfg, compiled=False):
     """-> Muon, AdamW. Each group holds its peak_lr; no parameter is left out."""
-    matrix = {"weight_decay": cfg.matrix_wd, "peak_lr": cfg.matrix_lr}
-    muon = Muon([{"params": [model.down, model.up, model.o], "rows": None, **matrix},
-                 {"params": [model.qkv], "rows": model.qkv_sizes, **matrix},
-                 {"params": [model.copy], "rows": [cfg.copy_dim] * 3, **matrix}], {})
+    rows = {"qkv": model.qkv_sizes, "copy": [cfg.copy_dim] * 3}
+    muon = Muon([{"params": [getattr(model, name)], "rows": rows.get(name), "peak_lr": cfg.matrix_lr,
+                  "weight_decay": cfg.matrix_wd} for name in model.MATRICES], {})
     if compiled:
         muon.orthogonalize = torch.compile(orthogonalize, dynamic=False, fullgraph=True)
     others = (*model.MATRICES, "embed.weight")

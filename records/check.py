@@ -36,10 +36,11 @@ from types import SimpleNamespace
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"   # of the children too: threads take address space
 sys.path[0] = str(Path(__file__).resolve().parents[1])   # not records/: nothing may shadow a package
-from data.dataset import ROOT, BadInput, Progress, atomic_write, command, printable, read_json
+from data.dataset import ROOT, BadInput, Progress, atomic_write, command, printable
 from records import rules
 from records.folders import (SHARED, check_facts, committed, flags_of, git, is_number,
-                             known_records, nats_per_bit, part, read_entry, read_if_there, summarise)
+                             known_records, nats_per_bit, part, read_entry, read_if_there, read_json,
+                             summarise)
 from records.rules import LEVELS, RULES, TRACKS
 from records.stats import compare, comparison
 
@@ -321,7 +322,8 @@ def review_all(folders, jobs, done):
     names = [*folders, *(str(path) for path in known_records().values() if path not in here)]
     hashes = {}
     with ThreadPool(jobs) as pool, Progress("reviewed", len(names), "folders") as progress:
-        for name, (findings, found) in zip(names, progress.each(pool.imap(review_in_child, names))):
+        for name, (findings, found) in zip(names, pool.imap(review_in_child, names)):
+            progress.add()
             name = printable(name, "ascii")
             hashes[name] = found
             if len(hashes) <= len(folders):

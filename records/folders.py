@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.dataset import ROOT, BadInput, Parser, read_json
+from data.dataset import ROOT, BadInput, Parser
 
 PER_RUN = {"seed", "run"}   # in which two runs of one experiment may differ
 NUMBERS = ("val_bpb", "val_loss", "artifact_bytes", "train_seconds", "eval_seconds", "steps",
@@ -48,6 +48,15 @@ def part(value, key):
 def nats_per_bit(dataset):
     """Nats per token in one bit per byte."""
     return math.log(2) * dataset["val_bytes"] / dataset["val_tokens"]
+
+
+def read_json(path):
+    """File -> the JSON object in it, a dict. Raises BadInput."""
+    try:
+        found = json.loads(path.read_bytes())
+        return found | {}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: not a JSON object ({error})") from error
 
 
 def read_if_there(path):

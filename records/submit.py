@@ -27,10 +27,10 @@ from hashlib import sha256
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])   # not records/: nothing may shadow a package
-from data.dataset import ROOT, BadInput, atomic_write, command, read_json
+from data.dataset import ROOT, BadInput, atomic_write, command
 from records.check import review
 from records.folders import (FACTS, NUMBERS, check_facts, committed, find_entry, flags_of, git,
-                             is_number, known_records, part, read_run, read_turn, summarise)
+                             is_number, known_records, part, read_json, read_run, read_turn, summarise)
 from records.rules import SOURCE_NAME, TRACKS
 
 HEAD = """# Records

@@ -24,10 +24,10 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])   # not records/: nothing may shadow a package
-from data.dataset import ROOT, BadInput, command, find_dataset, read_json
+from data.dataset import ROOT, BadInput, command, find_dataset
 from records import plot
 from records.folders import (find_entry, flags_of, git, is_number, read_if_there, read_run,
-                             read_turn)
+                             read_json, read_turn)
 from records.rules import SOURCE_NAME
 from records.stats import compare, comparison, smallest_gain
 
