@@ -113,10 +113,9 @@ class Config:
         def refuse(problem, message):
             if problem:
                 raise ValueError(message)
-        positive = ("n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "gate_dims", "copy_dim", "loop_passes", "rope_dims",
-                    "batch_tokens", "row_tokens", "val_points", "log_every", "softcap", "rope_base",
-                    "grad_clip", "cooldown")
-        shares = ("momentum", "adam_beta1", "adam_beta2", "ema_decay", "cooldown", "lr_floor", "ema_share")
+        positive = """n_layer n_embd n_head n_kv_head mlp_dim gate_dims copy_dim loop_passes rope_dims batch_tokens
+            row_tokens val_points log_every softcap rope_base grad_clip cooldown""".split()
+        shares = "momentum adam_beta1 adam_beta2 ema_decay cooldown lr_floor ema_share".split()
         for f in fields(self):
             value = getattr(self, f.name)
             flag = f"--{f.name}={value}"
@@ -128,9 +127,9 @@ class Config:
         refuse(self.device not in ("", "cuda", "mps", "cpu"), f"--device={self.device} must be cuda, mps or cpu")
         refuse(not re.fullmatch(r"[\w.-]*", self.run), f"--run={self.run!r} must be letters, digits, dots and dashes")
         refuse(not (self.max_seconds or self.max_steps), "--max_seconds or --max_steps must be above 0")
-        refuse(self.n_embd % self.n_head, f"--n_embd={self.n_embd} must be a multiple of --n_head={self.n_head}")
-        refuse(self.n_head % self.n_kv_head,
-               f"--n_head={self.n_head} must be a multiple of --n_kv_head={self.n_kv_head}")
+        refuse(self.n_embd % self.n_head or self.n_head % self.n_kv_head,
+               f"--n_embd={self.n_embd} must be a multiple of --n_head={self.n_head}, and that of "
+               f"--n_kv_head={self.n_kv_head}")
         head_dim = self.n_embd // self.n_head
         refuse(self.rope_dims % 2 or self.rope_dims > head_dim,
                f"--rope_dims={self.rope_dims} must be even and at most the head dimension, {head_dim}")
@@ -278,30 +277,13 @@ FAR = -1e4  # score of a place that may not be looked at: its weight is 0, its g
 COPY_BLOCK = 128  # places in a block of FlexAttention's
 
 
-def before_scores(q, k):
-    """q (.., T, c) of the last T places, k (.., S, c) -> their products (.., T, S) float32, FAR but
-    for places before each."""
-    T, S = q.size(-2), k.size(-2)
-    before = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T - 1)
-    return (q @ k.mT).float().masked_fill(~before, FAR)
-
-
-def segment_copies(q, k, tokens, targets, seg):
-    """q, k (N, c), tokens and targets (N,) -> log-sum-exp (N,) float32 of each q's scores with the
-    places before it in its segment, and with those of them whose token is its target."""
-    parts = []
-    rows = zip(*(x.split(segment_lengths(seg)) for x in (q, k, tokens, targets)))
-    for query, key, text, target in rows:
-        scores = before_scores(query, key)
-        same = scores.masked_fill(target[:, None] != text, FAR)
-        parts.append(torch.stack([scores.logsumexp(1), same.logsumexp(1)]))
-    return torch.cat(parts, 1)
-
-
 def flex_copies(q, k, tokens, targets, seg):
-    """segment_copies() for compiled graphs: two FlexAttentions whose log-sum-exp is what counts, over
-    the blocks of each segment. With its projections 1.3 to 1.8 ms of a record step on paper: 0.32
-    TFLOP and 0.8 GB. Scores in memory would be 0.8 GB for each 2,048 places, ten times over."""
+    """q, k (N, c), tokens and targets (N,) -> log-sum-exp (N,) float32 of each q's scores with the
+    places before it in its segment, and with those of them whose token is its target.
+
+    Two FlexAttentions over the blocks of each segment. With its projections 1.3 to 1.8 ms of a
+    record step on paper: 0.32 TFLOP and 0.8 GB. Scores in memory would be 0.8 GB for each 2,048
+    places, ten times over."""
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
     start = torch.arange(len(q), device=q.device) - seg.pos  # of each token's segment
     block = torch.arange(math.ceil(len(q) / COPY_BLOCK), device=q.device)
@@ -336,7 +318,7 @@ def pick_attention(device, dtype):
         try:
             from flash_attn_interface import flash_attn_varlen_func  # FA3; the module `flash_attn` is FA2
             torch.ops.flash_attn_3._flash_attn_forward  # there since it can be compiled
-        except (ImportError, OSError, AttributeError, RuntimeError):
+        except Exception:  # not there, or not for this torch
             pass
         else:
             def fa3(q, k, v, seg):
@@ -404,25 +386,28 @@ class GPT(nn.Module):
         self.o = nn.Parameter(torch.empty(L, D, D))
         self.up = nn.Parameter(torch.empty(L, M, D))
         self.down = nn.Parameter(torch.empty(L, D, M))
-        self.q_gain = nn.Parameter(torch.full((L, H), cfg.qk_gain))
-        self.attn_gate = nn.Parameter(torch.zeros(L, H, cfg.gate_dims))
-        # How much of the stream, how much of x0.
-        self.x0_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], 1))
-        self.attn_scale = nn.Parameter(torch.ones(L, D))
-        self.mlp_scale = nn.Parameter(torch.ones(L, D))
-        self.skip_scale = nn.Parameter(torch.ones(n_skip, D))
-        self.skip_gate = nn.Parameter(torch.zeros(n_skip, D))
-        self.smear_gate = nn.Parameter(torch.zeros(cfg.gate_dims))
-        self.smear_scale = nn.Parameter(torch.zeros(1))
         # The pointer's queries; its keys, from the state and from the one before.
         self.copy = nn.Parameter(torch.empty(1, 3 * cfg.copy_dim, D))
-        self.copy_gain = nn.Parameter(torch.ones(1))
-        self.copy_sink = nn.Parameter(torch.zeros(cfg.copy_dim))
-        self.copy_gate = nn.Parameter(torch.zeros(D))
-        self.copy_bias = nn.Parameter(torch.tensor([-4.0]))
-        # Per two-lane block: keep of lane 0 and lane 1; attention into 0 and 1; MLP into 0 and 1.
-        lanes = torch.tensor([1.1, 1.1, 1, 1, 1, 1])
-        self.lanes = nn.Parameter(lanes.repeat(max(L - cfg.two_lane_from, 0), 1))
+        small = {
+            "q_gain": torch.full((L, H), cfg.qk_gain),
+            "attn_gate": torch.zeros(L, H, cfg.gate_dims),
+            # How much of the stream, how much of x0.
+            "x0_mix": torch.stack([torch.ones(L, D), torch.zeros(L, D)], 1),
+            "attn_scale": torch.ones(L, D),
+            "mlp_scale": torch.ones(L, D),
+            "skip_scale": torch.ones(n_skip, D),
+            "skip_gate": torch.zeros(n_skip, D),
+            "smear_gate": torch.zeros(cfg.gate_dims),
+            "smear_scale": torch.zeros(1),
+            "copy_gain": torch.ones(1),
+            "copy_sink": torch.zeros(cfg.copy_dim),
+            "copy_gate": torch.zeros(D),
+            "copy_bias": torch.tensor([-4.0]),
+            # Per two-lane block: keep of lane 0 and lane 1; attention into 0 and 1; MLP into 0 and 1.
+            "lanes": torch.tensor([1.1, 1.1, 1, 1, 1, 1]).repeat(max(L - cfg.two_lane_from, 0), 1),
+        }
+        for name, x in small.items():
+            self.register_parameter(name, nn.Parameter(x))
 
     @torch.no_grad()
     def init_matrices(self):
@@ -539,8 +524,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """hidden (N, D) -> logits (N, V) float32, softcapped."""
-        z = F.linear(hidden, (self.embed.weight / self.cfg.softcap).to(hidden.dtype)).float()
-        return self.cfg.softcap * torch.tanh(z)
+        z = self.linear(hidden, self.embed.weight.to(hidden.dtype), "embed", 0, 0).float()
+        return self.cfg.softcap * torch.tanh(z / self.cfg.softcap)
 
     def pointer(self, hidden, seg):
         """hidden (N, D) -> queries and keys (N, c), scores of the sink and the gate (N,) float32.
@@ -559,7 +544,10 @@ class GPT(nn.Module):
     def mixture(self, logits, q, k, sink, gate, tokens):
         """logits (.., T, V), q (.., T, c), sink and gate (.., T) of the last T places, k (.., S, c)
         and tokens (.., S) of all -> p (.., T, V) float32."""
-        shares = torch.cat([before_scores(q, k), sink[..., None]], -1).softmax(-1)[..., :-1]
+        T, S = q.size(-2), k.size(-2)
+        before = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T - 1)
+        scores = (q @ k.mT).float().masked_fill(~before, FAR)
+        shares = torch.cat([scores, sink[..., None]], -1).softmax(-1)[..., :-1]
         shares = shares * gate.sigmoid()[..., None]
         p = logits.softmax(-1) * (1 - shares.sum(-1, keepdim=True))
         return p.scatter_add(-1, tokens[..., None, :].expand(shares.shape), shares)
@@ -573,14 +561,15 @@ class GPT(nn.Module):
     def losses(self, tokens, targets, seg, looped):
         """tokens, targets (N,) int64 -> nats (N,) float32 of each target."""
         hidden = self(tokens, seg, looped)
+        if self.kernel is segment_attention:
+            return -self.probabilities(hidden, tokens, seg).gather(1, targets[:, None])[:, 0].log()
         if self.fused:
             z = F.linear(hidden, self.embed.weight.to(hidden.dtype))
             nats = FusedCE.apply(z, targets, self.cfg.softcap)
         else:
             nats = F.cross_entropy(self.logits(hidden), targets, reduction="none")
         q, k, sink, gate = self.pointer(hidden, seg)
-        copies = segment_copies if self.kernel is segment_attention else flex_copies
-        every, same = copies(q, k, tokens, targets, seg)
+        every, same = flex_copies(q, k, tokens, targets, seg)
         scale = F.logsigmoid(gate) - torch.logaddexp(every, sink)  # log of a over the sum of weights
         kept = torch.logaddexp(F.logsigmoid(-gate), scale + sink)
         return -torch.logaddexp(kept - nats, scale + same)
@@ -661,17 +650,16 @@ class GatedXSA(torch.autograd.Function):
     and of each head dv = (2 p q v^ - p e - q y) / |v|."""
 
     @staticmethod
-    def heads(K, *xs):
-        """Tensors (N, G K, ...) -> G tuples of them as (N, K, .) float32: the heads that share
-        their values."""
-        xs = [x.view(len(x), K, -1, x.size(2) if x.ndim == 3 else 1) for x in xs]
-        return [[x[:, :, g].float() for x in xs] for g in range(xs[0].size(2))]
+    def heads(x, v_unit):
+        """x (N, G K, ...) -> G parts (N, K, .) float32: of the heads that share their values."""
+        parts = x.view(*v_unit.shape[:2], -1, x[0, 0].numel()).unbind(2)
+        return [part.float() for part in parts]  # each apart, lest the compiler keep them all
 
     @staticmethod
     def forward(ctx, y, v, v_unit, v_length, gate):
         ctx.save_for_backward(y, v_unit, v_length, gate)
         zs = []
-        for x, s in GatedXSA.heads(v.size(1), y, gate.float().sigmoid()):
+        for x, s in zip(*(GatedXSA.heads(x, v) for x in (y, gate.float().sigmoid()))):
             p = (x * v_unit).sum(-1, keepdim=True)
             zs.append(((x - p * v_unit) * s).to(y.dtype))
         return torch.stack(zs, 2).view(y.shape)
@@ -682,7 +670,7 @@ class GatedXSA(torch.autograd.Function):
         dv = 0.0
         dys = []
         dgates = []
-        for x, s, g in GatedXSA.heads(v_unit.size(1), y, gate.float().sigmoid(), dz):
+        for x, s, g in zip(*(GatedXSA.heads(x, v_unit) for x in (y, gate.float().sigmoid(), dz))):
             e = g * s
             p = (x * v_unit).sum(-1, keepdim=True)
             q = (e * v_unit).sum(-1, keepdim=True)
@@ -853,27 +841,16 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, then the nearest orthogonal matrix (Keller Jordan). For banks (layer,
     rows, cols) of hidden matrices only; lr in units of spectral norm per update.
 
-    Every rank keeps all momenta and orthogonalises its share of each bank's layers: on paper 0.2 ms
-    of a record step instead of 1 to 2.5. A group's `rows` are those of the matrices stacked in a
-    layer, such as q, k and v. train_step() sets lr and momentum."""
+    Every rank keeps all momenta and orthogonalises every world_size-th layer of each bank: on paper
+    0.2 ms of a record step instead of 1 to 2.5; their sum over the ranks, most of it zeros, is the
+    whole. A group's `rows` are those of the matrices stacked in a layer, such as q, k and v.
+    train_step() sets lr and momentum."""
     orthogonalize = staticmethod(orthogonalize)
-
-    def share(self, update, rows):
-        """update (L, rows, cols) -> all of it orthogonalised, padded to (n * ranks, rows, cols),
-        handle to wait on."""
-        rank, world_size = place_among_ranks()
-        n = math.ceil(len(update) / world_size)
-        update = F.pad(update, (0, 0, 0, 0, 0, n * world_size - len(update)))[rank * n:(rank + 1) * n]
-        parts = update.split(rows or update.size(1), 1)
-        update = torch.cat([self.orthogonalize(part) for part in parts], 1)
-        if world_size == 1:
-            return update, None
-        whole = update.new_empty(n * world_size, *update.shape[1:])
-        return whole, dist.all_gather_into_tensor(whole, update, async_op=True)
 
     @torch.no_grad()
     def step(self):
-        gathered = []  # one bank travels while the next is orthogonalised
+        rank, _, world_size = read_launcher()
+        updates = []
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
@@ -883,12 +860,14 @@ class Muon(torch.optim.Optimizer):
                 m.mul_(group["momentum"]).add_(p.grad)
                 update = p.grad + group["momentum"] * m
                 update = update.bfloat16() if p.is_cuda else update
-                gathered.append((p, group, *self.share(update, group["rows"])))
-        for p, group, update, handle in gathered:
-            if handle:
-                handle.wait()
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update[:len(p)], alpha=-group["lr"])
+                whole = torch.zeros_like(update)
+                if rank < len(p):
+                    parts = update[rank::world_size].split(group["rows"] or p.size(1), 1)
+                    whole[rank::world_size] = torch.cat([self.orthogonalize(part) for part in parts], 1)
+                updates.append((p, group, whole))
+        sum_over_ranks([update for *_, update in updates])
+        for p, group, update in updates:
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
 
 def make_optimizers(model, cfg, compiled=False):
@@ -947,11 +926,6 @@ def join_ranks(cfg):
     torch.cuda.set_device(local_rank)
     torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
     return torch.device(kind, local_rank)
-
-
-def place_among_ranks():
-    """-> rank, number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def sum_over_ranks(tensors):
@@ -1022,7 +996,7 @@ class Dataset:
             if hashlib.sha256(self.tokenizer.encode()).hexdigest() != self.meta["tokenizer_sha256"]:
                 raise ValueError("tokenizer.json is not the one that meta.json names")
             shards = {"train": [], "val": []}
-            rank, world_size = place_among_ranks()
+            rank, _, world_size = read_launcher()
             for i, name in enumerate(sorted(files)):
                 if split := re.fullmatch(r"(train|val)_\d+\.bin", name):
                     tokens = read_shard(folder / name)
@@ -1075,7 +1049,7 @@ class Loader:
     def __init__(self, data, cfg, first_row=0):
         """The stream starts at first_row, counted over all ranks."""
         self.data, self.cfg, self.first_row = data, cfg, first_row
-        self.rank, self.world_size = place_among_ranks()
+        self.rank, _, self.world_size = read_launcher()
         self.stream = self.rows()
         self.reader = ThreadPoolExecutor(1)
         self.ahead = deque(self.reader.submit(next, self.stream) for _ in range(16))
@@ -1116,7 +1090,7 @@ def validate(losses, data, cfg, batch, looped):
     """Score whole validation documents in order, each target once, with a context of up to seq_len.
     losses as GPT.losses, batch(row, seq_len) as make_batch -> {"val_loss": nats per token,
     "val_bpb": bits per byte}."""
-    rank, world_size = place_among_ranks()
+    rank, _, world_size = read_launcher()
     n = cfg.row_tokens
     nats = torch.zeros((), dtype=torch.float64)
     for start in range(rank * n, len(data.val), world_size * n):
@@ -1162,9 +1136,8 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
     true Fisher):
 
     bank.H (L, in, in) of x x^T and bank.g (L, out) of (dL/dy)^2 for each y = W x, over all visits
-    of a looped block; for the tied embedding embed.H (D, D) and embed.g (V,) as the head, embed.S
-    (D, D) of (dL/dx)(dL/dx)^T as the input; tokens (1,). embed.g is p (1 - p) times the softcap's
-    slope squared, which is exact but for the pointer. Ends after a row once late() is true."""
+    of a looped block; for the tied embedding embed.H and embed.g as the head, embed.S (D, D) of
+    (dL/dx)(dL/dx)^T as the input; tokens (1,). Ends after a row once late() is true."""
     device = model.embed.weight.device
     sums = defaultdict(float)
     generator = torch.Generator(device).manual_seed(seed)
@@ -1192,26 +1165,18 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
         if i and late():
             break
         tokens, _, seg = next_batch()
-        hidden = model(tokens, seg)
-        outer("embed.H", hidden)
-        p = model.probabilities(hidden, tokens, seg)
-        with torch.no_grad():
-            labels = torch.multinomial(p, 1, generator=generator)
-            logits = model.logits(hidden)
-            lm = logits.softmax(-1)
-            slope = 1 - (logits / model.cfg.softcap).square()
-            sums["embed.g"] += (lm * (1 - lm) * slope.square()).sum(0)
+        p = model.probabilities(model(tokens, seg), tokens, seg)
+        labels = torch.multinomial(p.detach(), 1, generator=generator)
         p.gather(1, labels).log().sum().neg().backward()
         sums["tokens"] += torch.tensor([float(len(tokens))], device=device)
     model.requires_grad_(True)
     hook.remove()
     del model.linear
     model.fused = fused
-    stats = {key: sums[key] for key in ("embed.H", "embed.S", "embed.g", "tokens")}
-    for name in model.MATRICES:
-        for part in "Hg":
-            layers = [sums[name, part, layer] for layer in range(len(getattr(model, name)))]
-            stats[f"{name}.{part}"] = torch.stack(layers)
+    stats = {key: sums.pop(key) for key in ("embed.S", "tokens")}
+    for name, part in sorted({key[:2] for key in sums}):  # all ranks in one order
+        layers = [x for key, x in sorted(sums.items()) if key[:2] == (name, part)]
+        stats[f"{name}.{part}"] = torch.stack(layers)
     # The products had scales folded into their matrices; the statistics are those of the matrices
     # without.
     depth = torch.arange(1, model.cfg.n_layer + 1, device=device)[:, None, None]
@@ -1381,62 +1346,10 @@ class Clock:
         return time.perf_counter() - self.zero
 
 
-# Dense bf16, by a part of the GPU's name, for MFU.
-PEAK_FLOPS = {"": 0.0, "H100": 989e12, "H200": 989e12, "A100": 312e12}
-
-
-class Meter:
-    """Looks at steps once they have ended, for a GPU must not wait for the CPU: logs one in
-    log_every and ends the run, exit code 3, at a loss or a gradient that is not finite."""
-
-    def __init__(self, cfg, clock, limit, log, step):
-        """limit: s that the steps may take; step: the number of the last one."""
-        self.cfg, self.clock, self.limit, self.log = cfg, clock, limit, log
-        self.in_flight = []  # (step, Schedule, (loss, gradient norm), event after it)
-        self.last = {"step": step, "train_seconds": clock.total, "train_loss": math.nan, "step_ms": 0.0}
-        device = environment(clock.device)["device"]
-        self.peak_flops = max(flops for name, flops in PEAK_FLOPS.items() if name in device)
-
-    def add(self, step, schedule, numbers):
-        """numbers (2,) on the device: of the step that was queued last."""
-        done = None
-        if numbers.is_cuda:
-            numbers = numbers.to("cpu", non_blocking=True)  # pinned; readable once `done` has passed
-            done = torch.cuda.current_stream().record_event()
-        self.in_flight.append((step, schedule, numbers, done))
-
-    def settle(self, keep):
-        """Wait for all steps but the newest `keep`, and report them."""
-        cfg = self.cfg
-        while len(self.in_flight) > keep:
-            step, schedule, numbers, done = self.in_flight.pop(0)
-            if done:
-                done.synchronize()
-            train_loss, grad_norm = numbers.tolist()
-            if not math.isfinite(train_loss + grad_norm):
-                self.log.reason = (f"the loss is {train_loss}, the gradient norm {grad_norm} at step {step}; "
-                                   f"last good: {self.last['train_loss']:.4f} at step {self.last['step']}")
-                self.log(f"stopped: {self.log.reason}")
-                sys.exit(3)
-            if step % cfg.log_every and step > 5:
-                continue
-            seconds = self.clock.seconds()
-            step_ms = 1000 * (seconds - self.last["train_seconds"]) / (step - self.last["step"])
-            rate = 1000 * cfg.batch_tokens / step_ms  # tokens per second
-            eta = self.limit - seconds if cfg.max_seconds else (cfg.max_steps - step) * step_ms / 1000
-            self.last = {"step": step, "train_loss": train_loss, "lr": schedule.lr,
-                         "grad_norm": grad_norm, "step_ms": step_ms, "train_seconds": seconds,
-                         "tokens": step * cfg.batch_tokens, "tokens_per_second": int(rate)}
-            if self.peak_flops:
-                flops = rate * count_flops(cfg, schedule.looped)
-                self.last["mfu"] = flops / (self.peak_flops * place_among_ranks()[1])
-            self.log(kind="step", **self.last, eta=max(int(eta), 0))
-
-
 def environment(device):
     """What the numbers were made on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": f"{place_among_ranks()[1]} x {name}",
+    return {"device": f"{read_launcher()[2]} x {name}",
             "cpu": f"{os.cpu_count()} cores, {platform.machine()}", "os": platform.system(),
             "python": platform.python_version(), "torch": str(torch.__version__),
             "cuda": torch.version.cuda or "", "numpy": np.__version__,
@@ -1445,6 +1358,9 @@ def environment(device):
 
 # --------------------------------------------------------------------------------------------------
 # Training
+
+# Dense bf16, by a part of the GPU's name, for MFU.
+PEAK_FLOPS = {"": 0.0, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @torch.no_grad()
@@ -1477,7 +1393,7 @@ def warm_up(cfg, model, losses, optimizers, batch):
     row that does not fit into memory is halved. -> (Config with the row_tokens that fit, seconds of
     calibration per row)."""
     initial = copy.deepcopy(model.state_dict())
-    rng = np.random.default_rng(place_among_ranks()[0])
+    rng = np.random.default_rng(read_launcher()[0])
 
     def random_batch(n):
         row = rng.integers(1, cfg.vocab_size, n + 1)
@@ -1527,8 +1443,8 @@ def main(argv=None):
     if state:
         preset, cfg = state["preset"], state["config"]
     device = join_ranks(cfg)
-    rank, world_size = place_among_ranks()
-    if cfg.data == "demo" and not (HERE / "data/demo/meta.json").exists() and read_launcher()[1] == 0:
+    rank, local_rank, world_size = read_launcher()
+    if cfg.data == "demo" and not (HERE / "data/demo/meta.json").exists() and local_rank == 0:
         # Should it fail, Dataset() stops us.
         subprocess.run([sys.executable, HERE / "data/prepare.py", "demo"])
     largest(0)
@@ -1612,9 +1528,40 @@ def main(argv=None):
             signal.signal(number, ask_to_stop)
         if hasattr(signal, "SIGHUP"):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a run outlives its terminal
-        meter = Meter(cfg, clock, limit, log, step)
         saved_at = clock.total
+        queued = None  # the last step, while a GPU does it: number, Schedule, (loss, gradient norm), event
+        last = {"step": step, "train_seconds": clock.total, "train_loss": math.nan, "step_ms": 0.0}
+        name = start["environment"]["device"]
+        peak_flops = world_size * max(flops for part, flops in PEAK_FLOPS.items() if part in name)
         run = {"seed": cfg.seed, **about, "finished": False}
+
+        def settle():
+            """Wait for the queued step: log one in log_every; what is not finite ends the run."""
+            nonlocal queued, last
+            if not queued:
+                return
+            number, schedule, numbers, event = queued
+            queued = None
+            if event:
+                event.synchronize()
+            train_loss, grad_norm = numbers.tolist()
+            if not math.isfinite(train_loss + grad_norm):
+                log.reason = (f"the loss is {train_loss}, the gradient norm {grad_norm} at step {number}; "
+                              f"last good: {last['train_loss']:.4f} at step {last['step']}")
+                log(f"stopped: {log.reason}")
+                sys.exit(3)
+            if number % cfg.log_every and number > 5:
+                return
+            seconds = clock.seconds()
+            step_ms = 1000 * (seconds - last["train_seconds"]) / (number - last["step"])
+            rate = 1000 * cfg.batch_tokens / step_ms  # tokens per second
+            eta = limit - seconds if cfg.max_seconds else (cfg.max_steps - number) * step_ms / 1000
+            last = {"step": number, "train_loss": train_loss, "lr": schedule.lr,
+                    "grad_norm": grad_norm, "step_ms": step_ms, "train_seconds": seconds,
+                    "tokens": number * cfg.batch_tokens, "tokens_per_second": int(rate)}
+            if peak_flops:
+                last["mfu"] = rate * count_flops(cfg, schedule.looped) / peak_flops
+            log(kind="step", **last, eta=max(int(eta), 0))
 
         def measure(looped):
             """Scores the weights as they are, the clock stopped; the log and the checkpoint will
@@ -1642,9 +1589,8 @@ def main(argv=None):
         val_done = int(progress_at(clock.total) * cfg.val_points)
         clock.start()
         while True:
-            meter.settle(keep=1 if cuda else 0)  # the GPU's queue is never empty, never long
             seconds = clock.seconds()
-            progress = progress_at(seconds + len(meter.in_flight) * meter.last["step_ms"] / 1000)
+            progress = progress_at(seconds + bool(queued) * last["step_ms"] / 1000)
             save_due = 0 < cfg.save_every <= seconds - saved_at
             # Rank 0's clock decides for all; a signal that any of them got stops all.
             progress, save_due, stop = largest(rank == 0 and progress, rank == 0 and save_due, stop_asked)
@@ -1653,30 +1599,35 @@ def main(argv=None):
             schedule = schedule_at(cfg, progress)
             val_due = int(progress * cfg.val_points)
             if save_due or val_due > val_done:
-                meter.settle(keep=0)  # what is not finite is not saved
-            if val_due > val_done:
+                settle()  # what is not finite is not saved
                 clock.stop()
-                val_done = val_due
-                last_weights = copy.deepcopy(model.state_dict())
-                lerp(model, ema, cfg.ema_share)
-                measure(schedule.looped)
-                save_checkpoint({})
-                model.load_state_dict(last_weights)
-                clock.start()
-            if save_due:
-                clock.stop()
-                save_state()
-                saved_at = clock.total
+                if val_due > val_done:
+                    val_done = val_due
+                    last_weights = copy.deepcopy(model.state_dict())
+                    lerp(model, ema, cfg.ema_share)
+                    measure(schedule.looped)
+                    save_checkpoint({})
+                    model.load_state_dict(last_weights)
+                if save_due:
+                    save_state()
+                    saved_at = clock.total
                 clock.start()
             batches = (batch(loader.next(), schedule.seq_len)
                        for micro_step in range(n_rows // world_size))
             numbers = train_step(losses, batches, model, optimizers, schedule, cfg)
             lerp(ema, model, 1 - cfg.ema_decay)
             step += 1
-            meter.add(step, schedule, numbers)
+            settle()  # the step before: the GPU's queue is never empty, never long
+            event = None
+            if cuda:
+                numbers = numbers.to("cpu", non_blocking=True)  # pinned; readable once the event has passed
+                event = torch.cuda.current_stream().record_event()
+            queued = step, schedule, numbers, event
+            if not cuda:
+                settle()
 
         # ---- calibration of the averaged weights, the last thing inside the clock
-        meter.settle(keep=0)
+        settle()
         lerp(model, ema, cfg.ema_share)
 
         def late():  # the estimate was too low: fewer tokens do
