@@ -22,7 +22,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from xml.dom import minidom
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started here, too
 import numpy as np
@@ -245,21 +244,19 @@ def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
 
 
 def test_an_epoch_holds_each_token_once_in_the_order_of_the_seed():
-    shards = [partial(train_gpt.synthetic_tokens, 64, 2000, seed) for seed in (1, 2)]
-    first, second = (Loader(SimpleNamespace(train=shards), Config(**TINY, seed=n)) for n in (1, 2))
-    epoch = np.concatenate([first.next()[:-1] for _ in range(2 * (2000 // 128))])
-    there = np.bincount(np.concatenate([shard() for shard in shards]))
-    assert (np.bincount(epoch) <= there).all() and (epoch[:128] != second.next()[:-1]).any()
+    shard = train_gpt.synthetic_tokens(64, 2000, 1)
+    data = SimpleNamespace(train=[lambda: shard])
+    first, second = (Loader(data, Config(**TINY, seed=seed)) for seed in (1, 2))
+    epoch = np.concatenate([first.next()[:-1] for _ in range(2000 // 128)])
+    assert (np.bincount(epoch) <= np.bincount(shard)).all()
+    assert (epoch[:128] != second.next()[:-1]).any()
 
 
 def test_validation_counts_each_target_once_in_whole_documents():
-    def losses(row, seq_len):
-        return model.losses(*batch(row, seq_len), True)
-
     batch = partial(train_gpt.make_batch, device="cpu")
-    model, tokens = tiny_model(), train_gpt.synthetic_tokens(64, 700, 5)
-    documents = np.split(tokens, np.flatnonzero(tokens == 0)[1:])
-    total = sum(losses(np.append(document, 0), 48).sum().item() for document in documents)
+    model, tokens, total = tiny_model(), train_gpt.synthetic_tokens(64, 700, 5), 0.0
+    for document in np.split(tokens, np.flatnonzero(tokens == 0)[1:]):
+        total += model.losses(*batch(np.append(document, 0), 48), True).sum().item()
     data = SimpleNamespace(val=tokens, val_bytes=1000)
     cfg = replace(Config(**TINY), row_tokens=1024, batch_tokens=1024)
     found = train_gpt.validate(model.losses, data, cfg, batch, True)
@@ -407,8 +404,6 @@ def test_what_is_not_right_ends_in_one_line_and_exit_code_2(dataset, tmp_path, m
         assert (words or flag) in refused(*command.split()), line
     hidden = "caf\xe9\x1b[2J\nval_bpb: 0.5\u202e"
     assert r"\x1b[2J\nval_bpb: 0.5\u202e: no such run" in refused("pack.py", hidden)
-    monkeypatch.setenv("RANK", "1")
-    assert "torchrun sets all three" in refused("train_gpt.py")
     assert os.listdir("runs") == ["there"]
 
 
@@ -558,10 +553,9 @@ def test_tokenizer_gives_every_unicode_string_back():
 def test_lone_surrogates_and_damaged_tokenizers_are_refused_by_name():
     with pytest.raises(BadInput, match="lone surrogate at character 1"):
         Tokenizer(DEMO).encode("x\ud800")
-    many, nested = [[1, 2]] * 65_400, [[220 + n, 220 + n] for n in range(8)]
     for change in ('"pieces": ["th", "th"]', '"pieces": ["\u2019"]', f'"pieces": ["{"x" * 65}"]',
-                   '"phrases": [[1, 9999]]', '"phrases": [[1]]', f'"phrases": {many}',
-                   f'"phrases": {nested}', '"format": 1'):
+                   '"phrases": [[1, 9999]]', '"phrases": [[1]]', f'"phrases": {[[1, 2]] * 65_400}',
+                   f'"phrases": {[[220 + n, 220 + n] for n in range(8)]}', '"format": 1'):
         spec = '{"format": 2, "name": "x", "pieces": [], "phrases": [], %s}' % change
         with pytest.raises(BadInput, match="tokenizer.json"):
             Tokenizer(spec.encode())
@@ -611,7 +605,6 @@ def test_a_damaged_dataset_is_refused_by_file_name(dataset, tmp_path, monkeypatc
     for name, old, new, message in (
             ("train_000000.bin", b"\0\0", b"", "bytes, but meta.json says"),
             ("train_000000.bin", begin + b"\0\0", begin + b"\xff\x7f", "is outside"),
-            ("val_docs.jsonl.zst", b"", b"x", "val_docs.jsonl.zst: .* bytes, but"),
             ("tokenizer.json", b"demo", b"dome", "tokenizer_sha256"),
             ("meta.json", b'"train_tokens": ', b'"train_tokens": 1', "train_tokens is"),
             ("meta.json", b'"train_000000.bin"', b'"../train.bin"', "bad entry")):
@@ -641,10 +634,11 @@ caf\\udce9.txt:1: not UTF-8"""
 def test_docs_names_every_document_that_it_skips(tmp_path, monkeypatch, capsys):
     good = jsonl(words(20, 2)).splitlines(keepends=True)
     bad = b'{"text": "x"\n{"no": 1}\n{"text": "\\ud800"}\n\n{"text": "caf\xe9"}\n'
-    write(tmp_path / "in/a.jsonl", b"".join([*good[:10], bad, good[0], *good[10:]]))
-    write(Path(os.fsdecode(bytes(tmp_path) + b"/in/caf\xe9.txt")), b"\xff")
-    write(tmp_path / "in/sub/c.parquet", "PAR1")
-    meta = prepare_docs(monkeypatch, tmp_path, tmp_path / "in", "--val_docs=5")
+    folder = tmp_path / "in"
+    write(folder / "a.jsonl", b"".join([*good[:10], bad, good[0], *good[10:]]))
+    write(folder / os.fsdecode(b"caf\xe9.txt"), b"\xff")
+    write(folder / "sub/c.parquet", "PAR1")
+    meta = prepare_docs(monkeypatch, tmp_path, folder, "--val_docs=5")
     assert (meta["val_docs"], meta["train_docs"]) == (5, 15)
     found = (tmp_path / "data/x/skipped.txt").read_text()
     assert re.sub(r".*in/| \(.*", "", found).strip() == SKIPPED
@@ -654,7 +648,7 @@ def test_docs_names_every_document_that_it_skips(tmp_path, monkeypatch, capsys):
             "--val_docs=99": "only 20 good documents, 20 for validation: 2 not UTF-8",
             "--text_key=x": "only 0 good .* no text .*--text_key"}.items():
         with pytest.raises(BadInput, match=message):
-            prepare_main(monkeypatch, tmp_path, "docs", tmp_path / "in", "--name=e", flag)
+            prepare_main(monkeypatch, tmp_path, "docs", folder, "--name=e", flag)
     assert os.listdir(tmp_path / "data") == ["x"]
 
 
@@ -778,9 +772,8 @@ def test_fineweb_holds_what_it_promises_and_fetches_no_more(hub, fineweb, tmp_pa
     assert requested() < 200  # the sidecar
     first, grown = meta["files"], fineweb("--train_tokens=40000")["files"]
     assert len(grown) > len(first) and grown | first == grown
-    assert fineweb("--train_tokens=9000")["files"] == grown  # nothing is taken away
-    write(tmp_path / "other.json", DEMO.replace(b"demo", b"dome"))
-    for flag in "--text_rule=nmt_nfkc", f"--tokenizer={tmp_path / 'other.json'}":
+    for flag in "--text_rule=nmt_nfkc", f"--tokenizer={tmp_path / 'data/other.json'}":
+        write(tmp_path / "data/other.json", DEMO.replace(b"demo", b"dome"))
         with pytest.raises(BadInput, match="begun with another"):
             fineweb(flag)
 
@@ -833,17 +826,15 @@ def test_probabilities_are_the_same_on_every_machine():
 def test_degenerate_matrices_pack(run):
     saved = torch.load(run / "checkpoint.pt", weights_only=True)
     weights, stats = saved["weights"], saved["stats"]
-    weights["qkv"][0] = 0
-    weights["up"][:] = weights["up"][:, :1] * weights["up"][:, :, :1]
+    weights["qkv"][0] = stats["qkv.H"][:, :5] = stats["qkv.H"][:, :, :5] = 0
+    weights["up"] = weights["up"][:, :1] * weights["up"][:, :, :1]
     weights["down"][0, 3, ::2] *= 1e7
-    stats["qkv.H"][:, :5] = stats["qkv.H"][:, :, :5] = 0
     for name in ("o.H", "copy.g"):
         stats[name] *= 0
     torch.save(saved, run / "checkpoint.pt")
     pack.main([str(run)])
-    found = packed(run)
-    assert all(x.isfinite().all() for x in found.values())
-    torch.testing.assert_close(found["down"], weights["down"], rtol=0.2, atol=0.2)
+    assert all(x.isfinite().all() for x in packed(run).values())
+    torch.testing.assert_close(packed(run)["down"], weights["down"], rtol=0.2, atol=0.2)
 
 
 def ledger(run):
@@ -899,13 +890,13 @@ def test_trellis_and_statistics_each_save_bytes_at_the_same_kl(run, measured, mo
 def test_newest_run_is_the_last_that_ended_unless_another_trained_beside_it(tmp_path, monkeypatch):
     def write_metrics(run, **hours):
         lines = [{"kind": kind, "time": f"2026-11-28T0{hour}:00:00Z"} for kind, hour in hours.items()]
-        write(Path("runs") / run / "metrics.jsonl", "\n".join(map(json.dumps, lines)))
+        write(tmp_path / "runs" / run / "metrics.jsonl", "\n".join(map(json.dumps, lines)))
 
     monkeypatch.chdir(tmp_path)
     write_metrics("latest", start=1, end=2)
     write_metrics("a", start=5, end=6)
     write_metrics("killed", start=5)
-    assert pack.find_run() == Path("runs/a") and pack.find_run("latest") == Path("runs/latest")
+    assert pack.find_run() == Path("runs/a")
     fcntl = pytest.importorskip("fcntl")
     with open("runs/killed/metrics.jsonl") as killed:
         fcntl.flock(killed, fcntl.LOCK_EX)  # as if it were in training
@@ -925,12 +916,9 @@ def test_ledger_accounts_for_every_byte_and_says_when_the_cap_is_far(alone):
     assert 0.3e-4 < expected < 1.5e-4  # the best is 1e-4
 
 
-def test_an_artifact_that_its_own_code_loads_otherwise_replaces_nothing(alone, tmp_path, monkeypatch):
-    run = shutil.copytree(alone / "one", tmp_path / "run")
-    monkeypatch.setattr(pack, "digest", lambda state: "another")
+def test_an_artifact_that_does_not_load_as_it_was_packed_is_no_artifact(alone):
     with pytest.raises(RuntimeError, match="does not load as it was packed"):
-        pack.main([str(run)])
-    assert (run / "artifact.pyz").read_bytes() == (alone / "one/artifact.pyz").read_bytes()
+        pack.verify(str(alone / "one/artifact.pyz"), "another")
 
 
 def test_file_ends_within_a_twentieth_percent_below_the_cap_and_is_reproducible(run):
@@ -948,23 +936,11 @@ def test_packs_without_statistics_loudly_and_refuses_what_is_not_finite_by_name(
     saved = torch.load(path, weights_only=True)
     torch.save(saved | {"stats": {}}, path)
     pack.main([str(run)])
-    assert "NO STATISTICS" in capsys.readouterr().out
-    W = saved["weights"]["qkv"]
-    error = packed(run)["qkv"] - W
-    assert 0.5e-4 < error.square().mean() / W.square().mean() < 1.5e-4
+    assert "NO STATISTICS" in capsys.readouterr().out and 0.5e-4 < ledger(run)[1] < 1.5e-4
     saved["stats"]["down.H"][0, 0, 0] = math.nan
     torch.save(saved, path)
     with pytest.raises(BadInput, match="checkpoint.pt: down.H is not"):
         pack.main([str(run)])
-
-
-def test_damaged_artifacts_end_in_one_line(alone, tmp_path):
-    data = (alone / "one/artifact.pyz").read_bytes()
-    for at in np.random.default_rng(0).integers(0, len(data), 100):
-        for bad in (data[:at], flip(data, at)):
-            write(tmp_path / "x", bad)
-            with pytest.raises(BadInput, match="x: .* damaged"):
-                pack.load(tmp_path / "x")
 
 
 def test_forged_artifacts_are_refused_or_load_without_harm(alone, tmp_path, monkeypatch):
@@ -992,7 +968,7 @@ def test_forged_artifacts_are_refused_or_load_without_harm(alone, tmp_path, monk
     large = pack.build_artifact(files | {"tokenizer.json": bytes(1 << 28)}, blob)
     refused = [large, patched(large, b"\0\0\0\x10", b"\0\0\x10\0"),  # it says to be smaller
                patched(whole, b"__main__.py", b"eval_bpb.py"),  # one name twice
-               forge(sections, escapes=1 << 40), forge(sections, pad="x" * 70_000)]
+               whole[:-400], flip(whole, 5000), forge(sections, escapes=1 << 40), forge(sections, pad="x" * 70_000)]
     with monkeypatch.context() as patch:
         patch.setattr(pack, "ZIP_DEFLATED", zipfile.ZIP_LZMA)  # which zipfile decompresses without a limit
         refused.append(pack.build_artifact(files, blob))
@@ -1001,8 +977,8 @@ def test_forged_artifacts_are_refused_or_load_without_harm(alone, tmp_path, monk
         refused.append(forge(sections, config=config))
     bomb = zstandard.compress(bytes(1 << 28))
     for i, section in enumerate(sections):
-        for part in (bomb, section[:len(section) // 2]):
-            refused.append(forge([*sections[:i], part, *sections[i + 1:]]))
+        refused.append(forge([*sections[:i], bomb, *sections[i + 1:]]))
+        refused.append(forge([*sections[:i], section[:len(section) // 2], *sections[i + 1:]]))
     for bad in refused:
         tracemalloc.start()
         with pytest.raises(BadInput, match="^[^\n]*$"):
@@ -1108,8 +1084,7 @@ def test_whatever_finite_logits_come_the_probabilities_sum_to_one():
             nats = text.count(logits, targets, targets >= 0)
             assert (nats >= 0).all() and math.fsum(np.exp(-nats)) == pytest.approx(1, abs=1e-9)
     good = torch.zeros(1, 50, 50)
-    liar = good.as_subclass(type("Liar", (torch.Tensor,), {}))
-    for bad in (good * math.nan, good - math.inf, good[0], good[:, :, 1:], good.int(), liar, None):
+    for bad in (good * math.nan, good - math.inf, good[0], good[:, :, 1:], good.int(), None):
         with pytest.raises(BadInput, match=r"predict\(\)"):
             text.count(bad, targets, targets >= 0)
 
@@ -1160,10 +1135,10 @@ def test_no_pair_that_is_thought_impossible_is_ever_written():
 def test_a_sample_is_drawn_as_the_seed_says_and_begins_with_its_text(alone, capfd):
     written, text = [], "words " * 20  # more than the context
     for flag in ("--seed=1", "--seed=1", "--seed=2", "--temperature=0"):
-        flags = f"--sample={text}", "--tokens=9", "--device=cpu", flag
-        eval_bpb.main([str(alone / "one/artifact.pyz"), *flags])
+        sample = f"--sample={text}", "--tokens=9", "--device=cpu", flag
+        eval_bpb.main([str(alone / "one/artifact.pyz"), *sample])
         written.append(capfd.readouterr().out)
-    assert all(each.startswith(text) and len(each) > len(text) + 1 for each in written)
+        assert written[-1].startswith(text)
     assert written[0] == written[1] and len({*written}) == 3
 
 
@@ -1173,12 +1148,10 @@ def test_ranks_the_file_alone_and_the_sandbox_give_the_same_score(alone, dataset
     flags = "artifact.pyz", f"--data={dataset}", "--device=cpu"
     single = start(*flags, cwd=tmp_path)
     ranks = start(ROOT / "eval_bpb.py", *flags, "--out=two.json", ranks=2, cwd=tmp_path)
-    changed = {"eval_bpb.py": (ROOT / "eval_bpb.py").read_bytes() + b"# mine\n"}
-    _, child, _ = judge("", "--trust", **changed)
+    code, audited, _ = judge("", "--audit")
     assert "2 x cpu" in end(ranks)[0] and "mode: own" in end(single)[0]
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("score.json", "two.json"))
-    assert one["val_bpb"] == child["val_bpb"] == pytest.approx(two["val_bpb"], rel=1e-6)
-    assert child["mode"] == "trusted"
+    assert one["val_bpb"] == audited["val_bpb"] == pytest.approx(two["val_bpb"], rel=1e-6)
 
 
 # ---- proof
@@ -1196,30 +1169,12 @@ CHEATS = {
 }
 
 
-def prove(make, text, share=1.0):
-    """-> the verdict on a predictor, by that share of the text's places."""
-    nats, n_all, predictor = score(make(), text), sum(text.sizes), make()
-    places = proof.draw(dict(enumerate(text.sizes)), int(share * n_all))
-    rounds = proof.plan(text, places, predictor.slots, predictor.chunk)
-    moves = proof.replay(predictor, text, nats, rounds)
-    return proof.verdict(moves, n_all, text.vocab_size, "cpu")
-
-
-def flat(change):
-    names = {"np": np, "torch": torch}
-    exec(FLAT.format(change, name=""), names)
-    return names["Flat"]
-
-
-def test_the_proof_passes_the_honest_and_fails_cheats():
-    tokens = [Tokenizer(DEMO).encode(text) for text in TEXTS]
-    text = eval_bpb.Text([np.pad(each.astype(np.int64), 1) for each in tokens], 1024)
-    assert prove(flat(HONEST), text).startswith(f"pass: {sum(text.sizes)} of")
-    for cls in (eval_bpb.Sliding, eval_bpb.Adaptive):
-        verdict = prove(lambda: small(cls), random_text((60, 3, 31) * 6), 0.1)
-        assert verdict.startswith("pass"), verdict
+@needs_bubblewrap
+def test_the_replay_fails_cheats(judge):
     for name, change in CHEATS.items():
-        assert prove(flat(change), text).startswith("FAIL"), name
+        code, result, said = judge(change)
+        assert code == 2 and "val_bpb" not in result and "\nval_bpb" not in said.out, name
+        assert "NOT A SCORE: the replay failed" in said.out and "proved" not in said.out, name
 
 
 @needs_bubblewrap
@@ -1227,9 +1182,6 @@ def test_audited_strangers_prove_their_score_or_have_none(judge, dataset, tmp_pa
     code, result, said = judge(HONEST)
     assert code == 0 and "val_bpb" in result and "proved by replay" in said.out, said
     assert result["val_tokens"] == sum(len(Tokenizer(DEMO).encode(text)) + 1 for text in TEXTS)
-    code, result, said = judge(PEEKS)
-    assert code == 2 and "val_bpb" not in result and "NOT A SCORE: the replay failed" in said.out
-    assert "proved" not in said.out and "\nval_bpb" not in said.out
     monkeypatch.setattr(proof, "PATIENCE", 1.0)
     sleeps = "self.seen = getattr(self, 'seen', 0) + 1; self.seen > self.rounds + 1 and time.sleep(999)"
     assert "it took more than" in judge(sleeps)[1]["audit"]["replay"]
@@ -1396,12 +1348,11 @@ def test_a_system_without_a_sandbox_is_no_place_for_strangers(judge, dataset, mo
     assert "where the artifact's code may read: move it" in judge(HONEST)[0]
 
 
-def test_nothing_beside_a_strangers_artifact_is_read_or_written(artifact, dataset, tmp_path, monkeypatch):
-    write(tmp_path / "victim", "mine")
+def test_nothing_beside_a_strangers_artifact_is_read_or_written(artifact, dataset, tmp_path):
     for name, change in (("own", ""), ("other", HONEST)):
-        path = str(artifact(f"{name}/a.pyz", change))
+        path, beside = str(artifact(f"{name}/a.pyz", change)), tmp_path / name / "score.json"
         os.mkfifo(tmp_path / name / "metrics.jsonl")
-        beside = tmp_path / name / "score.json"
+        write(tmp_path / "victim", "mine")
         beside.symlink_to(tmp_path / "victim")
         with pytest.raises(BadInput, match="--data"):
             eval_bpb.main([path, "--device=cpu"])
@@ -1551,8 +1502,6 @@ def test_every_rule_finds_what_breaks_it_and_a_good_record_is_clean(tmp_path, mo
     broken("review-limit: 400 files")
     folder = folder.rename(folder.parent / "my record")
     broken("folder-name")
-    folder = make_record(tmp_path, "same", [fake_run(tmp_path / f"same{n}", n, 1.2 + n / 1e6) for n in (1, 2, 3)])
-    broken("odd-score: deviation")
     assert rules.RULES.keys() == seen
 
 
@@ -1587,21 +1536,18 @@ def test_a_source_hides_no_code_and_plain_sources_hide_none():
 
 def test_submit_refuses_runs_that_are_not_one_record(tmp_path):
     good = [fake_run(tmp_path / f"good{seed}", seed) for seed in (1, 2)]
-    for n, (words, how) in enumerate({
+    for words, how in {
             "seeds .*: another source_sha256": {"source": ""}, "a seed of its own": {"seed": 1},
             "trained until: a reason": {"end": "a reason"}, "val_bpb is -1": {"val_bpb": -1},
             "proof .*: mode trusted": {"mode": "trusted"}, "not what was": {"artifact_sha256": "x"},
-            }.items()):
-        run = fake_run(tmp_path / f"bad{n}", **{"seed": 3, **how})
+            }.items():
+        bad = fake_run(tmp_path / "bad", **{"seed": 3, **how})
         with pytest.raises(BadInput, match=words):
-            make_record(tmp_path, runs=[*good, run])
+            make_record(tmp_path, runs=[*good, bad])
     assert not [*tmp_path.glob("records/*/*")]
-    make_record(tmp_path)
-    with pytest.raises(BadInput, match="exists; nothing is overwritten"):
-        make_record(tmp_path)
 
 
-def test_hostile_folders_end_in_bounded_time_and_nothing_of_them_runs(tmp_path, monkeypatch):
+def test_hostile_folders_end_in_bounded_time_and_nothing_of_them_runs(tmp_path):
     folder, marker = make_record(tmp_path), tmp_path / "executed"
     evil = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n"
     for name, text in {
@@ -1616,10 +1562,6 @@ def test_hostile_folders_end_in_bounded_time_and_nothing_of_them_runs(tmp_path, 
     assert not marker.exists() and all(line.isprintable() for line in lines)
     found = {line.split()[1] for line in lines if line.startswith("  FAIL")}
     assert {"link", "file-size", "file-name", "review-limit", "plain-source"} <= found
-    write(tmp_path / "dies.py", f"import os; print({json.dumps(check.finding('link', 'x'))!r}, flush=True); os.abort()")
-    monkeypatch.setattr(check, "__file__", str(tmp_path / "dies.py"))
-    found, _ = check.review_in_child(folder)   # a reader that dies is no pass; what it said stays
-    assert [f["rule"] for f in found] == ["link", "review-limit"]
 
 
 def test_a_batch_is_reviewed_to_its_end_and_copies_are_named(tmp_path):
@@ -1635,27 +1577,14 @@ def test_a_batch_is_reviewed_to_its_end_and_copies_are_named(tmp_path):
     check_command(good, code=0)
 
 
-def test_rescore_runs_the_judge_on_the_artifact_that_the_record_names(tmp_path, monkeypatch):
-    folder = make_record(tmp_path)
-    monkeypatch.setattr(check, "ROOT", tmp_path)
-    score = json.loads((tmp_path / "runs/good2/score.json").read_text())
-    for changes in ({}, {"val_bpb": 1.21}, {"artifact_sha256": "x"}):
-        text = json.dumps(score | changes)
-        write(tmp_path / "eval_bpb.py", f"import sys; open(sys.argv[3][6:], 'w').write({text!r})")
-        found = check.rescore(folder, str(tmp_path / "runs/good2"), None)
-        assert ["the record claims" in f["message"] for f in found] == [True][:len(changes)]
-
-
 def test_the_p_value_is_students():
     for t, df, p in ((6.313752, 1, 0.05), (2.131847, 4, 0.05), (-3.746947, 4, 0.99)):
         assert stats.t_upper(t, df) == pytest.approx(p, abs=1e-6)
     # sqrt(1 + 1) and (1 + 1)^2 / (1/3 + 1/8) by hand
     assert stats.welch(2.0, 4.0, 4, 9.0, 9) == pytest.approx(stats.t_upper(2 ** 0.5, 96 / 11))
     # The same seeds are paired: gains of 0.001, 0.002, 0.003, whatever the seeds' own spread.
-    theirs = {1: 1.001, 2: 1.202, 3: 1.403}
-    c = stats.comparison({1: 1.0, 2: 1.2, 3: 1.4}, theirs, 1.0)
+    c = stats.comparison({1: 1.0, 2: 1.2, 3: 1.4}, {1: 1.001, 2: 1.202, 3: 1.403}, 1.0)
     assert c["p"] == pytest.approx(stats.t_upper(12 ** 0.5, 2)) and c["verdict"] == "run 2 more a side"
-    assert stats.comparison({4: 1.0, 5: 1.2, 6: 1.4}, theirs, 1.0)["p"] > 0.4
 
 
 def test_compare_takes_nats_from_the_dataset_and_refuses_what_does_not_compare(tmp_path):
@@ -1729,10 +1658,9 @@ def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_its_verdict(tmp_
     commit(tmp_path)
     assert "nothing differs from HEAD" in turn("--idea=none", "--data=x", code=2)
     replace_in(tmp_path / "train_gpt.py", "WIDTH = 1", "WIDTH = 2")
-    out = turn("--idea=a wider gate", "--data=x")
-    assert out.index("noise ") < out.index("verdict    keep")
+    assert "\nverdict    keep" in turn("--idea=a wider gate", "--data=x")
     [curves] = tmp_path.glob("runs/turns/a-wider-gate_*/curves.svg")
-    assert len(minidom.parse(str(curves)).getElementsByTagName("polyline")) == 3 * 6
+    assert curves.read_text().count("<polyline") == 3 * 6
     rate = "--idea=a rate", "--data=x", f"--parent={curves.parent.name}_s1", "--", "--lr=9"
     turn(*rate, code=2)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
@@ -1740,8 +1668,7 @@ def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_its_verdict(tmp_
     after = {path: path.stat().st_mtime_ns for path in before}
     assert len(before) == 9 and after == before   # nothing ran again, not what failed either
     wider, rate = turn().split("; n ")[:2]
-    assert wider.startswith("keep: +0.009") and "moved model; a-wider" in rate
-    assert "drop: {'a nan'}" in rate
+    assert wider.startswith("keep: +0.009") and "drop: {'a nan'}" in rate
 
 
 def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
@@ -1754,7 +1681,5 @@ def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
     commit(tmp_path)
     write(tmp_path / "train_gpt.py", "changed")   # the next idea, not committed
     assert check.change_set("HEAD~1") == ([], [str((ROOT / readme).parent)])
-    write(tmp_path / readme, "changed")
     commit(tmp_path)
     assert [f["file"] for f in check.change_set("HEAD~2")[0]] == ["train_gpt.py"]
-    assert [f["file"] for f in check.change_set("HEAD~1")[0]] == [readme, "train_gpt.py", "records"]
