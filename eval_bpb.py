@@ -19,7 +19,6 @@ where --out says.
 """
 import time
 BEGIN = time.perf_counter() - time.process_time()  # of the process: so far all its time was CPU time
-import json
 import os
 import sys
 from collections import defaultdict
@@ -76,15 +75,13 @@ def impossible_pairs(tokenizer):
                 first = [token for token, taken in ends[piece[:cut]] if taken > r]
                 second = [token for token, taken in begins[piece[cut:]] if taken >= r]
                 never[np.ix_(first, second)] = True
-    head = list(range(len(pieces)))
-    tail = list(range(len(pieces)))
-    phrases = json.loads(tokenizer.blob)["phrases"]
-    for left, right in phrases:
+    head = list(range(len(pieces)))  # the piece that a token begins with
+    tail = list(range(len(pieces)))  # and the one that it ends with
+    for left, right in tokenizer.pairs:
         head.append(head[left])
         tail.append(tail[right])
     never = never[np.ix_(tail, head)]
-    for left, right in phrases:
-        never[left, right] = True
+    never[tuple(tokenizer.pairs.T)] = True
     return never
 
 
@@ -100,8 +97,7 @@ class Sliding:
         self.model, self.device = model, device
         self.slots = max(16, cfg.row_tokens // 1536)
         self.chunk = min(48, cfg.seq_len // 2)
-        self.start = torch.zeros(self.slots, 1, dtype=torch.long, device=device)  # of the chunk
-        self.longest = np.zeros(self.slots, int)  # the same on the host
+        self.starts = np.zeros(self.slots, int)  # of the chunks, in their documents
         self.never = torch.from_numpy(impossible_pairs(tokenizer)).to(device)
         back = cfg.seq_len - self.chunk
         self.past = {"embed": self.nothing(1, cfg.n_embd, model.dtype),
@@ -115,22 +111,20 @@ class Sliding:
         model.attend = self.attend
         model.previous = self.previous
 
-    def nothing(self, back: int, dim: int, dtype, *heads: int):
+    def nothing(self, back, dim, dtype, *heads):
         """-> (B, *heads, back, dim), laid out as recall() leaves it: graphs depend on that."""
         shape = (self.slots, *heads, back + self.chunk, dim)
         return torch.zeros(shape, dtype=dtype, device=self.device)[..., self.chunk:, :]
 
     def predict(self, fresh, inputs):
-        self.longest[fresh] = 0
-        fresh = torch.from_numpy(fresh).to(self.device)
-        self.start = self.start.masked_fill(fresh[:, None], 0)
+        self.starts[fresh] = 0
+        self.start = torch.tensor(self.starts, device=self.device)[:, None]
         reach = 1024  # of few lengths, for each has its graph
-        while reach < min(self.longest.max() + self.chunk, POINTER_REACH):
+        while reach < min(self.starts.max() + self.chunk, POINTER_REACH):
             reach *= 2
         for name in ("keys", "text"):
-            past, more = self.past[name], reach - self.past[name].size(1)
-            if more:
-                self.past[name] = F.pad(past, (0, 0, self.chunk + more, 0))[:, self.chunk:]
+            missing = reach - self.past[name].size(1)
+            self.past[name] = F.pad(self.past[name], (0, 0, self.chunk + missing, 0))[:, self.chunk:]
         return self.forward(torch.from_numpy(inputs).to(self.device))
 
     def forward(self, tokens):
@@ -153,7 +147,7 @@ class Sliding:
     def logits(self, hidden):
         return self.model.logits(hidden)
 
-    def known(self, n: int):
+    def known(self, n):
         """-> (B, n) bool: which of the last n places, the chunk's at their end, are of the
         document."""
         return torch.arange(self.chunk - n, self.chunk, device=self.device) >= -self.start
@@ -179,8 +173,7 @@ class Sliding:
 
     def learn(self, targets, real):
         self.past = self.seen
-        self.start = self.start + self.chunk
-        self.longest += self.chunk
+        self.starts += self.chunk
 
 
 class Adaptive(Sliding):
@@ -266,16 +259,16 @@ class Adaptive(Sliding):
 PREDICTORS = {"adaptive": Adaptive, "sliding": Sliding}  # the first is the default
 
 
-def build(path: str, name: str, device: str):
-    """The artifact at path -> its predictor, the predictor's name. name "": the artifact's choice.
-    Raises BadInput."""
+def build(path, name, device):
+    """The artifact at path -> its predictor on the device (a str), the predictor's name. name "":
+    the artifact's choice. Raises BadInput."""
     name = name or next(iter(PREDICTORS))
     if name not in PREDICTORS:
         raise BadInput(f"--predictor={name}: this artifact has {', '.join(PREDICTORS)}")
     return PREDICTORS[name](*load_on(path, device), torch.device(device)), name
 
 
-def load_on(path: str, device: str):
+def load_on(path, device):
     """The artifact at path -> its model on the device, without gradients; its Tokenizer."""
     from pack import load  # here, for the judge takes no more than names from pack.py
     device = torch.device(device)
@@ -290,7 +283,7 @@ def load_on(path: str, device: str):
 
 
 @torch.inference_mode()
-def sample(path: str, device: str, text: str, n_tokens: int, temperature: float, seed: int) -> None:
+def sample(path, device, text, n_tokens, temperature, seed):
     """Prints text and, token by token, what follows: up to n_tokens, or to where the document ends.
 
     A token is drawn from p ^ (1 / temperature), divided by its sum.
@@ -298,18 +291,19 @@ def sample(path: str, device: str, text: str, n_tokens: int, temperature: float,
     model, tokenizer = load_on(path, device)
     random = torch.Generator().manual_seed(seed)
     tokens = [tokenizer.boundary, *tokenizer.encode(text).tolist()]
-    shown = 0
-    for left in range(n_tokens, -1, -1):
-        so_far = tokenizer.decode(tokens).rstrip("\ufffd")  # of the last character more may come
-        print(so_far[shown:], end="", flush=True)
-        shown = len(so_far)
-        if not left or len(tokens) > 1 and tokens[-1] == tokenizer.boundary:
-            break
+    print(text, end="", flush=True)
+    shown = len(text)
+    for _ in range(n_tokens):
         seen = torch.tensor(tokens[-model.cfg.seq_len:], device=device)
         seg = make_segments(np.array([0]), len(seen), model.cfg.seq_len, device)
         p = model.probabilities(model(seen, seg), seen, seg)[-1].cpu()
         p = (p.log() / max(temperature, 1e-6)).softmax(-1)
         tokens.append(torch.multinomial(p, 1, generator=random).item())
+        if tokens[-1] == tokenizer.boundary:
+            break
+        so_far = tokenizer.decode(tokens).rstrip("\ufffd")  # of the last character more may come
+        print(so_far[shown:], end="", flush=True)
+        shown = len(so_far)
     print()
 
 
@@ -320,15 +314,15 @@ def sample(path: str, device: str, text: str, n_tokens: int, temperature: float,
 # over the predictors promises. Nothing above uses anything from here; even the imports are its own.
 
 import hashlib
+import json
 import math
 import re
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -336,45 +330,43 @@ import torch.distributed as dist
 from data.dataset import (Parser, Progress, atomic_write, command, find_dataset, read_meta,
                           read_val_docs)
 from data.tokenizer import Tokenizer
-from pack import MAX_FILE, SOURCES, find_run, read_archive
+from pack import SOURCES, find_run, read_archive
 from train_gpt import environment, read_launcher
 
 MOST_LOGITS = 1 << 31  # numbers in an answer: 8 GB
 
 
-def open_artifact(path: Path) -> tuple[bytes, Tokenizer, list[str]]:
+def open_artifact(path):
     """-> the file's bytes, the Tokenizer of its tokenizer.json, the names of those SOURCES in it
     that are not the judge's own, byte for byte. Raises BadInput unless it has the known parts, each
     once."""
     if not path.is_file():
         raise BadInput("no such file; pack a run first, python pack.py")
     try:
-        if path.stat().st_size > MAX_FILE:
-            raise ValueError("it is too large")
-        blob = path.read_bytes()
-        files = read_archive(blob)
+        blob, files = read_archive(path)
         foreign = [name for name in SOURCES if files[name] != own_source(name)]
         return blob, Tokenizer(files["tokenizer.json"]), foreign
     except Exception as e:  # zipfile has many errors for bad bytes
         raise BadInput(f"not a whole artifact: {e}") from None
 
 
-def own_source(name: str) -> bytes:
+def own_source(name):
     return __loader__.get_data(os.path.join(os.path.dirname(__file__), name))  # or from a zip
 
 
-def read_run(folder: Path) -> dict:
+def read_run(folder):
     """runs/NAME -> {kind: the last line of that kind in metrics.jsonl}. Of any other folder nothing
     is read: {}."""
     lines = {}
     if folder.resolve().parent == Path("runs").resolve() and (folder / "metrics.jsonl").is_file():
         for line in (folder / "metrics.jsonl").read_text().splitlines():
             with suppress(ValueError):  # cut short by a kill
-                lines |= {line["kind"]: line for line in [json.loads(line)]}
+                found = json.loads(line)
+                lines[found["kind"]] = found
     return lines
 
 
-def gather(value=None) -> list:
+def gather(value=None):
     """-> every rank's value, in order."""
     values = [value] * read_launcher()[2]
     if len(values) > 1:
@@ -382,7 +374,7 @@ def gather(value=None) -> list:
     return values
 
 
-def read_documents(folder: Path, meta: dict, limit, tokenizer: Tokenizer):
+def read_documents(folder, meta, limit, tokenizer):
     """-> streams [int64 (n + 2,): boundary, tokens, boundary], UTF-8 bytes of all documents. Ranks
     share the encoding.
 
@@ -408,12 +400,12 @@ def read_documents(folder: Path, meta: dict, limit, tokenizer: Tokenizer):
 class Text:
     """What the judge holds: the documents' tokens, noise, and the counting."""
 
-    def __init__(self, streams: list, vocab_size: int):
+    def __init__(self, streams, vocab_size):
         self.streams, self.vocab_size = streams, vocab_size
         self.sizes = [len(stream) - 1 for stream in streams]  # targets of each
         self.random = np.random.default_rng(secrets.randbits(128))
 
-    def deal(self, sizes: dict, slots: int, chunk: int):
+    def deal(self, sizes, slots, chunk):
         """sizes {document: targets}, in the order of the deal -> for each round the document of
         each slot (B,), -1 for none, and where its chunk starts (B,). Where one has ended comes the
         next."""
@@ -432,7 +424,7 @@ class Text:
     def noise(self, shape):
         return self.random.integers(self.vocab_size, size=shape)
 
-    def cut(self, docs, starts, chunk: int):
+    def cut(self, docs, starts, chunk):
         """A round -> inputs, targets (B, T) int64, real (B, T) bool. Behind a document's end is
         noise."""
         inputs = self.noise((len(docs), chunk))
@@ -444,7 +436,7 @@ class Text:
                 inputs[slot, :n], targets[slot, :n], real[slot, :n] = tokens[:-1], tokens[1:], True
         return inputs, targets, real
 
-    def count(self, logits, targets, asked) -> np.ndarray:
+    def count(self, logits, targets, asked):
         """logits (B, T, V), targets (B, T) int64, asked (B, T) bool -> nats float64 of the asked.
 
         The judge's own log-softmax, in float64 and below each row's maximum: whatever the predictor
@@ -472,70 +464,67 @@ class Text:
 
 
 class Phases:
-    """Seconds since the process started, by phase: `with phases("score"):` adds to one."""
+    """Seconds since the process started, by phase: phases("score") ends one and begins another."""
 
     def __init__(self):
         self.name = "start"
-        self.seconds = {"start": time.perf_counter() - BEGIN}
+        self.since = BEGIN
+        self.seconds = defaultdict(float)
 
-    @contextmanager
-    def __call__(self, name: str):
+    def __call__(self, name):
+        since, self.since = self.since, time.perf_counter()
+        self.seconds[self.name] += self.since - since
         self.name = name
-        since = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - since
 
 
-def score(predictor, text: Text, order: list[int], phases: Phases) -> dict[int, np.ndarray]:
-    """Score first, then reveal, round after round. -> {document: nats float64 of its targets}."""
+def score(predictor, text, order, phases):
+    """Score first, then reveal, round after round, the documents of `order`, a list of their numbers
+    -> {document: nats float64 (n,) of its targets}."""
     nats = {doc: [] for doc in order}
     sizes = {doc: text.sizes[doc] for doc in order}
     with Progress("scoring", sum(sizes.values()), "tokens") as progress:
         for docs, starts in text.deal(sizes, predictor.slots, predictor.chunk):
             inputs, targets, real = text.cut(docs, starts, predictor.chunk)
-            with phases("score"):
-                found = text.count(predictor.predict(starts == 0, inputs), targets, real)
-            with phases("learn"):
-                predictor.learn(targets, real)
+            phases("score")
+            found = text.count(predictor.predict(starts == 0, inputs), targets, real)
+            phases("learn")
+            predictor.learn(targets, real)
             progress.add(len(found))
             ends = real.sum(1).cumsum()
             for doc, part in zip(docs, np.split(found, ends[:-1])):
                 if doc >= 0:
                     nats[doc].append(part)
+    phases("sum")
     return {doc: np.concatenate(parts) for doc, parts in nats.items()}
 
 
 # ---- the command
 
 
+FLAGS = {
+    "data": ("", "dataset: a name under data/ or a folder; empty: that of the run, for ARTIFACT in runs/RUN/"),
+    "out": ("", "file for the score; empty: score.json beside an artifact of this folder's code, else none"),
+    "limit_docs": (0, "documents: only so many of the first, no score; 0: all"),
+    "predictor": ("", "one of the artifact's predictors; empty: its own choice"),
+    "device": ("", "cuda, mps or cpu; empty: the best there is"),
+    "audit": (False, "confine and prove even what runs this folder's own code"),
+    "audit_seconds": (300.0, "s of replay, on each rank; some 9,200 places are asked in any case"),
+    "trust": (False, "other code than this folder's is yours: no proof (but with --audit), and go on where "
+              "this system cannot confine it"),
+    "tokens": (256, "of a sample, at most"),
+    "temperature": (0.8, "of a sample; 0: the likeliest token, always"),
+    "seed": (0, "of a sample"),
+}
+
+
 def parse(argv):
     parser = Parser(prog="eval_bpb.py", description=__doc__)
-    add = parser.add_argument
-    add("artifact", nargs="?", default="", metavar="ARTIFACT",
-        help="file made by pack.py; empty: the newest run's")
-    add("--data", default="", metavar="NAME",
-        help="dataset: a name under data/ or a folder; empty: that of the run, for ARTIFACT in runs/RUN/")
-    add("--out", default="", metavar="FILE",
-        help="for the score; empty: score.json beside an artifact of this folder's code, else none")
-    add("--limit_docs", type=int, default=0, metavar="N",
-        help="documents: only the first N, no score; 0: all")
-    add("--predictor", default="", metavar="NAME",
-        help="one of the artifact's predictors; empty: its own choice")
-    add("--device", default="", metavar="NAME", help="cuda, mps or cpu; empty: the best there is")
-    add("--audit", action="store_true", help="confine and prove even what runs this folder's own code")
-    add("--audit_seconds", type=float, default=300.0, metavar="S",
-        help="s of replay, on each rank; some 9,200 places are asked in any case")
-    add("--trust", action="store_true",
-        help="other code than this folder's is yours: no proof (but with --audit), and go on where this "
-        "system cannot confine it")
-    add("--max_seconds", type=float, default=None, metavar="S",
-        help="s from the start of the process to the score, 0: no limit; unset: 600 on fineweb and for "
-        "other code")
-    add("--sample", metavar="TEXT", help="no score: print what the model writes after TEXT")
-    add("--tokens", type=int, default=256, metavar="N", help="of a sample, at most")
-    add("--temperature", type=float, default=0.8, metavar="T",
-        help="of a sample; 0: the likeliest token, always")
-    add("--seed", type=int, default=0, metavar="N", help="of a sample")
+    parser.add_argument("artifact", nargs="?", default="", metavar="ARTIFACT",
+                        help="file made by pack.py; empty: the newest run's")
+    parser.add_flags(FLAGS)
+    parser.add_argument("--max_seconds", type=float, help="s from the start of the process to the score, 0: "
+                        "no limit; unset: 600 on fineweb and for other code")
+    parser.add_argument("--sample", metavar="TEXT", help="no score: print what the model writes after TEXT")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 <= value < math.inf:
@@ -554,7 +543,9 @@ class Judge:
         self.args = args
         self.path = Path(args.artifact or find_run() / "artifact.pyz")
         self.device = f"cuda:{read_launcher()[1]}" if args.device == "cuda" else args.device
-        self.phases, self.children, self.verdicts, self.lacking = Phases(), [], {}, ""
+        self.phases = Phases()
+        self.children = []
+        self.lacking = self.verdict = ""
         self.folder = Path(tempfile.mkdtemp(prefix="nanogolf"))
         self.max_seconds = 600.0 if args.max_seconds is None else args.max_seconds
         self.timer = threading.Timer(max(BEGIN + self.max_seconds - time.perf_counter(), 0), self.overrun)
@@ -584,8 +575,9 @@ class Judge:
         self.copy.write_bytes(self.blob)
         if args.sample is not None:
             return
-        self.mode = "audited" if args.audit or self.foreign and not args.trust else "trusted"
-        self.mode = self.mode if args.audit or self.foreign else "own"
+        self.mode = "trusted" if self.foreign else "own"
+        if args.audit or self.foreign and not args.trust:
+            self.mode = "audited"
         self.run = {} if self.foreign else read_run(self.path.parent)
         name = args.data or self.run.get("start", {}).get("config", {}).get("data")
         if not name:
@@ -610,7 +602,7 @@ class Judge:
             raise BadInput(f"the code of others is not run here: it takes {self.lacking}; --trust if it "
                            "is yours")
 
-    def predictor(self, seconds: float = 0):
+    def predictor(self, seconds=0):
         """A predictor of the artifact that knows of nothing. A child ends after `seconds`; 0:
         never."""
         vocab_size = self.tokenizer.vocab_size
@@ -632,12 +624,12 @@ class Judge:
         """Scores, and proves where it must."""
         phases = self.phases
         rank, _, n_ranks = read_launcher()
-        with phases("load"):
-            predictor = self.predictor()
-        with phases("text"):
-            limit = self.args.limit_docs or None
-            streams, self.n_bytes = read_documents(self.data, self.meta, limit, self.tokenizer)
-            text = Text(streams, self.tokenizer.vocab_size)
+        phases("load")
+        predictor = self.predictor()
+        phases("text")
+        limit = self.args.limit_docs or None
+        streams, self.n_bytes = read_documents(self.data, self.meta, limit, self.tokenizer)
+        text = Text(streams, self.tokenizer.vocab_size)
         self.sizes = text.sizes
         order = sorted(range(len(streams)), key=text.sizes.__getitem__, reverse=True)[rank::n_ranks]
         if self.mode == "audited":
@@ -651,12 +643,13 @@ class Judge:
         if self.mode == "audited":
             from records import proof
             predictor.close()
-            with phases("audit"):
-                self.verdicts["replay"] = proof.prove(self, predictor, text, nats, gather)
+            phases("audit")
+            self.verdict = proof.prove(self, predictor, text, nats, gather)
+            phases("sum")
 
-    def doubts(self) -> list[str]:
+    def doubts(self):
         """Why the number is no score."""
-        doubts = [f"the {name} failed" for name, said in self.verdicts.items() if said.startswith("FAIL")]
+        doubts = ["the replay failed"] * self.verdict.startswith("FAIL")
         if len(self.sizes) < self.meta["val_docs"]:
             doubts.append(f"only the first {len(self.sizes)} of {self.meta['val_docs']} documents")
         if not self.n_bytes:
@@ -665,7 +658,7 @@ class Judge:
             doubts.append("these documents are readable everywhere")
         return doubts
 
-    def result(self) -> dict:
+    def result(self):
         """What score.json holds. A number that cannot be trusted is never called val_bpb."""
         doubts = "; ".join(self.doubts())
         bpb = self.nats / math.log(2) / max(self.n_bytes, 1)
@@ -677,7 +670,8 @@ class Judge:
             "val_docs": n_docs, "limit_docs": n_docs if n_docs < self.meta["val_docs"] else 0,
             "artifact_bytes": len(self.blob), "artifact_sha256": hashlib.sha256(self.blob).hexdigest(),
             "dataset": {key: value for key, value in self.meta.items() if key != "files"},
-            "mode": self.mode, "unconfined": self.lacking, "predictor": self.name, "audit": self.verdicts,
+            "mode": self.mode, "unconfined": self.lacking, "predictor": self.name,
+            "audit": {"replay": self.verdict} if self.verdict else {},
             "finished": self.run.get("summary", {}).get("finished"), "max_seconds": self.max_seconds,
             "phases": seconds | {"total": round(time.perf_counter() - BEGIN, 3),
                                  "to_score": round(self.seconds, 3)},
@@ -690,17 +684,17 @@ MODES = {"own": "the artifact's code is this judge's own folder's, byte for byte
          "audited": "the artifact's code ran confined"}
 
 
-def report(judge: Judge, result: dict):
+def report(judge, result):
     """Prints the summary, writes the file."""
     print(f"artifact: {judge.path}\ndataset: {judge.meta['name']} in {judge.data}: {result['val_docs']} "
           f"documents, {result['val_bytes']} bytes, {result['val_tokens']} targets")
     print(f"predictor: {judge.name} on {result['environment']['device']}")
-    proved = any(said.startswith("pass") for said in judge.verdicts.values())
+    proved = judge.verdict.startswith("pass")
     print(f"mode: {judge.mode}: {MODES[judge.mode]}{', and its score is proved by replay' * proved}")
     if judge.lacking:
         print(f"NOT CONFINED: that takes {judge.lacking}")
-    for name, said in judge.verdicts.items():
-        print(f"audit {name}: {said}")
+    if judge.verdict:
+        print(f"audit replay: {judge.verdict}")
     print("phases: " + " ".join(f"{name}:{s:.1f}" for name, s in result["phases"].items()) + "\n---")
     if "val_bpb" in result:
         print(f"val_bpb: {result['val_bpb']:.6f}")
@@ -713,7 +707,7 @@ def report(judge: Judge, result: dict):
             json.dump(result, f, indent=1)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     """Command line -> exit code: 0, or 2 for a failed proof. Raises BadInput."""
     args = parse(argv)
     rank, _, n_ranks = read_launcher()
@@ -739,9 +733,8 @@ def main(argv: list[str] | None = None) -> int:
         judge.close()
         if n_ranks > 1:
             dist.destroy_process_group()
-    return 2 if any(said.startswith("FAIL") for said in judge.verdicts.values()) else 0
+    return 2 if judge.verdict.startswith("FAIL") else 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up
     sys.exit(command(main))

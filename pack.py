@@ -16,15 +16,14 @@ import json
 import math
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 sys.path.append(str(Path(__file__).absolute().parent))    # where PYTHONSAFEPATH leaves it out
@@ -194,8 +193,7 @@ BLOCK = 128             # columns that are decided at a time
 LOOKAHEAD = 16          # columns behind them that the decision looks at
 
 
-@dataclass
-class Bank:
+class Bank(NamedTuple):
     """Matrices W of one role and what is known of them. Steps are constant * 2^((row + col) / 4)."""
     W: Tensor               # (L, R, n) float32
     H: Tensor               # (L, n, n) float32, per token
@@ -277,7 +275,7 @@ def quantise(bank, layer, top, constant):
         seen = slice(first, first + BLOCK + LOOKAHEAD)
         later = slice(first + BLOCK, None)
         paths = survivors(X[seen], feedback[seen, seen], cost[seen], state, before)
-        values[block], errors, states = (x[:BLOCK] for x in trace_back(*paths, before))
+        values[block], errors, states = (x[:BLOCK] for x in trace_back(*paths))
         X[later] -= feedback[block, later].T @ errors
         state = states[-1]
     return values.T.cpu().numpy()
@@ -286,47 +284,42 @@ def quantise(bank, layer, top, constant):
 def survivors(X, feedback, cost, state, before):
     """Viterbi over the columns X (n, R) in steps, from state (R,), where each state keeps its own
     residual: its survivor's errors are fed forward, as GPTQ does
-    -> residual (n, states, R): what a state before column j finds there, less its half;
-    parity (n, states, R) bool of the k by which the survivor enters a state after column j;
-    metric (states, R): what the survivors cost."""
-    even_before, odd_before = before.T.contiguous()
+    -> for each column what is known of the survivor that enters a state after it, all (states, R):
+    the state that it comes from, its k, its error in steps; metric (states, R): what the survivors
+    cost."""
+    even_before, odd_before = before.T
     states = torch.arange(len(before), device=X.device)[:, None]
     half = (states & 1) / 2
     metric = torch.where(states == state, 0.0, torch.inf)
     left = X[:, None].repeat(1, len(before), 1)             # of the columns from j on, by each survivor
-    spare, residual = torch.empty_like(left), torch.empty_like(left)
-    parity = torch.empty_like(left, dtype=torch.bool)
+    columns = []
     for j in range(len(X)):
-        y = torch.sub(left[0], half, out=residual[j])
+        y = left[0] - half
         even = y - 2 * (y / 2).round()                      # errors of the nearest even and odd k
         odd = even - torch.ones_like(even).copysign(even)
-        even_metric = (metric + cost[j] * even.square()).index_select(0, even_before)
-        odd_metric = (metric + cost[j] * odd.square()).index_select(0, odd_before)
-        is_odd = torch.lt(odd_metric, even_metric, out=parity[j])
+        even_metric = (metric + cost[j] * even.square())[even_before]
+        odd_metric = (metric + cost[j] * odd.square())[odd_before]
+        is_odd = odd_metric < even_metric
         metric = torch.minimum(odd_metric, even_metric)
-        error = torch.where(is_odd, odd.index_select(0, odd_before),
-                            even.index_select(0, even_before))
-        left, spare = spare[1:], left[1:]
-        for i, (by_even, by_odd) in enumerate(before.tolist()):
-            torch.where(is_odd[i], spare[:, by_odd], spare[:, by_even], out=left[:, i])
+        origin = torch.where(is_odd, odd_before[:, None], even_before[:, None])
+        error = torch.where(is_odd, odd[odd_before], even[even_before])
+        columns.append((origin, y.gather(0, origin) - error, error))
+        left = left[1:].gather(1, origin.expand(len(left) - 1, -1, -1))
         left.addcmul_(feedback[j, j + 1:, None, None], error, value=-1)
-    return residual, parity, metric
+    return columns, metric
 
 
-def trace_back(residual, parity, metric, before):
+def trace_back(columns, metric):
     """What survivors() found, from the cheapest end
     -> values int32 in half steps, their errors in steps, states after each column: all (n, R)."""
-    y = torch.empty_like(residual[:, 0])
-    odd = torch.empty_like(y, dtype=torch.int64)
-    path = torch.cat([odd, metric.argmin(0, True)])
-    for j in reversed(range(len(y))):
-        odd[j] = parity[j].gather(0, path[j + 1:j + 2])
-        path[j] = before[path[j + 1], odd[j]]
-        y[j] = residual[j].gather(0, path[j:j + 1])
-    even = 2 * (y / 2).round()
-    step = torch.ones_like(y).copysign(y - even) * odd      # from there to the odd neighbour, or 0
-    values = 2 * (even.int() + step.int()) + (path[:-1] & 1)
-    return values.int(), y - even - step, path[1:]
+    state = metric.argmin(0, True)
+    path = []
+    for origin, k, error in reversed(columns):
+        before = origin.gather(0, state)
+        value = 2 * k.gather(0, state).int() + (before & 1)
+        path.append((value, error.gather(0, state), state))
+        state = before
+    return [torch.cat(rows[::-1]) for rows in zip(*path)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,29 +374,27 @@ def encode_small(vectors):
     return step, mean, np.round(vectors / size - mean)
 
 
-def quantise_all(banks, constant, label):
-    """-> values (L, R, n) int32 in half steps of each bank. label: of the progress line, or none."""
+def quantise_all(banks, constant):
+    """-> values (L, R, n) int32 in half steps of each bank."""
     values = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                    # matrices side by side: kernels are small
-    with (Progress(label, sum(bank.W.numel() for bank in banks), "weights") as progress,
+    with (Progress("rounding", sum(bank.W.numel() for bank in banks), "weights") as progress,
           ThreadPoolExecutor(threads if banks[0].W.is_cpu else 1) as pool):
         for bank in banks:
             tops = range(0, bank.W.size(1), ROWS_AT_ONCE)
             chunks = product([bank], range(len(bank.W)), tops, [constant])
-            parts = []
-            for part in pool.map(quantise, *zip(*chunks)):
-                parts.append(part)
-                progress.add(part.size)
-            values.append(np.concatenate(parts).reshape(bank.W.shape))
+            rows = np.concatenate([*pool.map(quantise, *zip(*chunks))])
+            values.append(rows.reshape(bank.W.shape))
+            progress.add(rows.size)
     torch.set_num_threads(threads)
     return values
 
 
-def pack_model(checkpoint, banks, constant, label=""):
+def pack_model(checkpoint, banks, constant):
     """Quantise and code a model with one constant for all steps; banks as gather() plans them
     -> {section: bytes} of model.bin, bytes of each bank by the coder's probabilities."""
-    values = quantise_all(banks, constant, label)
+    values = quantise_all(banks, constant)
     sigmas = [scales(value) for value in values]
     words, escapes, ideal = encode(values, sigmas)
     steps = [(bank.row, bank.col) for bank in banks]
@@ -432,9 +423,10 @@ def check_limits(cfg):
 
 def unpack_model(blob):
     """model.bin -> (Config, GPT). Every size is checked before it is used; bad bytes raise many errors."""
-    at = 4 + int.from_bytes(blob[:4], "little")
-    need(at < 1 << 16, "its header is too long")
-    header = json.loads(blob[4:at])
+    file = io.BytesIO(blob)
+    size = int.from_bytes(file.read(4), "little")
+    need(size < 1 << 16, "its header is too long")
+    header = json.loads(file.read(size))
     n_escapes = header["escapes"]
     cfg = Config(**header["config"])
     check_limits(cfg)
@@ -445,30 +437,26 @@ def unpack_model(blob):
     need(n_weights <= MAX_WEIGHTS, f"its config asks for more than {MAX_WEIGHTS:,} weights")
     need(n_escapes <= n_weights, "it has more escapes than weights")
     matrices, vectors = split(state)
-    ends = at + np.cumsum(header["sections"])
-    words = np.frombuffer(blob[at:ends[0]], np.uint16)
+    words, *frames = map(file.read, header["sections"])
     sides = []
-    sections = table(matrices, vectors, n_escapes)
-    for (name, dtype, shapes), at, end in zip(sections, ends, ends[1:]):
+    for (name, dtype, shapes), frame in zip(table(matrices, vectors, n_escapes), frames):
         bounds = np.cumsum([math.prod(shape) for shape in shapes])
-        size = zstandard.get_frame_parameters(blob[at:end]).content_size
         itemsize = np.dtype(dtype).itemsize
+        size = zstandard.get_frame_parameters(frame).content_size
         need(size == itemsize * bounds[-1], f"its {name} are not as many as the config says")
-        planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(blob[at:end]), np.uint8)
+        planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), np.uint8)
         flat = planes.reshape(itemsize, -1).T.copy().view(dtype)
         sides.append([x.reshape(shape) for x, shape in zip(np.split(flat, bounds), shapes)])
     rows, cols, row_spreads, col_spreads, (escapes,), *small = sides
     sigmas = map(np.subtract, row_spreads, rows), map(np.subtract, col_spreads, cols)
-    values = decode(words, escapes, list(zip(*sigmas)))
-    arrays = {}
+    values = decode(np.frombuffer(words, np.uint16), escapes, list(zip(*sigmas)))
     for name, value, row, col in zip(matrices, values, rows, cols):
-        arrays[name] = dequantise(value, row, col, header["constant"])
+        state[name] = dequantise(value, row, col, header["constant"]).view(state[name].shape)
     for name, step, mean, rest in zip(vectors, *small):
-        vector = torch.from_numpy(np.add(mean, rest, dtype=np.float32))
-        arrays[name] = vector * quarter(step).float()
-    need(all(x.isfinite().all() for x in arrays.values()), "its weights are not finite")
-    arrays = {name: arrays[name].view(x.shape) for name, x in state.items()}
-    model.load_state_dict(arrays, assign=True)
+        vector = torch.from_numpy(np.add(mean, rest, dtype=np.float32)) * quarter(step).float()
+        state[name] = vector.view(state[name].shape)
+    need(all(x.isfinite().all() for x in state.values()), "its weights are not finite")
+    model.load_state_dict(state, assign=True)
     return cfg, model
 
 
@@ -504,10 +492,13 @@ def build_artifact(files, model):
     return data + sha256(data).digest()
 
 
-def read_archive(data):
-    """Inverse of build_artifact() -> {name: bytes}. ValueError, or an error of zipfile's, unless it
-    has the known files and no more."""
-    need(sha256(data[:-32]).digest() == data[-32:], "damaged, cut short or no artifact (checksum)")
+def read_archive(path):
+    """artifact.pyz -> its bytes, {name: bytes} of the files in it, as they went into
+    build_artifact(). ValueError, or an error of zipfile's, unless those are the known ones and no
+    more."""
+    need(Path(path).stat().st_size <= MAX_FILE, "it is too large")
+    data = Path(path).read_bytes()
+    need(sha256(data[:-32]).digest() == data[-32:], "it is damaged, cut short or no artifact (checksum)")
     with ZipFile(io.BytesIO(data)) as archive:
         parts = archive.infolist()
         names = sorted(part.filename for part in parts)
@@ -515,7 +506,7 @@ def read_archive(data):
         kinds = {part.compress_type for part in parts}
         need(kinds == {ZIP_STORED, ZIP_DEFLATED}, "it is compressed in another way")
         need(sum(part.file_size for part in parts) <= MAX_FILE, "its files are too large")
-        return {part.filename: archive.open(part).read(part.file_size) for part in parts}
+        return data, {part.filename: archive.open(part).read(part.file_size) for part in parts}
 
 
 def load(path):
@@ -526,17 +517,13 @@ def load(path):
     for what the limits above allow: nothing in it is executed, every length is checked before use.
     """
     try:
-        need(Path(path).stat().st_size <= MAX_FILE, "it is too large")
-        files = read_archive(Path(path).read_bytes())
+        _, files = read_archive(path)
         tokenizer = Tokenizer(files["tokenizer.json"])
         cfg, model = unpack_model(files["model.bin"])
         need(tokenizer.vocab_size == cfg.vocab_size, "its tokenizer does not fit its model")
         return cfg, model, tokenizer
-    except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}: pack a run first, python pack.py") from None
     except Exception as e:  # zip, zstd, JSON and torch each have errors of their own for bad bytes
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise BadInput(f"{path}: not an artifact that this pack.py can read: {reason}") from None
+        raise BadInput(f"{path}: not an artifact that this pack.py can read: {e!r:.300}") from None
 
 
 def verify(path, wanted):
@@ -545,8 +532,7 @@ def verify(path, wanted):
             "print(pack.digest(pack.load(sys.argv[1])[1].state_dict()))")
     child = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     if child.stdout.split()[-1:] != [wanted]:
-        said = child.stderr[-2000:] or child.stdout
-        raise RuntimeError(f"the artifact does not load as it was packed: {said}")
+        raise RuntimeError(f"the artifact does not load as it was packed: {child.stderr[-2000:] or child.stdout}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -559,17 +545,17 @@ def lifetime(run):
     """-> when a run ended and when it began, ISO in UTC, by its metrics.jsonl. The end is LIVE for one
     in training, which the trainer's lock tells, and "" for one that was killed."""
     end = begin = ""
-    with suppress(Exception):                               # no file, half a line, or a lock that is held
-        with open(run / "metrics.jsonl", "rb") as file:
-            lines = file.read().splitlines()
-            begin = json.loads(lines[0])["time"]
-            last = json.loads(lines[-1])
-            if last["kind"] == "end":
-                return last["time"], begin
-            import fcntl                                    # not on Windows
-            end = LIVE
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            end = ""
+    # Suppressed: no file, half a line, a lock that is held.
+    with suppress(Exception), open(run / "metrics.jsonl", "rb") as file:
+        lines = file.read().splitlines()
+        begin = json.loads(lines[0])["time"]
+        last = json.loads(lines[-1])
+        if last["kind"] == "end":
+            return last["time"], begin
+        import fcntl                                        # not on Windows
+        end = LIVE
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        end = ""
     return end, begin
 
 
@@ -608,6 +594,7 @@ def gather(checkpoint, device="cpu"):
     weights, stats = checkpoint["weights"], checkpoint["stats"]
     for name, x in (weights | stats).items():
         need(isinstance(x, Tensor) and x.isfinite().all(), f"{name} is not a tensor of finite numbers")
+    stats = {name: x / stats["tokens"] for name, x in stats.items()}
     matrices, _ = split(weights)
     n_weights = sum(W.numel() for W in matrices.values())
     banks = []
@@ -615,14 +602,13 @@ def gather(checkpoint, device="cpu"):
         L, R, n = W.shape
         key = name.removesuffix(".weight")
         if stats:
-            tokens = stats["tokens"].sum()
-            H = stats[f"{key}.H"].view(L, n, n) / tokens
-            g = stats[f"{key}.g"].view(L, R, 1) / tokens
+            H = stats[f"{key}.H"].view(L, n, n)
+            g = stats[f"{key}.g"].view(L, R, 1)
         else:
             H = torch.eye(n).expand(L, n, n)
             g = 2 / n_weights / W.square().mean(2, True).clamp(min=1e-12)
         if f"{key}.S" in stats:                             # tokens are inputs as often as targets
-            H = H + stats[f"{key}.S"] / tokens / g.sum().clamp(min=1e-12)
+            H = H + stats[f"{key}.S"] / g.sum().clamp(min=1e-12)
         banks.append(plan(W.to(device), H.to(device), g.to(device)))
     return banks
 
@@ -634,8 +620,8 @@ def search(checkpoint, banks, files, cap):
     slope = sum(bank.W.numel() for bank in banks) / 8       # bytes an octave of the steps
     octave, low, high = 0.0, 0.0, math.inf                  # the cap is met between low and high
     best, last = None, None
-    for number in range(1, 16):
-        packed = pack_model(checkpoint, banks, finest * 2 ** octave, f"pass {number}:")
+    for _ in range(15):
+        packed = pack_model(checkpoint, banks, finest * 2 ** octave)
         data = build_artifact(files, b"".join(packed[0].values()))
         excess = len(data) - cap
         if excess <= 0:
@@ -657,23 +643,20 @@ def search(checkpoint, banks, files, cap):
 
 def ledger(banks, state, sections, ideal, data, measure):
     """Where the artifact's bytes went, and what each bank of weights costs of `measure`: a table."""
-    table = [f"{'weights':>38}{'bits each':>11}{'cost':>9}{'bytes':>14}"]
+    rows = [f"{'weights':>38}{'bits each':>11}{'cost':>9}{'bytes':>14}"]
     costs = [expected_kl(bank, state[name]) for name, bank in zip(MATRICES, banks)]
-    n_weights = sum(bank.W.numel() for bank in banks)
-    for name, bank, cost, size in zip(MATRICES, banks, costs, ideal):
+    cost = sum(costs)
+    for name, bank, share, size in zip(MATRICES, banks, np.divide(costs, max(cost, 1e-30)), ideal):
         n = bank.W.numel()
-        share = cost / max(sum(costs), 1e-30)
-        table.append(f"{name:<26}{n:>12,}{8 * size / n:>11.3f}{share:>9.1%}{size:>14,}")
-    sizes = {name: len(section) for name, section in sections.items()}
-    bits = 8 * sum(sizes.values()) / n_weights
-    sizes["weights"] -= sum(ideal)                          # rounding and the lanes' start-up
+        rows.append(f"{name:<26}{n:>12,}{8 * size / n:>11.3f}{share:>9.1%}{size:>14,}")
     with ZipFile(io.BytesIO(data)) as archive:
-        sizes |= {part.filename: part.compress_size for part in archive.infolist()}
+        sizes = {part.filename: part.compress_size for part in archive.infolist()}
     del sizes["model.bin"]
+    sizes |= {name: len(section) for name, section in sections.items()}
+    sizes["weights"] -= sum(ideal)                          # rounding and the lanes' start-up
     sizes["zip directory, checksum"] = len(data) - sum(ideal) - sum(sizes.values())
-    table += [f"{name:<26}{size:>46,}" for name, size in sizes.items()]
-    table.append(f"{'artifact.pyz':<26}{n_weights:>12,}{bits:>11.3f}{len(data):>23,}")
-    return "\n".join([*table, f"{measure}: {sum(costs):.5f}"])
+    rows += [f"{name:<26}{size:>46,}" for name, size in sizes.items()]
+    return "\n".join([*rows, f"{'artifact.pyz':<26}{len(data):>46,}", f"{measure}: {cost:.5f}"])
 
 
 def sources(run):
@@ -687,12 +670,10 @@ def sources(run):
 
 
 def main(argv=None):
-    begin = time.perf_counter()
     parser = Parser(prog="pack.py", description=__doc__)
     parser.add_argument("run", nargs="?", default="", metavar="RUN",
                         help="folder, or name in runs/; empty: the newest that has ended")
-    parser.add_argument("--cap_bytes", type=int, default=16_000_000, metavar="N",
-                        help="bytes of the file, at most")
+    parser.add_flags({"cap_bytes": (16_000_000, "bytes of the file, at most")})
     args = parser.parse_args(argv)
     run, cap = find_run(args.run), args.cap_bytes
     path = run / "checkpoint.pt"
@@ -701,23 +682,20 @@ def main(argv=None):
         check_limits(checkpoint["config"])
         banks = gather(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     except (ValueError, KeyError, RuntimeError) as e:
-        reason = str(e).splitlines()[0].removeprefix(f"{path} ")
-        raise BadInput(f"{path}: {reason}") from None
+        raise BadInput(f"{path}: {str(e).removeprefix(f'{path} ')}") from None
     if not "" < lifetime(run)[0] < LIVE:
         print(f"{run} has not ended: packed as of step {checkpoint['run']['steps']}")
-    if not checkpoint["tokenizer"]:
+    tokenizer = checkpoint["tokenizer"].encode()
+    if not tokenizer:
         raise BadInput(f"{path}: trained on synthetic tokens: no tokenizer, nothing to score")
-    Tokenizer(checkpoint["tokenizer"].encode())    # BadInput for one of another format
+    Tokenizer(tokenizer)    # BadInput for one of another format
     measure = ("expected KL(full precision || packed), nats per token, "
                "by the checkpoint's statistics")
     if not checkpoint["stats"]:
         measure = "mean squared error of a weight, relative to the mean square of its row"
         print(f"{path} has NO STATISTICS (train with --calib_tokens above 0): "
               "at the same bytes it will lose more")
-    files = {**sources(run), "tokenizer.json": checkpoint["tokenizer"].encode()}
-    fixed = len(build_artifact(files, b""))
-    if fixed > cap:
-        raise BadInput(f"--cap_bytes={cap}: the code and the tokenizer alone take {fixed:,} bytes")
+    files = {**sources(run), "tokenizer.json": tokenizer}
     sections, ideal, data = search(checkpoint, banks, files, cap)
     state = unpack_model(b"".join(sections.values()))[1].state_dict()
     with atomic_write(run / "artifact.pyz") as f:
@@ -729,8 +707,7 @@ def main(argv=None):
         text += ": the best quality setting; finer steps buy nothing"
     with atomic_write(run / "pack.txt", "w") as f:
         f.write(text + "\n")
-    print(f"{text}\n---\nartifact_bytes: {len(data)}")
-    print(f"pack_seconds: {time.perf_counter() - begin:.1f}\nartifact: {run / 'artifact.pyz'}")
+    print(f"{text}\n---\nartifact_bytes: {len(data)}\nartifact: {run / 'artifact.pyz'}")
     return 0
 
 

@@ -373,7 +373,7 @@ eval_bpb.py --seed=-1
 data/prepare.py docs /nowhere --name=x | /nowhere: no such file
 data/prepare.py docs /nowhere --nmae=3
 data/prepare.py docs /nowhere --name=../e
-data/prepare.py docs /nowhere --name=x --tokenizer=none
+data/prepare.py docs /nowhere --name=x --tokenizer=none | 'none'
 data/prepare.py verify nothing | no dataset 'nothing'
 data/prepare.py fineweb --name=synthetic
 records/check.py nothing --jobs=0 | --jobs
@@ -564,7 +564,7 @@ def test_lone_surrogates_and_damaged_tokenizers_are_refused_by_name():
 def test_training_a_tokenizer_is_deterministic():
     pytest.importorskip("tokenizers")
     texts = [*words(300, 5), "a" * 200_000, "\n" * 200_000, "一二三四五" * 40_000]
-    first, second = (train_tokenizer(lambda: iter(texts), 300, 10, "x") for _ in range(2))
+    first, second = (train_tokenizer(lambda: iter(texts), 300, "x") for _ in range(2))
     assert first == second and Tokenizer(first).vocab_size == 300
 
 
@@ -603,11 +603,11 @@ def test_a_damaged_dataset_is_refused_by_file_name(dataset, tmp_path, monkeypatc
     begin = meta["train_tokens"].to_bytes(4, "little") + bytes(1012)  # the first token follows
     prepare_main(monkeypatch, tmp_path, "verify", folder)
     for name, old, new, message in (
-            ("train_000000.bin", b"\0\0", b"", "bytes, but meta.json says"),
+            ("train_000000.bin", b"\0\0", b"", "not a token shard"),
             ("train_000000.bin", begin + b"\0\0", begin + b"\xff\x7f", "is outside"),
-            ("tokenizer.json", b"demo", b"dome", "tokenizer_sha256"),
+            ("tokenizer.json", b"demo", b"dome", "tokenizer.json is"),
             ("meta.json", b'"train_tokens": ', b'"train_tokens": 1', "train_tokens is"),
-            ("meta.json", b'"train_000000.bin"', b'"../train.bin"', "bad entry")):
+            ("meta.json", b'"train_000000.bin"', b'"../train.bin"', "../train.bin is")):
         whole = (folder / name).read_bytes()
         write(folder / name, whole.replace(old, new, 1))
         with pytest.raises(BadInput, match=message):
@@ -692,12 +692,12 @@ HUB = """
 import hashlib, io, os, pathlib, signal, types
 
 class HfApi:
-    def __init__(self, endpoint):
+    def __init__(self):
         self.repo_info = lambda repo, repo_type: types.SimpleNamespace(sha="c0ffee")
 
 class HfFileSystem:   # of the folder that HF_ENDPOINT names; "log" gets the size of each request, "faults" has theirs
-    def __init__(self, endpoint):
-        self.root = pathlib.Path(endpoint)
+    def __init__(self):
+        self.root = pathlib.Path(os.environ["HF_ENDPOINT"])
 
     def info(self, path):
         data = (self.root / path.split("@c0ffee/")[1]).read_bytes()
@@ -868,7 +868,7 @@ def test_expected_kl_is_the_measured_one_for_every_bank(alone, measured):
     weights, (rows, expected) = packed(alone / "one"), ledger(alone / "one")
     for name in pack.MATRICES:
         ratio = measured({name: weights[name]}) / expected / float(rows[name][2].strip("%")) * 100
-        assert (0.4 if name == "embed.weight" else 0.7) < ratio < 1.4, name
+        assert 0.7 < ratio < 1.4 or name == "embed.weight" and 0.4 < ratio < 4, name
 
 
 def test_trellis_and_statistics_each_save_bytes_at_the_same_kl(run, measured, monkeypatch):
@@ -957,7 +957,7 @@ def test_forged_artifacts_are_refused_or_load_without_harm(alone, tmp_path, monk
         write(tmp_path / "x", data)
         pack.load(tmp_path / "x")
 
-    files = pack.read_archive((alone / "one/artifact.pyz").read_bytes())
+    files = pack.read_archive(alone / "one/artifact.pyz")[1]
     blob = files.pop("model.bin")
     start = 4 + int.from_bytes(blob[:4], "little")
     header = json.loads(blob[4:start])
@@ -1030,7 +1030,7 @@ def artifact(alone, tmp_path):
     """artifact(path, change, **files) -> the packed run's with other files, or with a stranger's
     eval_bpb.py of that change."""
     def make(path, change="", name="flat", **files):
-        parts = pack.read_archive((alone / "one/artifact.pyz").read_bytes()) | files
+        parts = pack.read_archive(alone / "one/artifact.pyz")[1] | files
         if change:
             parts["eval_bpb.py"] = STRANGER.format(change, name=name).encode()
         write(tmp_path / path, pack.build_artifact(parts, parts.pop("model.bin")))

@@ -1,17 +1,15 @@
 """The challenge's documents on the Hugging Face hub, read by ranges of bytes. Needs the
-`huggingface_hub` package.
+`huggingface_hub` package, which takes another server of the hub's kind from HF_ENDPOINT.
 
 Their file has some 48 GB, and only what is asked for is fetched. Its sha256 is the hub's (its
 etag), compared with the sidecar's; what was read is checked by its length, and by the bytes and the
 sha256 of the validation documents.
 """
-import itertools
 import json
-import os
 import sys
 import time
 
-from data.dataset import BadInput, atomic_write, printable
+from data.dataset import BadInput, atomic_write, package, printable
 
 REPO = "willdepueoai/parameter-golf"
 DOCS = "datasets/docs_selected.jsonl"
@@ -23,11 +21,7 @@ TAIL_BYTES = 16_000          # in one request, to complete the last document of 
 
 
 def hub():
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise BadInput("fineweb needs: pip install huggingface_hub") from error
-    return huggingface_hub
+    return package("huggingface_hub", "fineweb")
 
 
 def insist(ask, name):
@@ -45,16 +39,15 @@ def insist(ask, name):
 def find_documents():
     """-> {"commit", "file", "bytes", "etag"} of the documents, once the hub and the sidecar agree
     on them."""
-    endpoint = os.environ.get("HF_ENDPOINT")   # another server of the hub's kind
-    api = hub().HfApi(endpoint=endpoint)
-    files = hub().HfFileSystem(endpoint=endpoint)
+    api = hub().HfApi()
+    files = hub().HfFileSystem()
 
     def ask():
         commit = api.repo_info(REPO, repo_type="dataset").sha   # all that follows is of this commit
         folder = f"datasets/{REPO}@{commit}"
         found = files.info(f"{folder}/{DOCS}")
         with files.open(f"{folder}/{SIDECAR}", "rb") as file:
-            wanted = json.loads(file.read()).get("docs_sha256")
+            wanted = json.load(file).get("docs_sha256")
         source = {"commit": commit, "file": f"{folder}/{DOCS}", "bytes": found["size"], "etag": found["lfs"]["sha256"]}
         return source, wanted
 
@@ -67,7 +60,7 @@ def find_documents():
 def read_blocks(source, start, end):
     """Yields the bytes of the documents from start to end, then, in small blocks, to the end of the
     file."""
-    files = hub().HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))
+    files = hub().HfFileSystem()
     at = start
 
     def read():
@@ -86,35 +79,26 @@ def read_blocks(source, start, end):
 
 
 def split_lines(blocks):
-    """Blocks of bytes -> the lines in them, without their b"\\n"."""
-    parts = []
+    """Blocks of bytes, large ones -> the lines in them, without their b"\\n"."""
+    rest = b""
     for block in blocks:
-        first, *others = block.split(b"\n")
-        parts.append(first)
-        if others:
-            yield b"".join(parts)
-            yield from others[:-1]
-            parts = others[-1:]
-    last = b"".join(parts)
-    if last:
-        yield last
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
 
 
-def read_documents(source, start, end):
-    """Yields every line that begins in bytes [start, end) of the documents."""
+def fetch(path, source, start, end, limit=sys.maxsize):
+    """The documents that begin in bytes [start, end), `limit` of them at most -> a file of theirs
+    alone, unless it is there."""
+    if path.exists():
+        return
     at = max(start - 1, 0)   # a line begins at start if the byte before is the end of one
-    for line in split_lines(read_blocks(source, at, end)):
-        if at >= start:
-            yield line
-        at += len(line) + 1
-        if at >= end:
-            return
-
-
-def fetch(source, start, end, path, limit=None):
-    """The first `limit` documents that begin in bytes [start, end) -> a file of theirs alone,
-    unless it is there."""
-    if not path.exists():
-        with atomic_write(path) as file:
-            for line in itertools.islice(read_documents(source, start, end), limit):
+    with atomic_write(path) as file:
+        for line in split_lines(read_blocks(source, at, end)):
+            if at >= start:
                 file.write(line + b"\n")
+                limit -= 1
+            at += len(line) + 1
+            if at >= end or not limit:
+                break

@@ -26,7 +26,7 @@ import sys
 import sysconfig
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,10 +34,10 @@ import numpy as np
 import zstandard
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [path for path in [str(ROOT)] if path not in sys.path]
+sys.path.insert(0, str(ROOT))
 from data import hub  # noqa: E402
 from data.dataset import (  # noqa: E402
-    BadInput, DocsHash, Parser, Progress, atomic_write, command, find_dataset, printable, read_json,
+    BadInput, Parser, Progress, atomic_write, command, count_docs, find_dataset, printable,
     read_meta, read_shard, read_val_docs, write_shard)
 from data.text_rules import TEXT_RULES  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
@@ -46,7 +46,7 @@ from data.train_bpe import at_most, train_tokenizer  # noqa: E402
 RANGE_BYTES = 1 << 27              # of documents, as JSON lines, that become one shard: some 27 M tokens
 BATCH_CHARACTERS = 1_000_000       # of text that is encoded at a time
 PIECE_BYTES = 8192                 # of the documents that a single text is cut into
-DEMO_TOKENIZER = Path(__file__).resolve().parent / "demo_tokenizer.json"
+DEMO_TOKENIZER = ROOT / "data/demo_tokenizer.json"
 DEMO_VAL_BYTES = 450_000
 DEMO_TRAIN_BYTES = 10_000_000
 DEMO_PIECE_CHARACTERS = 6144
@@ -73,16 +73,15 @@ def find_files(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise BadInput(f"{path}: no such file or folder")
-        inside = {path}
+        inside = [path]
         if path.is_dir():
             walk = os.walk(path, onerror=lambda e: unread.append((e.filename, e.strerror)))
-            inside = {Path(folder, name) for folder, _, names in walk for name in names}
-        found = {file for file in inside if READABLE.search(file.name) and file.is_file()}
-        for file in sorted(inside - found):
-            unread.append((file, f"{file.suffix or 'other'} files, not read"))
-        if not found:
-            raise BadInput(f"{path}: no .jsonl, .txt or .md file is there" + reasons(unread))
-        files += sorted(found)
+            inside = sorted(Path(folder, name) for folder, _, names in walk for name in names)
+        for file in inside:
+            if READABLE.search(file.name) and file.is_file():
+                files.append(file)
+            else:
+                unread.append((file, f"{file.suffix or 'other'} files, not read"))
     return files, unread
 
 
@@ -93,15 +92,13 @@ def unpacked(path):
     try:
         with open(path, "rb") as file:
             unpacker = UNPACKERS.get(ZSTD if path.suffix.lower() == ".zst" else file.peek()[:2])
-            for block in iter(lambda: file.read(1 << 16), b""):
+            for block in iter(lambda: file.read(1 << 20), b""):
                 while unpacker and block:
                     frame = frame or unpacker()
                     yield frame.decompress(block)
                     block = frame.unused_data
                     frame = None if frame.eof else frame
                 yield block
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from error
     except (zlib.error, zstandard.ZstdError) as error:
         raise BadInput(f"{path}: damaged ({error})") from error
     if frame:
@@ -124,9 +121,8 @@ def raw_documents(files):
     """Yields (where, bytes, is it JSON) of every document in the files."""
     for path in files:
         is_json = READABLE.search(path.name)[1].lower() == "jsonl"
-        if is_json:   # which holds no bare carriage return, so that one may end a line
-            lines = hub.split_lines(unpacked(path))
-            documents = (part for line in lines for part in line.splitlines() or [b""])
+        if is_json:
+            documents = hub.split_lines(unpacked(path))
         else:
             documents = [b"".join(unpacked(path))]
         if not is_json and len(files) == 1:
@@ -161,18 +157,20 @@ def digest(text):
 def good_documents(files, args, seen, problems):
     """Yields the texts in the files, after the text rule, each once; their digests go to `seen`,
     (where, what is wrong) of the others to `problems`."""
-    for where, raw, is_json in raw_documents(files):
-        try:
-            text = TEXT_RULES[args.text_rule](read_text(raw, is_json, args.text_key))
-            if not text.strip() or digest(text) in seen:
-                raise BadInput("duplicate" if text.strip() else "empty")
-        except BadInput as error:
-            if args.on_bad == "refuse":
-                raise BadInput(f"{where}: {error} (--on_bad=skip leaves it out)") from error
-            problems.append((where, str(error)))
-        else:
-            seen.add(digest(text))
-            yield text
+    with Progress("reading", 0, "documents") as progress:
+        for where, raw, is_json in raw_documents(files):
+            progress.add()
+            try:
+                text = TEXT_RULES[args.text_rule](read_text(raw, is_json, args.text_key))
+                if not text.strip() or digest(text) in seen:
+                    raise BadInput("duplicate" if text.strip() else "empty")
+            except BadInput as error:
+                if args.on_bad == "refuse":
+                    raise BadInput(f"{where}: {error} (--on_bad=skip leaves it out)") from error
+                problems.append((where, str(error)))
+            else:
+                seen.add(digest(text))
+                yield text
 
 
 def reasons(problems):
@@ -208,17 +206,6 @@ def to_line(text):
     return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
 
 
-def read_range(path, text_rule="raw"):
-    """Yields the texts in a file of JSON lines, after the text rule; all are good, or BadInput."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = read_text(line)
-            except BadInput as error:
-                raise BadInput(f"{path}:{number}: {error}") from error
-            yield TEXT_RULES[text_rule](text)
-
-
 def encode(texts, tokenizer):
     """Texts -> uint16 tokens, each document after a boundary."""
     parts = [np.zeros(0, dtype=np.uint16)]
@@ -228,18 +215,24 @@ def encode(texts, tokenizer):
 
 
 class Range(NamedTuple):
-    """Documents that become a shard."""
+    """Documents that become a shard, or those of validation."""
     path: Path               # JSON lines
     source: tuple | None     # from which hub.fetch gets them where they are not there
     text_rule: str
-    left_out: frozenset      # digests of texts, those of validation
+    left_out: frozenset = frozenset()   # digests of texts, those of validation
 
     def texts(self):
+        """Yields the texts after the text rule; all are good, or BadInput."""
         if self.source:
-            hub.fetch(*self.source, self.path)
-        for text in read_range(self.path, self.text_rule):
-            if digest(text) not in self.left_out:
-                yield text
+            hub.fetch(self.path, *self.source)
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    text = TEXT_RULES[self.text_rule](read_text(line))
+                except BadInput as error:
+                    raise BadInput(f"{self.path}:{number}: {error}") from error
+                if digest(text) not in self.left_out:
+                    yield text
 
 
 def texts_in(ranges):
@@ -248,52 +241,50 @@ def texts_in(ranges):
 
 
 def make_shard(documents, path, blob):
-    """Range, tokenizer.json -> the number of tokens in its shard, which is written unless it is
-    there and whole."""
+    """Range, tokenizer.json -> its shard at path, unless it is there and whole. Of the documents a
+    copy in the shard's own folder is not needed any more."""
     tokenizer = Tokenizer(blob)
     try:
-        return read_shard(path, tokenizer.vocab_size).size
-    except BadInput:
-        tokens = encode(documents.texts(), tokenizer)
-    write_shard(path, tokens)
-    return tokens.size
+        read_shard(path, tokenizer.vocab_size)
+    except (BadInput, FileNotFoundError):
+        write_shard(path, encode(documents.texts(), tokenizer))
+    if path.parent in documents.path.parents:
+        documents.path.unlink(missing_ok=True)
 
 
-def write_ranges(texts, folder, left_out=()):
+def write_ranges(texts, folder):
     """Texts -> Ranges, of RANGE_BYTES or a little more each, in a new folder."""
     folder.mkdir()
     ranges = []
     for batch in batches(map(to_line, texts), RANGE_BYTES):
-        ranges.append(Range(folder / f"{len(ranges)}.jsonl", None, "raw", frozenset(left_out)))
+        ranges.append(Range(folder / f"{len(ranges)}.jsonl", None, "raw"))
         ranges[-1].path.write_bytes(b"".join(batch))
     return ranges
 
 
 def run_job(*job):
-    def main():
-        make_shard(*job)
-
     signal.signal(signal.SIGINT, signal.SIG_DFL)   # of Ctrl-C the parent speaks
-    sys.exit(command(main))
+    sys.exit(command(lambda: make_shard(*job)))
 
 
 def make_shards(jobs, workers):
-    """Yields make_shard(*job) of each, in order. A process makes one shard and ends, also where its
-    parent was killed; so there is no queue, and nothing that could wait for ever."""
+    """make_shard(*job) of each; yields when one is done, in order. A process makes one shard and
+    ends, also where its parent was killed; so there is no queue, and nothing that could wait for
+    ever."""
     if min(workers, len(jobs)) < 2:
         yield from itertools.starmap(make_shard, jobs)
         return
     process = multiprocessing.get_context("spawn").Process
-    processes = [process(target=run_job, args=job, daemon=True) for job in jobs]
+    processes = [process(target=run_job, args=job, name=str(job[1]), daemon=True) for job in jobs]
     for first in processes[:workers]:
         first.start()
-    for number, (_, path, _) in enumerate(jobs):
-        processes[number].join()
-        if processes[number].exitcode:
-            raise BadInput(f"{path}: not written (exit code {processes[number].exitcode})")
-        for following in processes[number + workers:][:1]:
+    for first, following in itertools.zip_longest(processes, processes[workers:]):
+        first.join()
+        if first.exitcode:
+            raise BadInput(f"{first.name}: not written (exit code {first.exitcode})")
+        if following:
             following.start()
-        yield read_shard(path).size
+        yield
 
 
 # --------------------------------------------------------------------------------------------------
@@ -301,46 +292,48 @@ def make_shards(jobs, workers):
 
 def write_val_docs(folder, texts):
     """Texts -> val_docs.jsonl.zst, and what meta.json says of it."""
-    docs = DocsHash()
+    found = {}
     with atomic_write(folder / "val_docs.jsonl.zst") as file:
         with zstandard.ZstdCompressor(12).stream_writer(file, closefd=False) as packed:
-            for text in texts:
-                docs.add(text.encode())
+            for text in count_docs(texts, found):
                 packed.write(to_line(text))
-    return {"val_docs": docs.docs, "val_bytes": docs.bytes, "val_docs_sha256": docs.hexdigest()}
+    return found
 
 
-def build(folder, args, val, ranges, wanted=sys.maxsize):
-    """What write_val_docs returned, ranges of training documents -> all else of a dataset, with
-    `wanted` tokens or a little more for training. What is there is kept, shards too of which so
-    many are not wanted."""
+def build(folder, args, val, ranges, wanted=None):
+    """What write_val_docs returned, ranges of documents -> all else of a dataset: those that are
+    not of validation are for training, some `wanted` tokens of them. What is there is kept, shards
+    too of which so many are not wanted."""
+    left_out = frozenset(map(digest, read_val_docs(folder, val)))
+    ranges = [part._replace(left_out=left_out) for part in ranges]
     path = folder / "tokenizer.json"
-    begun = path.read_bytes() if path.exists() else None
-    blob = args.blob or begun
-    if begun not in (None, blob):
+    if not path.exists():
+        if not args.blob:
+            print("training a tokenizer", flush=True)
+        blob = args.blob or train_tokenizer(lambda: texts_in(ranges), args.vocab_size, args.name)
+        with atomic_write(path) as file:
+            file.write(blob)
+    blob = path.read_bytes()
+    if args.blob and args.blob != blob:
         raise BadInput(f"{path}: begun with another tokenizer; remove {folder} or change --name")
-    if not blob:
-        print("training a tokenizer", flush=True)
-        blob = train_tokenizer(lambda: texts_in(ranges), args.vocab_size, args.phrases, args.name)
-    with atomic_write(path) as file:
-        file.write(blob)
     tokens = encode(read_val_docs(folder, val), Tokenizer(blob))
     write_shard(folder / "val_000000.bin", tokens)
+    if wanted:   # of bytes as many as those of validation tell, and 2 % for what they may err
+        n_bytes = 1.02 * wanted * val["train_start"] / tokens.size
+        ranges = ranges[:math.ceil(n_bytes / RANGE_BYTES)]
     jobs = [(part, folder / f"train_{number:06d}.bin", blob) for number, part in enumerate(ranges)]
-    # The guess is a little low, for ranges hold JSON's marks too; what is missing then comes last.
-    n_jobs = max(1, wanted * val["val_bytes"] // (tokens.size * RANGE_BYTES))
-    done = []
-    with Progress("tokenizing", min(wanted, RANGE_BYTES * len(jobs)), "tokens") as progress:
-        while todo := jobs[len(done):n_jobs]:
-            for n_tokens in make_shards(todo, args.workers):
-                documents = ranges[len(done)].path
-                if folder in documents.parents:
-                    documents.unlink(missing_ok=True)
-                done.append(n_tokens)
-                progress.add(n_tokens)
-            n_jobs = len(done) + math.ceil(len(done) * max(0, wanted / max(sum(done), 1) - 1))
+    with Progress("tokenizing", len(jobs), "shards") as progress:
+        for _ in make_shards(jobs, args.workers):
+            progress.add()
     shutil.rmtree(folder / "documents", ignore_errors=True)
-    write_meta(folder, args, val["val_docs_sha256"])
+    meta = describe(folder, name=args.name, text_rule=args.text_rule,
+                    val_docs_sha256=val["val_docs_sha256"])
+    with atomic_write(folder / "meta.json", "w") as file:   # which makes the folder a dataset
+        json.dump(meta, file, indent=1)
+    for split in ("train", "val"):
+        docs, size, tokens = (meta[f"{split}_{unit}"] for unit in ("docs", "bytes", "tokens"))
+        print(f"{split:5} {docs:>11,} documents {size:>15,} bytes {tokens:>14,} tokens "
+              f"{size / tokens:.3f} bytes/token")
 
 
 def describe(folder, **known):
@@ -364,18 +357,6 @@ def describe(folder, **known):
     return meta
 
 
-def write_meta(folder, args, docs_sha256):
-    """Writes meta.json, which makes the folder a dataset."""
-    meta = describe(folder, name=args.name, text_rule=args.text_rule, val_docs_sha256=docs_sha256)
-    with atomic_write(folder / "meta.json", "w") as file:
-        json.dump(meta, file, indent=1)
-    read_meta(folder)
-    for split in ("train", "val"):
-        docs, size, tokens = (meta[f"{split}_{unit}"] for unit in ("docs", "bytes", "tokens"))
-        print(f"{split:5} {docs:>11,} documents {size:>15,} bytes {tokens:>14,} tokens "
-              f"{size / tokens:.3f} bytes/token")
-
-
 @contextmanager
 def new_dataset(name):
     """-> an empty folder, which becomes data/<name>/ when the block ends well, and otherwise leaves
@@ -387,8 +368,6 @@ def new_dataset(name):
         yield folder
         shutil.rmtree(target, ignore_errors=True)
         os.replace(folder, target)
-    except OSError as error:
-        raise BadInput(f"{error.filename or target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -412,10 +391,8 @@ def demo_documents():
     texts = set(topics.values())
     for path in root.rglob("*.py"):
         if not skip.search(path.relative_to(root).as_posix()):
-            try:
-                texts.add(path.read_bytes().decode().replace("\r\n", "\n"))
-            except (UnicodeDecodeError, OSError):
-                continue
+            with suppress(UnicodeDecodeError, OSError):
+                texts.add(path.read_text("utf-8"))
     texts = iter(sorted((text for text in texts if len(text) >= 200), key=digest))
 
     def documents(size):
@@ -432,7 +409,7 @@ def demo(args):
     args.blob = DEMO_TOKENIZER.read_bytes()
     val, train = map(dict.fromkeys, demo_documents())   # each text once
     with new_dataset("demo") as folder:
-        ranges = write_ranges(train, folder / "documents", map(digest, val))
+        ranges = write_ranges(train, folder / "documents")
         build(folder, args, write_val_docs(folder, val), ranges)
 
 
@@ -441,19 +418,18 @@ def docs(args):
     for validation, a tokenizer is trained on the others, all are tokenized."""
     if (ROOT / "data" / args.name).exists():
         raise BadInput(f"--name={args.name}: data/{args.name} is there already; remove it, or another name")
-    if args.val_docs < 0 or args.val_docs and args.val_path:
-        raise BadInput("--val_docs is at least 1, and not with --val_path")
+    if args.val_docs and args.val_path:
+        raise BadInput("--val_docs: not with --val_path")
     files, problems = find_files(args.paths)
     val_files, unread = find_files([args.val_path] if args.val_path else [])
     problems += unread
     with new_dataset(args.name) as folder:
         good, val = set(), set()
-        with Progress("reading", 0, "documents") as progress:
-            texts = progress.each(good_documents(files, args, good, problems))
-            ranges = write_ranges(texts, folder / "documents")
-            texts = progress.each(good_documents(val_files, args, val, problems))
-            val_ranges = write_ranges(texts, folder / "documents/val")
-        if val_files:
+        texts = good_documents(files, args, good, problems)
+        ranges = write_ranges(texts, folder / "documents")
+        texts = good_documents(val_files, args, val, problems)
+        val_ranges = write_ranges(texts, folder / "documents/val")
+        if args.val_path:
             problems += [(args.val_path, "also for training, now for validation only")] * len(good & val)
         else:
             val_ranges = ranges
@@ -465,8 +441,7 @@ def docs(args):
             lines = [printable(f"{where}: {what}") + "\n" for where, what in problems]
             (folder / "skipped.txt").write_text("".join(lines), encoding="utf-8")
         texts = (text for text in texts_in(val_ranges) if digest(text) in val)
-        val_docs = write_val_docs(folder, texts)
-        build(folder, args, val_docs, [part._replace(left_out=frozenset(val)) for part in ranges])
+        build(folder, args, write_val_docs(folder, texts), ranges)
     if problems:
         say(f"skipped {len(problems):,}{reasons(problems)}; all are in data/{args.name}/skipped.txt")
 
@@ -477,15 +452,15 @@ def fineweb_source(folder, documents, text_rule):
     where validation ends."""
     path = folder / "source.json"
     if path.exists():
-        return read_json(path)
+        return json.loads(path.read_bytes())
     source = hub.find_documents() | {"text_rule": text_rule}
-    val_path = documents / f"{source['etag']}_val.jsonl"
-    hub.fetch(source, 0, source["bytes"], val_path, FINEWEB_VAL_DOCS)
-    source["train_start"] = val_path.stat().st_size
-    source |= write_val_docs(folder, read_range(val_path, text_rule))
+    where = source, 0, source["bytes"], FINEWEB_VAL_DOCS
+    val = Range(documents / f"{source['etag']}_val.jsonl", where, text_rule)
+    source |= write_val_docs(folder, val.texts())
+    source["train_start"] = val.path.stat().st_size
     size = source["val_bytes"]
     if text_rule == "nmt_nfkc" and abs(size / FINEWEB_VAL_BYTES - 1) > 1e-4:
-        raise BadInput(f"{val_path}: the validation documents have {size:,} bytes after nmt_nfkc, "
+        raise BadInput(f"{val.path}: the validation documents have {size:,} bytes after nmt_nfkc, "
                        f"the challenge's {FINEWEB_VAL_BYTES:,}: scores would not compare")
     with atomic_write(path, "w") as file:
         json.dump(source, file, indent=1)
@@ -507,22 +482,18 @@ def fineweb(args):
         path.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.rglob(".*.tmp"):
         unfinished.unlink(missing_ok=True)
-    there = sum(path.stat().st_size for path in folder.glob("train_*.bin"))
-    needed = int(args.train_tokens) * (8 if args.keep_documents else 2) - there
     free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise BadInput(f"{folder}: some {needed:,} bytes are needed, the disk has {free:,} left")
+    if free < 2 * args.train_tokens and not (folder / "source.json").exists():
+        raise BadInput(f"{folder}: some {2 * args.train_tokens:,.0f} bytes are needed, the disk has {free:,} left")
     source = fineweb_source(folder, documents, args.text_rule)
     if source["text_rule"] != args.text_rule:
         raise BadInput(f"{folder}: begun with another text rule; remove it or change --name")
-    left_out = frozenset(map(digest, read_val_docs(folder, source)))
     ends = [*range(source["train_start"], source["bytes"], RANGE_BYTES), source["bytes"]]
     ranges = []
     for start, end in itertools.pairwise(ends):
         path = documents / f"{source['etag']}_{start}_{end}.jsonl"
-        ranges.append(Range(path, (source, start, end), args.text_rule, left_out))
+        ranges.append(Range(path, (source, start, end), args.text_rule))
     build(folder, args, source, ranges, int(args.train_tokens))
-    print("train and validation are disjoint by document hash")
 
 
 def verify(args):
@@ -532,33 +503,19 @@ def verify(args):
     for name in args.paths:
         folder = find_dataset(name)
         meta = read_meta(folder)
-        found = describe(folder)
-        found |= found.pop("files")
-        for key, value in (meta.pop("files") | meta).items():
-            if found.get(key, value) != value:
-                raise BadInput(f"{folder}: {key} is {value} in meta.json, and not {found[key]}")
+        found = describe(folder, **meta)
+        meta = meta.pop("files") | meta
+        found = found.pop("files") | found
+        for key in meta | found:
+            if meta.get(key) != found.get(key):
+                raise BadInput(f"{folder}: {key} is {meta.get(key)} in meta.json, and not {found.get(key)}")
         for _ in read_val_docs(folder, meta):
             pass  # at its end it has compared number, bytes and sha256
         say(f"{folder}: whole: {meta['train_docs']:,} training and {meta['val_docs']:,} validation "
             "documents, every hash and every count as in meta.json")
 
 
-def read_tokenizer(path):
-    """--tokenizer -> its bytes, checked; None without one."""
-    if not path:
-        return None
-    try:
-        blob = Path(path).read_bytes()
-    except OSError as error:
-        raise BadInput(f"--tokenizer={path}: {error.strerror}") from error
-    Tokenizer(blob)
-    return blob
-
-
-# Flags of a command: {name: (default, help)}; a default gives the type, a tuple the choices, its
-# first is the default.
 TRAINED = {"tokenizer": ("", "a tokenizer.json; without it one is trained"),
-           "phrases": (-1, "of a trained tokenizer: phrases; -1: a 16th of --vocab_size"),
            "workers": (os.cpu_count(), "processes")}
 FLAGS = {demo: {}, verify: {}, docs: TRAINED | {
     "name": ("", "writes data/NAME"),
@@ -572,7 +529,7 @@ FLAGS = {demo: {}, verify: {}, docs: TRAINED | {
     "name": ("fineweb", "writes data/NAME"),
     "vocab_size": (16384, "of a trained tokenizer: tokens in all"),
     "text_rule": (("nmt_nfkc", "raw"), "what is done to the text before anything is counted"),
-    "train_tokens": (8e9, "training tokens to write, at least"),
+    "train_tokens": (8e9, "training tokens to write, or a little more"),
     "keep_documents": (False, "the text stays in data/documents, for another --name and tokenizer"),
 }}
 
@@ -585,13 +542,7 @@ def main():
         add.set_defaults(run=run)
         if run in (docs, verify):
             add.add_argument("paths", nargs="+", metavar="PATH" if run is docs else "NAME")
-        for name, (default, text) in flags.items():
-            how = {"default": default, "type": type(default)}
-            if isinstance(default, tuple):
-                how = {"default": default[0], "choices": default}
-            if default is False:
-                how = {"action": "store_true"}
-            add.add_argument(f"--{name}", help=text, **how)
+        add.add_flags(flags)
     args = parser.parse_args()
     if args.run in (docs, fineweb):
         taken = args.name in {"demo", "documents", "fineweb", "synthetic"} - {args.run.__name__}
@@ -601,17 +552,12 @@ def main():
         enough = args.workers > 0 and 0 < getattr(args, "train_tokens", 1) < 1e15
         if not (enough and args.vocab_size < 65536):
             raise BadInput("--workers, --train_tokens: at least 1; --vocab_size: at most 65535")
-        if args.phrases < 0:
-            args.phrases = args.vocab_size // 16
-        args.blob = read_tokenizer(args.tokenizer)
+        args.blob = args.tokenizer and Path(args.tokenizer).read_bytes()
+        if args.blob:
+            Tokenizer(args.blob)   # is it one?
         TEXT_RULES[args.text_rule]("")   # is its package there?
     args.run(args)
 
 
-def end_at_once(*_):
-    sys.exit(143)   # as the shell says it of SIGTERM; what is unfinished is removed on the way
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, end_at_once)
     sys.exit(command(main))

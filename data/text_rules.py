@@ -1,16 +1,12 @@
 """Text rules: text -> text, before anything is counted: `raw`, or the leaderboard's `nmt_nfkc`."""
 import functools
 
-from data.dataset import BadInput
+from data.dataset import package
 
 
 @functools.cache
 def _normalizer():
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise BadInput("nmt_nfkc needs: pip install sentencepiece   (or --text_rule=raw)") from error
-    return sentencepiece.SentencePieceNormalizer(
+    return package("sentencepiece", "--text_rule=nmt_nfkc (not =raw)").SentencePieceNormalizer(
         rule_name="nmt_nfkc", add_dummy_prefix=False, escape_whitespaces=False,
         remove_extra_whitespaces=True)
 

@@ -67,7 +67,7 @@ class Tokenizer:
 
     tokenizer.json is {"format": 2, "name": str, "pieces": [str of Latin-1 characters, a byte each],
     "phrases": [[left token, right token], ...]}; pieces are of at most 64 bytes, phrases of at most
-    128. .pieces[token] is the bytes that the token stands for, before restore_case;
+    128. .pairs (phrases, 2) are those of .first_phrase and on. .pieces[token] is the bytes that the token stands for, before restore_case;
     .text_bytes[token] how many bytes of text are in it, for a marker is none: summed over the
     tokens of a text, the UTF-8 bytes of the text.
     """
@@ -84,28 +84,26 @@ class Tokenizer:
                            *(piece.encode("latin-1") for piece in spec["pieces"])]
             self.first_phrase = len(self.pieces)
             self.vocab_size = self.first_phrase + len(spec["phrases"])
-            if len({*self.pieces}) != self.first_phrase or self.vocab_size > 65535:
-                raise ValueError("repeated pieces, or more than 65,535 tokens")
-            if max(map(len, self.pieces)) > MAX_PIECE_BYTES:
-                raise ValueError(f"a piece is longer than {MAX_PIECE_BYTES} bytes")
+            longest = max(map(len, self.pieces))
+            if len({*self.pieces}) < self.first_phrase or longest > MAX_PIECE_BYTES or self.vocab_size > 65535:
+                raise ValueError(f"a piece twice or above {MAX_PIECE_BYTES} bytes, or more than 65,535 tokens")
             for left, right in spec["phrases"]:
-                if not (0 < left < len(self.pieces) and 0 < right < len(self.pieces)):
-                    raise ValueError(f"phrase {len(self.pieces)} is not of earlier tokens")
-                self.pieces.append(self.pieces[left] + self.pieces[right])
-                if len(self.pieces[-1]) > MAX_PHRASE_BYTES:
-                    raise ValueError(f"phrase {len(self.pieces) - 1} is longer than {MAX_PHRASE_BYTES} bytes")
+                phrase = self.pieces[left] + self.pieces[right]
+                if min(left, right) < 1 or len(phrase) > MAX_PHRASE_BYTES:
+                    raise ValueError(f"phrase {len(self.pieces)} is no two tokens of {MAX_PHRASE_BYTES} bytes in all")
+                self.pieces.append(phrase)
             ranks = {piece: token for token, piece in enumerate(self.pieces[1:self.first_phrase], 1)}
             # tiktoken is twice as fast with a special token than with none; "A" is never in its
             # text.
             self.bpe = tiktoken.Encoding("nanogolf", pat_str=PATTERN, mergeable_ranks=ranks,
                                          special_tokens={"A": 65536})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             what = f"{type(error).__name__}: {error}"
             raise BadInput(f"tokenizer.json: damaged or not ours ({what:.200})") from error
         text_bytes = [len(piece.translate(None, b"CUL")) for piece in self.pieces]
         self.text_bytes = np.array(text_bytes, dtype=np.uint8)
-        pairs = np.array(spec["phrases"], dtype=np.int64).reshape(-1, 2)
-        keys = np.append(pairs[:, 0] << 16 | pairs[:, 1], 1 << 32)   # the last one ends every search
+        self.pairs = np.array(spec["phrases"], dtype=np.int64).reshape(-1, 2)
+        keys = np.append(self.pairs @ [1 << 16, 1], 1 << 32)   # the last one ends every search
         self.phrases = np.argsort(keys, kind="stable")
         self.keys = keys[self.phrases]
 
@@ -125,12 +123,11 @@ class Tokenizer:
         on short texts."""
         boundary = np.zeros(1, dtype=np.uint32)
         parts = [boundary]
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise BadInput(f"text holds a lone surrogate at character {error.start}") from error
-            parts += [self.bpe.encode_to_numpy(lower_case(text), disallowed_special=()), boundary]
+        try:
+            for text in map(lower_case, texts):
+                parts += [self.bpe.encode_to_numpy(text, disallowed_special=()), boundary]
+        except UnicodeEncodeError as error:
+            raise BadInput(f"text holds a lone surrogate at character {error.start}") from error
         tokens = np.concatenate(parts).astype(np.int64)
         none = [self.vocab_size]
         phrase = self.phrase_of(tokens[:-1], tokens[1:])   # of each pair of neighbours

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from data.dataset import BadInput
+from data.dataset import BadInput, package
 from data.tokenizer import MAX_PHRASE_BYTES, MAX_PIECE_BYTES, NO_TOKEN, PATTERN, Tokenizer, lower_case
 
 SAMPLE_BYTES = 1_000_000_000   # of text that the pieces are trained on, at most
@@ -15,22 +15,16 @@ PHRASE_BYTES = 60_000_000      # of text that the phrases are counted on, at mos
 TRAINING_PATTERN = PATTERN.replace("+", "{1,256}")
 
 
-def train_tokenizer(texts, vocab_size, n_phrases, name):
+def train_tokenizer(texts, vocab_size, name):
     """Function () -> iterator of texts (after the text rule) -> tokenizer.json of vocab_size
-    tokens, phrases included.
+    tokens, a 16th of them phrases.
 
     The pieces come from a BPE within chunks, then the phrases from counting neighbours. The same
     texts, the same bytes.
     """
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise BadInput("training a tokenizer needs: pip install tokenizers   (or --tokenizer=FILE)") from error
-    n_bytes = 256 - len(NO_TOKEN)
-    n_pieces = vocab_size - 1 - n_bytes - n_phrases
-    if n_pieces < 1:
-        raise BadInput(f"--vocab_size={vocab_size}: too small for {n_bytes + 1} single tokens and "
-                       f"{n_phrases} phrases")
+    tokenizers = package("tokenizers", "training a tokenizer (not --tokenizer=FILE)")
+    n_phrases = vocab_size // 16
+    n_pieces = vocab_size - 1 - (256 - len(NO_TOKEN)) - n_phrases
     # ByteLevel writes a byte as the character that it is in Latin-1, or one from 256 on if that is
     # not to be seen.
     others = itertools.count(256)
@@ -43,24 +37,23 @@ def train_tokenizer(texts, vocab_size, n_phrases, name):
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(TRAINING_PATTERN), "isolated"),
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=256 + n_pieces, initial_alphabet=list(byte_of), max_token_length=MAX_PIECE_BYTES,
+        vocab_size=256 + max(n_pieces, 0), initial_alphabet=list(byte_of), max_token_length=MAX_PIECE_BYTES,
         show_progress=False)
     bpe.train_from_iterator(map(lower_case, at_most(SAMPLE_BYTES, texts())), trainer)
     vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     pieces = [bytes(map(byte_of.get, piece)).decode("latin-1") for piece, _ in vocab if len(piece) > 1]
-    if len(pieces) != n_pieces:
-        raise BadInput(f"--vocab_size={vocab_size}: the text gives only {len(pieces):,} of {n_pieces:,} pieces")
     spec = {"format": 2, "name": name, "pieces": pieces, "phrases": []}
     tokenizer = Tokenizer(to_json(spec))
     docs = tokenizer.encode_batch(at_most(PHRASE_BYTES, texts()))
     spec["phrases"] = find_phrases(tokenizer, docs, n_phrases)
-    if len(spec["phrases"]) < n_phrases:
-        raise BadInput(f"--phrases={n_phrases}: the text gives only {len(spec['phrases'])}")
+    found = tokenizer.vocab_size + len(spec["phrases"])
+    if found != vocab_size:
+        raise BadInput(f"--vocab_size={vocab_size}: single bytes and what the text gives are {found} tokens")
     return to_json(spec)
 
 
 def find_phrases(tokenizer, docs, n_phrases):
-    """Token arrays of documents -> [[left, right], ...]: the most frequent pairs of whole chunks,
+    """Token arrays of documents -> [(left, right), ...]: the most frequent pairs of whole chunks,
     greedily as in BPE.
 
     Only whole chunks are counted: a phrase that ends in half a word ("of the" + "ory") would break
@@ -80,7 +73,7 @@ def find_phrases(tokenizer, docs, n_phrases):
         pairs, counts = np.unique(left[whole] << 16 | right[whole], return_counts=True)
         used = set()   # a round takes pairs without a common token, so that their counts stay true
         for index in np.lexsort((pairs, -counts))[:n_phrases - len(phrases)]:
-            pair = [int(pairs[index]) >> 16, int(pairs[index]) & 0xFFFF]
+            pair = divmod(int(pairs[index]), 1 << 16)
             if used & {*pair}:
                 break
             used |= {*pair}
