@@ -140,12 +140,9 @@ class Sliding:
         # A place that is not of the document is far from all queries, by a dimension of its own.
         far = torch.where(self.known(k.size(1)), 0.0, -1e4)[..., None].to(k.dtype)
         q, k = F.pad(q, (0, 1), value=1.0), torch.cat([k, far], -1)
-        logits = self.logits(hidden).view(*tokens.shape, -1)
+        logits = self.model.logits(hidden).view(*tokens.shape, -1)
         p = self.model.mixture(logits, q, k, sink[..., 0], gate[..., 0], text)
         return p.clamp(min=1e-37).log() - 30 * self.never[tokens]  # not more, lest input is altered
-
-    def logits(self, hidden):
-        return self.model.logits(hidden)
 
     def known(self, n):
         """-> (B, n) bool: which of the last n places, the chunk's at their end, are of the
@@ -193,20 +190,17 @@ class Adaptive(Sliding):
     def __init__(self, model, tokenizer, device):
         super().__init__(model, tokenizer, device)
         self.new = {}  # adapters at a document's start
-        self.random = torch.Generator().manual_seed(0)
-        for visit in range(len(block_order(model.cfg, True))):
-            for name in self.targets:
-                self.add_adapter((name, visit), getattr(model, name)[0])
-        self.add_adapter(("head", 0), model.embed.weight)
+        random = torch.Generator().manual_seed(0)
+        places = [(name, visit) for visit in range(len(block_order(model.cfg, True))) for name in self.targets]
+        for name, visit in (*places, ("embed", 0)):
+            W = model.embed.weight if name == "embed" else getattr(model, name)[0]
+            n_out, n_in = W.shape
+            A = torch.rand(n_in, self.rank, generator=random) * 2 - 1
+            self.new["A", name, visit] = (A * n_in ** -0.5).to(device)
+            self.new["B", name, visit] = torch.zeros(self.rank, n_out, device=device)
         self.learned = {key: x.repeat(self.slots, 1, 1) for key, x in self.new.items()}
         self.squares = [torch.zeros_like(x) for x in self.learned.values()]  # mean, of gradients
         model.linear = self.linear
-
-    def add_adapter(self, key, W):
-        n_out, n_in = W.shape
-        A = torch.rand(n_in, self.rank, generator=self.random) * 2 - 1
-        self.new["A", key] = (A * n_in ** -0.5).to(self.device)
-        self.new["B", key] = torch.zeros(self.rank, n_out, device=self.device)
 
     def predict(self, fresh, inputs):
         again = torch.from_numpy(fresh).to(self.device)[:, None, None]
@@ -216,23 +210,15 @@ class Adaptive(Sliding):
         self.answer = super().predict(fresh, inputs)
         return self.answer.detach()
 
-    def adapt(self, x, y, key):
-        """x (N, in), y (N, out) -> y + x A B, each slot by its own."""
-        A = self.learned["A", key].to(x.dtype)
-        B = self.learned["B", key].to(x.dtype)
-        return y + (x.view(self.slots, self.chunk, -1) @ A @ B).view(y.shape)
-
     def linear(self, x, W, name, layer, visit):
+        """x (N, in), W (out, in) -> x W^T + x A B (N, out), where there are A and B: each slot's own."""
         y = F.linear(x, W)
-        if name not in self.targets:
+        if ("A", name, visit) not in self.learned:
             return y
-        return self.adapt(x * (layer + 1) ** -0.5, y, (name, visit))  # W has the norm's scale in it
-
-    def logits(self, hidden):
-        softcap = self.model.cfg.softcap
-        z = F.linear(hidden, self.model.embed.weight.to(hidden.dtype))
-        z = self.adapt(hidden, z, ("head", 0)).float()
-        return softcap * torch.tanh(z / softcap)
+        A = self.learned["A", name, visit].to(x.dtype)
+        B = self.learned["B", name, visit].to(x.dtype)
+        x = x.view(self.slots, self.chunk, -1) * (layer + 1) ** -0.5  # W has the norm's scale in it
+        return y + (x @ A @ B).view(y.shape)
 
     def learn(self, targets, real):
         targets = torch.from_numpy(targets).to(self.device)[..., None]

@@ -660,14 +660,14 @@ def zstd_long(data):
 
 
 def test_docs_reads_every_kind_of_file_to_the_same_documents(tmp_path, monkeypatch):
-    def prepared(name, data, *flags):
+    def prepared(name, data):
         write(tmp_path / name, data)
-        return prepare_docs(monkeypatch, tmp_path, tmp_path / name, *flags, name=f"{name}-")["files"]
+        key = "--text_key=x"
+        return prepare_docs(monkeypatch, tmp_path, tmp_path / name, key, name=f"{name}-")["files"]
 
-    plain = jsonl(words(60, 4))
+    plain = jsonl(words(60, 4), "x")
     lines = plain.splitlines(keepends=True)
     expected = prepared("a.jsonl", plain)
-    assert prepared("b.jsonl", plain.replace(b"text", b"x"), "--text_key=x") == expected
     assert prepared("B.JSONL", b"\xef\xbb\xbf" + plain[:-1].replace(b"\n", b"\r\n")) == expected
     for name, data in {"c.jsonl.gz": b"".join(map(gzip.compress, lines)),
                        "d.jsonl.zst": b"".join(map(zstandard.compress, lines)),
@@ -918,11 +918,6 @@ def test_ledger_accounts_for_every_byte_and_says_when_the_cap_is_far(alone):
     assert 0.3e-4 < expected < 1.5e-4  # the best is 1e-4
 
 
-def test_an_artifact_that_does_not_load_as_it_was_packed_is_no_artifact(alone):
-    with pytest.raises(RuntimeError, match="does not load as it was packed"):
-        pack.verify(str(alone / "one/artifact.pyz"), "another")
-
-
 def test_file_ends_within_a_twentieth_percent_below_the_cap_and_is_reproducible(run):
     files = []
     for _ in range(2):
@@ -1110,20 +1105,14 @@ def test_a_cached_token_sees_what_training_saw_of_its_own_document_only():
 
 
 def test_adaptive_learns_from_what_was_scored_and_each_document_for_itself():
-    text, graphs = random_text([9] * 17, repeats=8), []
-    fixed, learns, whole = (small(eval_bpb.Adaptive) for _ in range(3))
+    text = random_text([9] * 17, repeats=8)
+    fixed, learns, fresh = (small(eval_bpb.Adaptive) for _ in range(3))
     fixed.lr = 0.0
     fixed, learned = score(fixed, text)[16], score(learns, text)[16]  # in a slot that another has used
-    assert learned[:whole.chunk].tolist() == fixed[:whole.chunk].tolist()  # nothing is known before it is scored
+    assert learned[:fresh.chunk].tolist() == fixed[:fresh.chunk].tolist()  # nothing is known before it is scored
     assert learned[-36:].sum() < fixed[-36:].sum() - 3
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    whole.forward = torch.compile(whole.forward, fullgraph=True, backend=backend, dynamic=False)
-    alone = score(whole, eval_bpb.Text(text.streams[16:], 40))[0]
-    assert alone.tolist() == pytest.approx(learned.tolist(), abs=1e-4) and len(graphs) == 1
+    alone = score(fresh, eval_bpb.Text(text.streams[16:], 40))[0]
+    assert alone.tolist() == pytest.approx(learned.tolist(), abs=1e-4)
 
 
 def test_no_pair_that_is_thought_impossible_is_ever_written():
@@ -1186,7 +1175,7 @@ def test_audited_strangers_prove_their_score_or_have_none(judge, dataset, tmp_pa
     assert result["val_tokens"] == sum(len(Tokenizer(DEMO).encode(text)) + 1 for text in TEXTS)
     monkeypatch.setattr(proof, "PATIENCE", 1.0)
     sleeps = "self.seen = getattr(self, 'seen', 0) + 1; self.seen > self.rounds + 1 and time.sleep(999)"
-    assert "it took more than" in judge(sleeps)[1]["audit"]["replay"]
+    assert "no answer" in judge(sleeps)[1]["audit"]["replay"]
     demo = shutil.copytree(dataset, tmp_path / "demo")
     write(demo / "meta.json", (demo / "meta.json").read_text().replace('"odd"', '"demo"'))
     _, result, said = judge(HONEST, data=demo)
@@ -1310,11 +1299,10 @@ def test_files_that_a_child_could_read_are_dropped_from_memory(tmp_path, monkeyp
 
 
 HARM = {
-    "raise ValueError('no\x1b\\nval_bpb: 1')": r"its code says .ValueError: no\\x1b val_bpb: 1",
+    "raise ValueError('no\x1b\\nval_bpb: 1')": r"its code says b.ValueError: no\\x1b\\nval_bpb: 1",
     "os._exit(3)": "exit code 3",
     "self.hoard = np.ones(1 << 40)": "llocate",
-    "while True: os.write(2, b'x' * 4096)": "wrote more than",
-    "while True: os.write(int(max(os.listdir('/proc/self/fd'), key=int)) - 1, b'x' * 4096)": "sent a frame|exit code",
+    "while True: os.write(int(max(os.listdir('/proc/self/fd'), key=int)) - 1, b'x' * 4096)": "exit code",
     "logits = logits[0]": "must return logits",
     "logits[0, 0, 5] = -np.inf": "not finite",
     "os.kill(0, 9)": "exit code 137",
@@ -1438,7 +1426,7 @@ machine-path | run.sh | | cd /home/ann/data
 plain-source | train_gpt.py | LR | exec
 review-limit: check_json | submission.json | | {
 json: blurb | submission.json | "faster" | ""
-date | submission.json | 2026-01-02 | 2020-01-01
+folder-name | submission.json | 2026-01-02 | 2020-01-01
 log: val_bpb is -1 | train_seed2.log | val_bpb: 1.2002 | val_bpb: -1
 log: facts | train_seed2.log | steps: 5000 | steps: ?
 log: train_seconds 599.0 | train_seed2.log | train_seconds: 599.5 | train_seconds: 9.5
@@ -1456,18 +1444,15 @@ track: ran on | train_seed2.log | 8 x NVIDIA H100 | 8 x A100
 track: over 600 | train_seed2.log | train_seconds: 599.5 | train_seconds: 601.5
 track: over 600 | train_seed2.log | eval_seconds: 400 | eval_seconds: 602
 track: documents | train_seed2.log | "val_docs": 50000 | "val_docs": 10000
-track: 164594398 | train_seed2.log | 151078222 | 164594398
-arithmetic | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.2
-byte-count | train_seed2.log | val_bpb:1.21 | val_bpb:1.03
-odd-score: best | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.03
+track: 164594398 | train_seed2.log | 40540160, "val_bytes": 151078222 | 44167075, "val_bytes": 164594398
+log: is not val_loss | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.2
 proof: mode trusted | train_seed2.log | "own" | "trusted"
-proof: replay: FAIL | train_seed2.log | pass | FAIL
+proof: 'replay': 'FAIL | train_seed2.log | pass | FAIL
 proof: mode own | train_seed2.log | "replay": "pass: 9,200 places" |
 source-hash | train_gpt.py | 02 | 03
 source-hash | more.py | | 
 judge | data/tokenizer.py | | 
 judge | eval_bpb.py | | # another
-commit | submission.json | "commit": " | "commit": "0
 parent | submission.json | "parent": null | "parent": "nobody"
 parent | submission.json | "parent": null | "parent": "2026-01-02_good"
 significance | submission.json | "parent": null | "parent": "known"
@@ -1502,8 +1487,6 @@ def test_every_rule_finds_what_breaks_it_and_a_good_record_is_clean(tmp_path, mo
     for i in range(400):
         write(folder / f"{i}.txt", "")
     broken("review-limit: 400 files")
-    folder = folder.rename(folder.parent / "my record")
-    broken("folder-name")
     assert rules.RULES.keys() == seen
 
 
@@ -1613,7 +1596,7 @@ def test_the_leaderboard_is_up_to_date_and_nothing_breaks_out_of_its_cells(tmp_p
     text = submit.leaderboard(tmp_path / "records")
     assert text.index("[best]") < text.index("[worse]")
     assert ("\n| 1.1 | 0.0001 | 3 | [best](track_10min_16mb/2026-01-02_best/README.md) "
-            "| A?&lt;b&gt; ?x?(y) | 2026-01-02 | ") in text
+            "| A??b???x?(y) | 2026-01-02 | ") in text
 
 
 STUBS = {  # a repository whose commands take no time

@@ -23,7 +23,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 import zipfile
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -872,10 +871,9 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, cfg, compiled=False):
     """-> Muon, AdamW. Each group holds its peak_lr; no parameter is left out."""
-    matrix = {"weight_decay": cfg.matrix_wd, "peak_lr": cfg.matrix_lr}
-    muon = Muon([{"params": [model.down, model.up, model.o], "rows": None, **matrix},
-                 {"params": [model.qkv], "rows": model.qkv_sizes, **matrix},
-                 {"params": [model.copy], "rows": [cfg.copy_dim] * 3, **matrix}], {})
+    rows = {"qkv": model.qkv_sizes, "copy": [cfg.copy_dim] * 3}
+    muon = Muon([{"params": [getattr(model, name)], "rows": rows.get(name), "peak_lr": cfg.matrix_lr,
+                  "weight_decay": cfg.matrix_wd} for name in model.MATRICES], {})
     if compiled:
         muon.orthogonalize = torch.compile(orthogonalize, dynamic=False, fullgraph=True)
     others = (*model.MATRICES, "embed.weight")
@@ -918,8 +916,6 @@ def join_ranks(cfg):
         raise ValueError(f"--batch_tokens={cfg.batch_tokens} is {n_rows} rows of --row_tokens="
                          f"{cfg.row_tokens}, which {world_size} ranks cannot share evenly")
     if world_size > 1:
-        # torch 2.13 renames collectives that 2.11 has.
-        warnings.filterwarnings("ignore", category=FutureWarning)
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     if kind != "cuda":
         return torch.device(kind)

@@ -2,7 +2,9 @@
 what is revealed.
 
 The judge talks to a Remote as to any predictor: predict, learn. A Remote talks to serve(), the
-judge's own end of the pipe, in the child: frames of 4 bytes of name, 8 bytes of length, content.
+judge's own end of the pipe, in the child. Both know how long each message is: b"p", inputs, fresh
+asks for logits, b"l", targets, real to learn; the answer is b"=" and the logits or nothing, or b"!"
+and what went wrong.
 
 The sandbox is bubblewrap's (0.8 or newer; the package `bubblewrap` of Debian and Ubuntu):
 namespaces of its own for files, processes, users, network and what processes share. All files it
@@ -13,7 +15,6 @@ remembers by itself: timing, and the memory of a GPU.
 import importlib
 import inspect
 import json
-import math
 import os
 import platform
 import select
@@ -31,11 +32,11 @@ import torch
 
 from data.dataset import BadInput
 
-PYTHON = [sys.prefix, sys.base_prefix, str(Path(torch.__file__).parents[1])]  # the last holds the packages
+PYTHON = [sys.prefix, sys.base_prefix, str(Path(torch.__file__).parents[1])]  # the last: packages
 READABLE = ["/usr", "/lib", "/lib64", "/bin", *PYTHON, *map(os.path.realpath, PYTHON)]  # by the child
-ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")  # it is given
-STDERR_BYTES = 1 << 20  # that it may write
-STDERR_LINES = 20  # of them that are shown
+ENVIRONMENT = {"PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+               "GOMP_SPINCOUNT"}  # it is given
+STDERR_LINES = 20  # of what it writes there that are shown
 
 # What the mounts leave open, by processor: its name to seccomp, then socket, socketpair; ptrace,
 # process_vm_readv and _writev; syslog; add_key, request_key, keyctl; io_uring_setup; what tells or
@@ -47,13 +48,6 @@ DENIED = {
 }
 
 
-def quoted(data: bytes, most: int) -> str:
-    """What a child says, as Python would write it: nothing in it can make a terminal show something
-    else."""
-    text = " ".join(data.decode("utf-8", "replace").split())
-    return repr(text if len(text) <= most else text[:most] + "...")
-
-
 def reachable(folder: Path) -> str:
     """-> what a child may read that holds the folder, or ""."""
     real = os.path.realpath(folder)
@@ -63,9 +57,9 @@ def reachable(folder: Path) -> str:
 def forget_files() -> None:
     """Drops the files that a child may read from memory, lest one child tells the next by which of
     them are there."""
-    roots = sorted({os.path.realpath(path) + os.sep for path in READABLE})
-    for i, root in enumerate(roots):
-        inside = any(root.startswith(other) for other in roots[:i])
+    roots = {os.path.realpath(path) for path in READABLE}
+    for root in roots:
+        inside = not roots.isdisjoint(map(str, Path(root).parents))
         for _, _, names, folder in os.fwalk(root) if not inside else ():
             for name in names:
                 with suppress(OSError):
@@ -108,33 +102,37 @@ def sandbox(artifact: Path) -> list[str]:
 
 class Child:
     """A command in the sandbox, or unconfined in the artifact's folder. close() returns when
-    nothing of it is left."""
+    nothing of it is left. One that was never started may be killed and closed, too."""
+
+    process = first = None
 
     def __init__(self, artifact: Path, command: list, env: dict, confined: bool = True):
         calls, calls_in = os.pipe()
         info, info_in = os.pipe()
-        words = [*sandbox(artifact), "--seccomp", str(calls), "--info-fd", str(info_in), "--"] if confined else []
+        words = [*sandbox(artifact), "--seccomp", str(calls), "--info-fd", str(info_in), "--"]
         os.write(calls_in, filter_calls() if confined else b"")
         os.close(calls_in)
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self.process = subprocess.Popen([*words, *command], cwd=artifact.parent, env=env, start_new_session=True,
-                                        pass_fds=(calls, info_in), **pipes)
+        self.process = subprocess.Popen(
+            [*words, *command] if confined else command, cwd=artifact.parent, env=env,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True, pass_fds=(calls, info_in))
         os.close(calls)
         os.close(info_in)
         with open(info) as file:
             said = file.read() if confined else ""
-        self.first = os.pidfd_open(json.loads(said)["child-pid"]) if said else None  # of the sandbox's processes
+        if said:
+            self.first = os.pidfd_open(json.loads(said)["child-pid"])  # of the sandbox's processes
 
     def kill(self):
-        with suppress(OSError):
-            if self.first is not None:
-                signal.pidfd_send_signal(self.first, signal.SIGKILL)  # the kernel kills the others
-            else:
+        """The kernel kills the sandbox's processes when bubblewrap dies."""
+        if self.process and self.process.returncode is None:  # else its number may be another's
+            with suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self):
         self.kill()
-        self.process.wait()
+        if self.process:
+            self.process.wait()
         if self.first is not None:
             select.select([self.first], [], [])
 
@@ -146,149 +144,106 @@ def lacking() -> str:
     child = Child(Path(sys.executable), ["true"], {})
     _, said = child.process.communicate()
     child.close()
-    return f"bubblewrap that works: {quoted(said, 200)}" if child.process.returncode else ""
+    return f"bubblewrap that works: {said!r:.200}" if child.process.returncode else ""
 
 
 # ---- both ends of the pipe
 
 
-def send(pipe, name: bytes, *arrays) -> None:
-    parts = [memoryview(np.ascontiguousarray(a)).cast("B") for a in arrays if a.size]
-    pipe.write(struct.pack("<4sQ", name, sum(part.nbytes for part in parts)))
-    for part in parts:
-        pipe.write(part)
-    pipe.flush()
-
-
-def receive(pipe, limits: dict) -> tuple[bytes, bytearray]:
-    """-> (name, content) of the next frame. limits: {name: most bytes}. Raises EOFError at the end,
-    else ValueError."""
-    header = pipe.read(12)
-    if len(header) < 12:
-        raise EOFError
-    name, size = struct.unpack("<4sQ", header)
-    if size > limits.get(name, -1):
-        raise ValueError(f"a frame {name!r} of {size} bytes where {limits} may come")
-    content = bytearray(size)
-    if pipe.readinto(content) < size:
-        raise EOFError
-    return name, content
-
-
-def serve(name: str, device: str, memory: int) -> None:
-    """The child's side of Remote, until its stdin ends. Prints go to stderr. memory: bytes at most;
-    0: no limit."""
+def serve(name: str, device: str, vocab_size: int) -> None:
+    """The child's side of Remote, until its stdin ends. Prints go to stderr."""
     import resource
-    import traceback
     resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # to one byte, for an empty core would go through a pipe
-    if memory:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    if device == "cpu":
+        half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # of the memory
+        resource.setrlimit(resource.RLIMIT_DATA, (half, half))
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+
+    def answer(sign, content=b""):
+        answers.write(sign)
+        answers.write(content)
+        answers.flush()
     try:
         sys.path[:0] = ["artifact.pyz"]
         predictor, name = importlib.import_module("eval_bpb").build("artifact.pyz", name, device)
-        shape = int(predictor.slots), int(predictor.chunk)
-        send(answers, b"open", np.array(shape), np.frombuffer(name.encode()[:64], np.uint8))
-        while True:
-            ask, content = receive(requests, {b"pred": 1 << 40, b"lern": 1 << 40})
-            tokens = np.frombuffer(content, np.int64, shape[0] * shape[1]).reshape(shape)
-            flags = np.frombuffer(content, bool, offset=tokens.nbytes)
-            if ask == b"pred":
-                send(answers, b"logi", predictor.predict(flags, tokens).detach().float().cpu().numpy())
-            else:
-                predictor.learn(tokens, flags.reshape(shape))
-                send(answers, b"done")
-    except EOFError:
-        pass
+        B, T = int(predictor.slots), int(predictor.chunk)
+        answer(b"=", struct.pack("<qq64s", B, T, name.encode()))
+        while ask := requests.read(1):
+            tokens = np.frombuffer(bytearray(requests.read(8 * B * T)), np.int64).reshape(B, T)
+            flags = np.frombuffer(bytearray(requests.read(B if ask == b"p" else B * T)), bool)
+            if ask == b"l":
+                predictor.learn(tokens, flags.reshape(B, T))
+                answer(b"=")
+                continue
+            logits = predictor.predict(flags, tokens).detach().float().cpu().numpy()
+            if logits.shape != (B, T, vocab_size):
+                raise ValueError(f"predict() must return logits {B, T, vocab_size}, not {logits.shape}")
+            answer(b"=", memoryview(np.ascontiguousarray(logits)).cast("B"))
     except BaseException as e:
-        last = traceback.extract_tb(e.__traceback__)[-1]
-        words = f"{type(e).__name__}: {str(e)[:500]} ({last.filename}:{last.lineno}: {last.line})"
-        send(answers, b"bad!", np.frombuffer(words.encode()[:1 << 12], np.uint8))
+        answer(b"!", f"{type(e).__name__}: {e}".encode()[:4096])
+        raise
 
 
-class Remote:
+class Remote(Child):
     """A predictor in a child process: predict and learn send it what is revealed, no more.
 
-    The child is told no path but those of Python, and runs serve() before any code of the artifact.
+    The child, which open() starts, is told no path but those of Python, and runs serve() before any
+    code of the artifact.
     """
 
     def __init__(self, artifact: Path, device: str, vocab_size: int, confined: bool):
         self.artifact, self.device, self.vocab_size = artifact, device, vocab_size
         self.confined = confined
-        self.child = self.timer = None
-        self.why = ""  # it was killed
 
     def open(self, name: str, seconds: float = 0) -> str:
         """Starts the child, which ends after `seconds`; 0: never -> the predictor's name. From then
         on .slots and .chunk are known."""
         folder = "/tmp" if self.confined else str(self.artifact.parent)
-        env = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
+        env = {key: os.environ[key] for key in ENVIRONMENT & os.environ.keys()}
         env |= {"HOME": folder, "TMPDIR": folder, "USER": "nobody", "PYTHONPATH": PYTHON[-1]}
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-        code = ["import importlib, os, struct, sys", "import numpy as np",
-                *map(inspect.getsource, (send, receive, serve)),
-                f"serve({name!r}, {self.device!r}, {memory if self.device == 'cpu' else 0})"]
-        command = [sys.executable, "-c", "\n".join(code)]
-        self.child = Child(self.artifact, command, env, self.confined)
-        self.pipes = self.child.process
+        code = f"""import importlib, os, struct, sys
+import numpy as np
+{inspect.getsource(serve)}
+serve({name!r}, {self.device!r}, {self.vocab_size})"""
+        super().__init__(self.artifact, [sys.executable, "-c", code], env, self.confined)
         threading.Thread(target=self.show_stderr, daemon=True).start()
-        self.timer = threading.Timer(seconds, self.end, [f"took more than {seconds:.0f} s"])
+        self.timer = threading.Timer(seconds, self.kill)
+        self.timer.daemon = True
         if seconds:
             self.timer.start()
-        content = self.receive({b"open": 80})
-        self.slots, self.chunk = np.frombuffer(content[:16], np.int64).tolist()
-        return content[16:].decode("utf-8", "replace")
+        self.slots, self.chunk, said = struct.unpack("<qq64s", self.receive(80))
+        return said.rstrip(b"\0").decode("utf-8", "replace")
 
     def show_stderr(self):
-        size = lines = 0
-        while data := self.pipes.stderr.readline(1 << 12):
-            size += len(data)
+        lines = 0
+        while data := self.process.stderr.readline(1 << 12):
             lines += 1
             if lines <= STDERR_LINES:
-                print(f"artifact: {quoted(data, 60)}", file=sys.stderr)
-            if size > STDERR_BYTES and not self.why:
-                self.end(f"wrote more than {STDERR_BYTES} bytes to stderr")
+                print(f"artifact: {data!r:.60}", file=sys.stderr)
 
-    def end(self, why: str):
-        self.why = f": it {why}"
-        self.kill()
-
-    def kill(self):
-        if self.child:
-            self.child.kill()
-
-    def receive(self, limits: dict) -> bytearray:
-        try:
-            name, content = receive(self.pipes.stdout, limits | {b"bad!": 1 << 12})
-        except EOFError:
-            self.child.close()
-            code = self.pipes.returncode
-            raise BadInput(f"its process ended in the middle (exit code {code}{self.why})") from None
-        except ValueError as e:
-            raise BadInput(f"its process sent {e}") from None
-        if name == b"bad!":
-            raise BadInput(f"its code says {quoted(content, 240)}")
+    def receive(self, size: int) -> bytearray:
+        """The answer, of so many bytes."""
+        sign = self.process.stdout.read(1)
+        if sign == b"!":
+            raise BadInput(f"its code says {self.process.stdout.read(4096)!r:.240}")
+        content = bytearray(size)
+        if sign != b"=" or self.process.stdout.readinto(content) < size:
+            self.close()
+            raise BadInput(f"no answer from its process: exit code {self.process.returncode}; it had "
+                           f"{self.timer.interval:.0f} s (0: any time)")
         return content
 
-    def ask(self, limits: dict, name: bytes, *arrays) -> bytearray:
-        if select.select([self.pipes.stdout], [], [], 0)[0] and self.pipes.stdout.peek(1):
-            raise BadInput("its process sent something before it was asked")
+    def ask(self, sign: bytes, tokens, flags, size: int) -> bytearray:
         with suppress(BrokenPipeError):  # then there is no answer either
-            send(self.pipes.stdin, name, *arrays)
-        return self.receive(limits)
+            self.process.stdin.write(sign + tokens.tobytes() + flags.tobytes())
+            self.process.stdin.flush()
+        return self.receive(size)
 
     def predict(self, fresh, inputs):
-        shape = (*inputs.shape, self.vocab_size)
-        content = self.ask({b"logi": 4 * math.prod(shape)}, b"pred", inputs, fresh)
-        if len(content) != 4 * math.prod(shape):
-            raise BadInput(f"predict() must return logits {shape}, not {len(content)} bytes")
-        return torch.frombuffer(content, dtype=torch.float32).view(shape)
+        B, T = inputs.shape
+        content = self.ask(b"p", inputs, fresh, 4 * B * T * self.vocab_size)
+        return torch.frombuffer(content, dtype=torch.float32).view(B, T, self.vocab_size)
 
     def learn(self, targets, real):
-        self.ask({b"done": 0}, b"lern", targets, real)
-
-    def close(self):
-        if self.child:
-            self.timer.cancel()
-            self.child.close()
+        self.ask(b"l", targets, real, 0)

@@ -1,5 +1,5 @@
 """Read run and record folders as data. Crashes cut these files, people edit them and strangers
-write them, so each is read with a size limit and every number is checked before use.
+write them, so every number is checked before use.
 
 What is known of one seed is called its facts: FACTS. submit.py writes them under the last `---` of
 the seed's log, one `key: JSON` a line; submission.json holds what summarise() makes of them, so
@@ -13,36 +13,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.dataset import BadInput
+from data.dataset import ROOT, BadInput, Parser
 
-ROOT = Path(__file__).resolve().parents[1]
 PER_RUN = {"seed", "run"}   # in which two runs of one experiment may differ
 NUMBERS = ("val_bpb", "val_loss", "artifact_bytes", "train_seconds", "eval_seconds", "steps",
            "tokens")
 SHARED = ("dataset", "config", "source_sha256", "environment")
-FACTS = {"seed": int, **dict.fromkeys(NUMBERS, (int, float)), "artifact_sha256": str, "mode": str,
-         "audit": dict, **dict.fromkeys(SHARED, dict)}
+OF_A_SEED = {**dict.fromkeys(NUMBERS, (int, float)), "artifact_sha256": str, "mode": str,
+             "audit": dict}
+FACTS = {"seed": int, **OF_A_SEED, **dict.fromkeys(SHARED, dict)}
+
+
+def flags_of(doc, many, **flags):
+    """A command's docstring, which describes its flags, what may be named many times, {flag:
+    default} -> its Parser."""
+    p = Parser(description=doc)
+    p.add_argument(many, nargs="*", help="see above")
+    for name, default in flags.items():
+        p.add_argument(f"--{name}", default=default, type=type(default), help="see above")
+    return p
 
 
 def is_number(x):
     """A finite int or float; bool is neither."""
     return type(x) in (int, float) and abs(x) <= sys.float_info.max
-
-
-def read_json(path):
-    """A JSON object in a file -> dict. BadInput names the file."""
-    try:
-        value = json.loads(path.read_bytes())
-        value.keys()
-        return value
-    except (OSError, ValueError, AttributeError, RecursionError) as e:
-        raise BadInput(f"{path}: {getattr(e, 'strerror', None) or f'no JSON object: {e}'}") from None
-
-
-def read_turn(run):
-    """The turn.json of the turn that started a run, {} of a run by hand."""
-    path = Path("runs/turns", Path(run).resolve().name.rpartition("_s")[0], "turn.json")
-    return read_json(path) if path.exists() else {}
 
 
 def part(value, key):
@@ -54,6 +48,26 @@ def part(value, key):
 def nats_per_bit(dataset):
     """Nats per token in one bit per byte."""
     return math.log(2) * dataset["val_bytes"] / dataset["val_tokens"]
+
+
+def read_json(path):
+    """File -> the JSON object in it, a dict. Raises BadInput."""
+    try:
+        found = json.loads(path.read_bytes())
+        return found | {}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: not a JSON object ({error})") from error
+
+
+def read_if_there(path):
+    """A JSON object in a file, {} where there is no file."""
+    return read_json(path) if path.exists() else {}
+
+
+def read_turn(run):
+    """The turn.json of the turn that started a run, {} of a run by hand."""
+    side = Path(run).resolve().name.rpartition("_s")[0]
+    return read_if_there(Path("runs/turns", side, "turn.json"))
 
 
 def read_metrics(folder):
@@ -69,20 +83,17 @@ def read_metrics(folder):
 
 
 def read_run(folder):
-    """A run folder -> its facts as far as they are there, what else score.json says, folder, and
-    end: the reason why it ended, None of a run that was killed."""
+    """A run folder -> its facts as far as they are there, and end: the reason why it ended, None of
+    a run that was killed."""
     latest = {row["kind"]: row for row in read_metrics(folder)}
     start = part(latest, "start")
-    path = Path(folder) / "score.json"
-    score = read_json(path) if path.exists() else {}
-    run = {**part(latest, "summary"), "val_bpb": None, "val_loss": None, **score}
-    for key in SHARED:
-        run[key] = part(start, key)
-    run["dataset"] |= part(score, "dataset")
-    run["seed"] = run["config"].get("seed")
-    run["eval_seconds"] = part(score, "phases").get("total")
+    score = read_if_there(Path(folder, "score.json"))
+    run = {**start, **part(latest, "summary"), "val_bpb": None, "val_loss": None, **score}
+    run["environment"] = start.get("environment")   # where it was trained, not where it was scored
+    run["seed"] = part(run, "config").get("seed")
+    run["eval_seconds"] = part(run, "phases").get("total")
     run["end"] = part(latest, "end").get("reason")
-    return {**run, "folder": Path(folder)}
+    return run
 
 
 def check_facts(facts):
@@ -91,24 +102,29 @@ def check_facts(facts):
         x = facts.get(key)
         if not isinstance(x, kind) or key in NUMBERS and not (is_number(x) and x > 0):
             raise ValueError(f"{key} is {x}")
-    nats_per_bit(facts["dataset"])
+    if abs(facts["val_loss"] / facts["val_bpb"] / nats_per_bit(facts["dataset"]) - 1) > 1e-5:
+        raise ValueError("val_bpb is not val_loss by the dataset's tokens and bytes")
 
 
 def summarise(seeds):
     """Facts of all seeds -> what submission.json says of them."""
     out = {key: seeds[0][key] for key in SHARED}
     out["config"] = {k: v for k, v in out["config"].items() if k not in PER_RUN}
+    scores = [facts["val_bpb"] for facts in seeds]
     out["hardware"] = str(out["environment"].get("device"))
-    for key in ("val_bpb", "val_loss"):
-        values = [facts[key] for facts in seeds]
-        out[key] = statistics.fmean(values)
-        out[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+    out["val_bpb"] = statistics.fmean(scores)
+    out["val_bpb_std"] = statistics.stdev(scores) if len(scores) > 1 else None
     out["bytes_total"] = max(facts["artifact_bytes"] for facts in seeds)
-    out["seed_results"] = {}
+    out["seed_results"] = rows = {}
     for facts in seeds:
-        row = {key: facts[key] for key in FACTS if key not in SHARED}
-        out["seed_results"][str(row.pop("seed"))] = row
+        rows[str(facts["seed"])] = {key: facts[key] for key in OF_A_SEED}
     return out
+
+
+def known_records(records=ROOT / "records"):
+    """{name: folder} of the records of this repository."""
+    paths = [*records.glob("track_*/*/submission.json")]
+    return {path.parent.name: path.parent for path in sorted(paths)}
 
 
 def find_entry(name):
@@ -120,20 +136,14 @@ def find_entry(name):
 
 
 def read_entry(name):
-    """A run or a record -> its SHARED facts and scores {seed: val_bpb}."""
+    """A run or a record -> what is known of it, and its scores {seed: val_bpb}."""
     folder = find_entry(name)
-    if not (folder / "submission.json").is_file():
-        run = read_run(folder)
-        return {**run, "scores": {str(run["seed"]): run["val_bpb"]}}
-    entry = read_json(folder / "submission.json")
+    entry = read_if_there(folder / "submission.json")
+    if not entry:
+        entry = read_run(folder)
+        return {**entry, "scores": {str(entry["seed"]): entry["val_bpb"]}}
     rows = part(entry, "seed_results")
     return {**entry, "scores": {seed: part(rows, seed).get("val_bpb") for seed in rows}}
-
-
-def known_records(records=ROOT / "records"):
-    """{name: folder} of the records of this repository."""
-    paths = [*records.glob("track_*/*/submission.json")]
-    return {path.parent.name: path.parent for path in sorted(paths)}
 
 
 def git(*args):
@@ -145,8 +155,8 @@ def git(*args):
 
 
 def committed(commit, name):
-    """The bytes of a file at a commit of this repository; None without such a commit or file."""
+    """The bytes of a file at a commit of this repository; b"" without such a commit or file."""
     try:
-        return git("show", f"{commit}:{name}") if re.fullmatch("[0-9a-f]{7,64}", commit) else None
+        return git("show", f"{commit}:{name}") if re.fullmatch("[0-9a-f]{7,64}", str(commit)) else b""
     except BadInput:
-        return None
+        return b""

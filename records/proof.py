@@ -23,7 +23,8 @@ def draw(sizes: dict, n: int) -> dict:
     ends = np.cumsum([*sizes.values()])
     drawn = np.sort(random.sample(range(ends[-1]), n))
     parts = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
-    found = [(doc, part - end + sizes[doc]) for doc, part, end in zip(sizes, parts, ends) if len(part)]
+    found = [(doc, part - end + sizes[doc]) for doc, part, end in zip(sizes, parts, ends)
+             if len(part)]
     random.shuffle(found)
     return dict(found)
 
@@ -33,7 +34,8 @@ def plan(text, places: dict, slots: int, chunk: int) -> list:
     none. A slot's places are asked in rising order: an earlier call shows no more than what
     precedes."""
     rounds = []
-    for docs, starts in text.deal({doc: each[-1] + 1 for doc, each in places.items()}, slots, chunk):
+    ends = {doc: each[-1] + 1 for doc, each in places.items()}
+    for docs, starts in text.deal(ends, slots, chunk):
         asked = np.zeros((slots, chunk), bool)
         for slot, doc in enumerate(docs):
             at = places.get(doc, starts[:0]) - starts[slot]
@@ -83,14 +85,15 @@ def prove(judge, scored, text, nats: dict, gather) -> str:
     gather()  # and what they left in memory
     sizes = {doc: len(each) for doc, each in nats.items()}
     n, n_targets = sum(sizes.values()), sum(text.sizes)
-    seconds = judge.phases.seconds["score"] + judge.phases.seconds["learn"]
-    n_rounds = sum(1 for _ in text.deal(sizes, scored.slots, scored.chunk))
+    spent = judge.phases.seconds
+    round_seconds = (spent["score"] + spent["learn"]) * scored.slots * scored.chunk / n
     # At the speed of scoring; about a quarter of the slots hold a place that a call asks.
-    affordable = judge.args.audit_seconds / seconds * n_rounds * scored.slots / 4
+    affordable = judge.args.audit_seconds / round_seconds * scored.slots / 4
     places = draw(sizes, min(n, math.ceil(max(affordable, DRAWS * n / n_targets))))
     rounds = plan(text, places, scored.slots, scored.chunk)
+    # Of predict and learn; in scoring two a round.
     calls = sum(call.max() + 2 for _, _, call in rounds)
-    seconds = PATIENCE + 4 * (judge.phases.seconds["load"] + seconds * max(1, calls / n_rounds / 2))
+    seconds = PATIENCE + 4 * (spent["load"] + round_seconds * calls / 2)
     try:
         predictor = judge.predictor(seconds)
         if (predictor.slots, predictor.chunk) != (scored.slots, scored.chunk):

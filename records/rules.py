@@ -1,6 +1,6 @@
 """What a record is checked for: every rule with its level and where it comes from; all limits.
 
-FAIL can be proved from the files; FLAG is for a person to decide; INFO is context.
+FAIL can be proved from the files; FLAG is for a person to decide.
 """
 import re
 
@@ -9,76 +9,85 @@ CAP_BYTES = 16_000_000          # decimal, the whole artifact
 CLOCK_SECONDS = 601             # s, of training and of scoring each: 600, one step may overrun
 RULE_NATS = 0.005               # nats per token, by which a record beats its parent
 RULE_P = 0.01
-BEST_PUBLIC_BPB = 1.05651       # on fineweb (openai/parameter-golf #2135)
-FINEWEB_DOCS = 50_000
-FINEWEB_BYTES = 151_078_222     # of those documents (#1916)
+DOCUMENTS = ("fineweb", 50_000)
+DOCUMENTS_BYTES = 151_078_222   # (#1916)
 
-FILE_LIMIT = 4 << 20            # bytes of one file
-SOURCE_LIMIT = 1 << 19          # bytes of one source
-FOLDER_LIMIT = 16 << 20         # bytes of all
+FOLDER_LIMIT = 4 << 20          # bytes of all files
 ENTRY_LIMIT = 400               # files and folders
 SHOWN_LIMIT = 12                # findings of one rule in one folder
 CHILD_SECONDS = 20              # of CPU, of the process that reads one folder
 CHILD_BYTES = 3 << 30           # of its memory
 
-LEVELS = ("INFO", "FLAG", "FAIL")
-RULES = {  # rule: (level, source)
-    # the folder
-    "missing-folder": ("FAIL", "what is not there was not reviewed"),
-    "stray-file": ("FLAG", "a record is a folder"),
-    "folder-name": ("FAIL", "LOOP.md, Submit"),
-    "missing-file": ("FAIL", "LOOP.md, Submit"),
-    "forbidden-file": ("FAIL", "LOOP.md, Submit; #1028 #1120"),
-    "file-name": ("FAIL", "19 public folders have spaces: scripts break"),
-    "file-size": ("FAIL", "LOOP.md, Submit; #1028"),
-    "link": ("FAIL", "only regular files can be reviewed"),
-    "secret": ("FAIL", "a published key is lost: revoke it"),
-    "machine-path": ("FLAG", "another machine has no such path"),
-    "plain-source": ("FAIL", "LOOP.md, Submit: what runs is what is written"),
-    "review-limit": ("FAIL", "a verdict in bounded time"),
-    "change-set": ("FAIL", "LOOP.md, Submit; 359 public requests touch other files"),
-    # what submission.json, the logs and README say
-    "json": ("FAIL", "submit.py writes it"),
-    "log": ("FAIL", "submit.py writes its end; #2139"),
-    "log-score": ("FAIL", "all from the logs; #86: claim 1.1502, rerun 1.1864; #2076"),
-    "readme": ("FAIL", "README and logs agree; #2076"),
-    "readme-words": ("FLAG", "LOOP.md, Submit"),
-    "date": ("FLAG", "the folder's, and past"),
-    "seeds": ("FAIL", "runs of one experiment, each of its own seed; #2124"),
-    "environment": ("FLAG", "#1177: another machine, another score"),
-    # the score
-    "artifact-cap": ("FAIL", "README.md, Rules"),
-    "track": ("FAIL", "README.md, Rules: 8xH100, fineweb, 600 s each, three seeds; #1908 #837"),
-    "arithmetic": ("FAIL", "eval_bpb.py: bits per byte"),
-    "byte-count": ("FLAG", "a log counts other bytes than its dataset; #1719 #2138"),
-    "proof": ("FAIL", "eval_bpb.py: --trust and a failed replay prove nothing"),
-    "odd-score": ("FLAG", "280 public claims below 1.0, nearly all errors; a std is 0.0002 to 0.0017"),
-    "rescore": ("FAIL", "eval_bpb.py: the root's judge has the last word"),
-    # sources and lineage
-    "source-hash": ("FAIL", "the sources as run"),
-    "commit": ("INFO", "what a record leaves out comes from its commit"),
-    "judge": ("FAIL", "eval_bpb.py: below its border nothing may change, nor in data/"),
-    "parent": ("FAIL", "LOOP.md, Submit"),
-    "significance": ("FLAG", "README.md, Rules: 0.005 nats at p < 0.01"),
-    "copy": ("FAIL", "equal artifacts or logs are one run; #1624"),
-    "same-source": ("FLAG", "an equal source has one author; #1624"),
+LEVELS = {  # level: {rule: its source}
+    "FLAG": {
+        "stray-file": "a record is a folder",
+        "machine-path": "another machine has no such path",
+        "readme-words": "LOOP.md, Submit",
+        "environment": "#1177: another machine, another score",
+        "significance": "README.md, Rules: 0.005 nats at p < 0.01",
+        "same-source": "an equal source has one author; #1624",
+    },
+    "FAIL": {
+        # the folder
+        "missing-folder": "what is not there was not reviewed",
+        "folder-name": "LOOP.md, Submit",
+        "missing-file": "LOOP.md, Submit",
+        "forbidden-file": "LOOP.md, Submit; #1028 #1120",
+        "file-name": "19 public folders have spaces: scripts break",
+        "file-size": "LOOP.md, Submit; #1028",
+        "link": "only regular files can be reviewed",
+        "secret": "a published key is lost: revoke it",
+        "plain-source": "LOOP.md, Submit: what runs is what is written",
+        "review-limit": "a verdict in bounded time",
+        "change-set": "LOOP.md, Submit; 359 public requests touch other files",
+        # what submission.json, the logs and README say
+        "json": "submit.py writes it",
+        "log": "submit.py writes its end; #2139",
+        "log-score": "all from the logs; #86: claim 1.1502, rerun 1.1864; #2076",
+        "readme": "README and logs agree; #2076",
+        "seeds": "runs of one experiment, each of its own seed; #2124",
+        # the score
+        "artifact-cap": "README.md, Rules",
+        "track": "README.md, Rules: 8xH100, fineweb, 600 s each, three seeds; #1908 #837",
+        "proof": "eval_bpb.py: --trust and a failed replay prove nothing",
+        "rescore": "eval_bpb.py: the root's judge has the last word",
+        # sources and lineage
+        "source-hash": "the sources as run",
+        "judge": "eval_bpb.py: below its border nothing may change, nor in data/",
+        "parent": "LOOP.md, Submit",
+        "copy": "equal artifacts are one run; #1624",
+    },
 }
+RULES = {rule: level for level, rules in LEVELS.items() for rule in rules}
 
-# Weights and binaries, a coding agent's files, caches, notebooks, files that hold secrets.
-FORBIDDEN = re.compile(
-    r"\.(ptz?|pth|bin|np[yz]|so|pyd|dll|exe|ckpt|safetensors|onnx|pkl|pickle|parquet|zip|gz|xz|zst|tar"
-    r"|whl|pyz|pyc|ipynb|pem)$|(^|/)((CLAUDE|AGENTS|GEMINI|SKILL|program)\.md|__pycache__|\.git|\.venv"
-    r"|\.claude|\.cursor|\.codex|\.DS_Store|\.env|\.netrc|id_rsa|id_ed25519|credentials)$", re.I)
+IN_NAMES = {  # what no file's name has in it
+    "file-name": re.compile(r"[^A-Za-z0-9._+/-]"),
+    # Weights and binaries, a coding agent's files, caches, notebooks, files that hold secrets.
+    "forbidden-file": re.compile(
+        r"\.(ptz?|pth|bin|np[yz]|so|pyd|dll|exe|ckpt|safetensors|onnx|pkl|pickle|parquet|zip|gz|xz|zst"
+        r"|tar|whl|pyz|pyc|ipynb|pem)$|(^|/)((CLAUDE|AGENTS|GEMINI|SKILL|program)\.md|__pycache__"
+        r"|\.git|\.venv|\.claude|\.cursor|\.codex|\.DS_Store|\.env|\.netrc|id_rsa|id_ed25519"
+        r"|credentials)$", re.I),
+}
+IN_TEXTS = {  # and no file
+    "secret": re.compile(r"\b(hf_[A-Za-z0-9]{30}|sk-[A-Za-z0-9_-]{32}|gh[pousr]_[A-Za-z0-9]{30}"
+                         r"|AKIA[0-9A-Z]{16})|BEGIN [A-Z ]{0,20}PRIVATE KEY-"),
+    "machine-path": re.compile(
+        r"(?<![\w.])(/home/|/Users/|/root/|/workspace/|/mnt/|[A-Z]:\\)\w"),
+}
 FOLDER_NAME = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._-]{1,80}")
-SOURCE_NAME = re.compile(r"(data/)?(?!test_)\w{1,40}\.py")
-SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{30}|sk-[A-Za-z0-9_-]{32}|gh[pousr]_[A-Za-z0-9]{30}"
-                    r"|AKIA[0-9A-Z]{16})|BEGIN [A-Z ]{0,20}PRIVATE KEY-")
-MACHINE_PATH = re.compile(r"(?<![\w.])(/home/|/Users/|/root/|/workspace/|/mnt/|[A-Z]:\\)\w")
+SOURCE_NAME = re.compile(r"(data/)?(?!test_|__main__)\w{1,40}\.py")
 
-# Words by which a source runs or loads what is not written there; the builtins only as plain names,
-# for model.eval(), torch.compile and re.compile are other things. SAFE are harmless uses.
-BUILTINS = {"eval", "compile"}
-HIDING = {"exec", "__import__", "importlib", "pickle", "_pickle", "cloudpickle", "dill", "joblib",
-          "marshal", "ctypes", "_ctypes", "cffi", "builtins", "__builtins__", "runpy", "zipimport",
-          "weights_only", "allow_pickle"}
-SAFE = {"weights_only": True, "allow_pickle": False}
+SAID = re.compile(r"\b(train_second|step|token|artifact_byte)s?: ?(\d{1,12}(?:\.\d{1,9})?)\b")
+ADDED = re.compile(r"A\t(records/track_(?:10min|non_record)_16mb/[^/]+)/")   # as git says it
+COOKIE = re.compile(rb"([^\r\n]*[\r\n]+)?[^\r\n]*coding[:=](?![ \t]*utf-8)", re.I)
+
+# Words by which a source runs or loads what is not written there, in the dump of its syntax tree: as
+# a name, a part of a module's name, an attribute, an argument, a whole string. The builtins only as
+# plain names, for model.eval(), torch.compile and re.compile are other things.
+HIDING = re.compile(
+    r"Name\(id='(?:eval|compile)'|[=\[ ]'(?:[^'\s]*\.)?(?:exec|__import__|importlib|_?pickle|cloudpickle"
+    r"|dill|joblib|marshal|_?ctypes|cffi|(?:__)?builtins(?:__)?|runpy|zipimport|weights_only"
+    r"|allow_pickle)['.]")
+SAFE = re.compile(r"keyword\(arg='(?:weights_only', value=Constant\(value=True"
+                  r"|allow_pickle', value=Constant\(value=False)\)\)")   # harmless uses of them

@@ -1,11 +1,10 @@
 """Is one set of runs better than another? t tests without scipy; `check.py compare`."""
-import json
 import statistics
 
 import numpy as np
 
 from data.dataset import BadInput
-from records.folders import is_number, nats_per_bit, read_entry
+from records.folders import is_number, nats_per_bit, part, read_entry
 from records.rules import RULE_NATS, RULE_P
 
 MOST_RUNS = 30   # more on a side: an idea that needs more to show is dropped
@@ -26,21 +25,19 @@ def t_upper(t, df):
 
 def welch(gain, va, na, vb, nb):
     """One-sided p of gain > 0 by Welch's test; va, vb: variances of na, nb runs, two or more."""
-    error = va / na + vb / nb
-    if error == 0:
-        return 0.5 if gain == 0 else float(gain < 0)
-    df = error ** 2 / ((va / na) ** 2 / (na - 1) + (vb / nb) ** 2 / (nb - 1))   # Satterthwaite
-    return t_upper(gain / error ** 0.5, df)
+    a = max(va, 1e-20) / na   # equal scores have a spread that no one sees
+    b = vb / nb
+    df = (a + b) ** 2 / (a ** 2 / (na - 1) + b ** 2 / (nb - 1))   # Satterthwaite
+    return t_upper(gain / (a + b) ** 0.5, df)
 
 
 def smallest_gain(scores):
     """The gain, within 1 %, that as many runs a side of this spread would show, unpaired."""
     n = len(scores)
-    variance = statistics.variance(scores)
-    gain = max(variance ** 0.5, 1e-9)
-    while welch(gain, variance, n, variance, n) >= RULE_P:
-        gain *= 1.01
-    return gain
+    t = 1.0
+    while t_upper(t, 2 * n - 2) >= RULE_P:
+        t *= 1.01
+    return t * (2 * statistics.variance(scores) / n) ** 0.5
 
 
 def comparison(ours, theirs, nats):
@@ -62,19 +59,15 @@ def comparison(ours, theirs, nats):
 
     def p_above(margin, more=0):
         return welch(gain - margin, va, len(ours) + more, vb, len(theirs) + more)
-    p = p_above(0.0)
-    verdict = "keep" if p < RULE_P else "drop"
-    if verdict == "drop" and gain > 0:   # would it show, if gain and spread stay?
-        for more in range(1, MOST_RUNS):
-            if p_above(0.0, more) < RULE_P:
-                verdict = f"run {more} more a side"
-                break
-    return {"gain_bpb": gain, "gain_nats": gain * nats, "paired": paired, "p": p,
+    # Would it show with more runs, if gain and spread stay?
+    more = next((more for more in range(MOST_RUNS) if p_above(0.0, more) < RULE_P), MOST_RUNS)
+    verdict = {0: "keep", MOST_RUNS: "drop"}.get(more, f"run {more} more a side")
+    return {"gain_bpb": gain, "gain_nats": gain * nats, "paired": paired, "p": p_above(0.0),
             "p_written": p_above(RULE_NATS / nats), "verdict": verdict}
 
 
 def load_side(names):
-    """Runs or records -> ({seed: val_bpb}, what must be alike for scores to compare, nats per bit).
+    """Runs or records -> ({seed: val_bpb}, what must be alike for scores to compare, the dataset).
     BadInput without whole scores."""
     scores = {}
     alike = set()
@@ -87,27 +80,23 @@ def load_side(names):
             if seed in scores:
                 raise BadInput(f"{name}: seed {seed} stands twice on one side")
             scores[seed] = bpb
-        config = entry["config"]
-        steps = config.get("max_steps")
-        alike.add(f"documents {entry['dataset'].get('val_docs_sha256')}, "
-                  f"budget {steps or config.get('max_seconds')} {'steps' if steps else 's'}")
-    return scores, alike, nats_per_bit(entry["dataset"])
+        config = part(entry, "config")
+        dataset = part(entry, "dataset")
+        alike.add(f"documents {dataset.get('val_docs_sha256')}, budget {config.get('max_steps')} "
+                  f"steps or {config.get('max_seconds')} s")
+    return scores, alike, dataset
 
 
-def compare(argv):
-    """`compare A... -- B... [--json]`: prints the comparison of candidate A with baseline B -> 0."""
-    names = [a for a in argv if a != "--json"]
+def compare(names):
+    """`compare A... -- B...`: prints the comparison of candidate A with baseline B."""
     if names.count("--") != 1 or "--" in (names[0], names[-1]):
-        raise BadInput("compare RUN... -- RUN... [--json]: candidates left, baseline right")
+        raise BadInput("compare RUN... -- RUN...: candidates left, baseline right")
     cut = names.index("--")
-    ours, alike, _ = load_side(names[:cut])
-    theirs, others, nats = load_side(names[cut + 1:])
+    ours, alike, dataset = load_side(names[:cut])
+    theirs, others, _ = load_side(names[cut + 1:])
     if len(alike | others) > 1:
         raise BadInput(f"such runs do not compare: {' | '.join(alike | others)}")
-    c = comparison(ours, theirs, nats)
-    if "--json" in argv:
-        print(json.dumps({"candidate": ours, "baseline": theirs, "nats_per_bit": nats, **c}))
-        return 0
+    c = comparison(ours, theirs, nats_per_bit(dataset))
     for title, scores in (("candidate ", ours), ("baseline  ", theirs)):
         print(f"{title} val_bpb {statistics.fmean(scores.values()):.5f}  "
               f"std {statistics.stdev(scores.values()):.5f}  n {len(scores)}")
@@ -116,4 +105,3 @@ gain       {c['gain_nats']:+.5f} nats per token = {c['gain_bpb']:+.5f} bits per 
 test       {'paired by seed' if c['paired'] else 'Welch, for the seeds differ'}: one-sided p {c['p']:.3g}
 written    {RULE_NATS} nats at p < {RULE_P}: {c['p_written'] < RULE_P}, p {c['p_written']:.3g}
 verdict    {c['verdict']}""")
-    return 0

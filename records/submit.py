@@ -7,6 +7,15 @@ Each run is trained, packed and scored, with a seed of its own. The folder gets 
 what else of the artifact's sources differs from a commit, one log a seed, submission.json and a
 README with a place for the author's words. What check.py would FAIL is refused; nothing is
 overwritten.
+
+--name=SLUG           short name of the record: letters, digits, ._-
+--author=NAME         yours; empty: git's user.name
+--github_id=NAME      yours at GitHub; empty: the author
+--track=TRACK         track_10min_16mb or track_non_record_16mb; empty: the first for runs on H100
+--parent=RECORD       that it builds on; empty: the turn's
+--idea=TEXT           what differs from the parent; empty: the turn's
+--commit=REF          whose sources are left out
+--date=YYYY-MM-DD     of the record
 """
 import datetime
 import json
@@ -14,16 +23,15 @@ import re
 import sys
 import tempfile
 import zipfile
-from html import escape
+from hashlib import sha256
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)   # not records/: nothing here may shadow a package
-from data.dataset import BadInput, Parser, atomic_write, command
-from records.check import review, sha256
-from records.folders import (FACTS, NUMBERS, check_facts, committed, find_entry, git, is_number,
-                             known_records, part, read_json, read_run, read_turn, summarise)
-from records.rules import TRACKS
+sys.path[0] = str(Path(__file__).resolve().parents[1])   # not records/: nothing may shadow a package
+from data.dataset import ROOT, BadInput, atomic_write, command
+from records.check import review
+from records.folders import (FACTS, NUMBERS, check_facts, committed, find_entry, flags_of, git,
+                             is_number, known_records, part, read_json, read_run, read_turn, summarise)
+from records.rules import SOURCE_NAME, TRACKS
 
 HEAD = """# Records
 
@@ -39,8 +47,12 @@ they take, and what they leave in the memory of a GPU. What was memorised no jud
 documents can see: score the artifact on documents of your own, `python eval_bpb.py ARTIFACT
 --data=mine`, next to a record that is known to be honest.
 """
-COLUMNS = ("val_bpb", "val_bpb_std", "seeds", "name", "author", "date", "bytes_total", "data",
-           "hardware", "parent")
+COLUMNS = "val_bpb val_bpb_std seeds name author date bytes_total data hardware parent".split()
+
+
+def table(columns):
+    """The head of a table in Markdown."""
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
 
 
 def load_run(name):
@@ -51,36 +63,36 @@ def load_run(name):
     try:
         if run["end"] != "finished":
             raise ValueError(f"trained until: {run['end'] or 'killed'}")
-        check_facts(run)
-        texts = [(folder / name).read_bytes() for name in ("log.txt", "pack.txt")]
+        log, packed, artifact = [(folder / name).read_bytes()
+                                 for name in ("log.txt", "pack.txt", "artifact.pyz")]
         archive = zipfile.ZipFile(folder / "artifact.pyz")
-    except (ValueError, LookupError, TypeError, OSError) as e:
+        sources = {name: archive.read(name) for name in archive.namelist()
+                   if SOURCE_NAME.fullmatch(name)}
+        ran = part(run, "source_sha256").items()
+        run["source_sha256"] = {name: sha256(data).hexdigest() for name, data in sources.items()}
+        check_facts(run)
+        if sha256(artifact).hexdigest() != run["artifact_sha256"] or ran - run["source_sha256"].items():
+            raise ValueError("artifact.pyz: not what was trained and scored")
+    except (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile) as e:
         raise BadInput(f"{folder}: no whole score ({e}); run: python pack.py {folder} && python "
                        f"eval_bpb.py {folder}/artifact.pyz") from None
-    names = [n for n in archive.namelist() if n.endswith(".py") and n != "__main__.py"]
-    sources = {name: archive.read(name) for name in names}
-    ran = run["source_sha256"]
-    run["source_sha256"] = {name: sha256(data) for name, data in sources.items()}
-    digest = sha256((folder / "artifact.pyz").read_bytes())
-    if digest != run["artifact_sha256"] or not ran.items() <= run["source_sha256"].items():
-        raise BadInput(f"{folder}/artifact.pyz: not what was trained and scored")
     facts = "".join(f"{key}: {json.dumps(run[key])}\n" for key in FACTS)
-    return run, b"\n\n".join(texts) + f"\n---\n{facts}".encode(), sources
+    return run, log + b"\n\n" + packed + f"\n---\n{facts}".encode(), sources
 
 
 def readme(record):
     """The record's README: generated numbers and the place for the author's words."""
     seeds = record["seed_results"]
     spread = f"std {record['val_bpb_std']:.6f}, n {len(seeds)}" if len(seeds) > 1 else "one seed"
-    table = f"| seed | {' | '.join(NUMBERS)} |\n{'|---' * (len(NUMBERS) + 1)}|\n"
+    rows = table(["seed", *NUMBERS])
     for seed, row in seeds.items():
-        table += f"| {seed} | {' | '.join(f'{row[key]:.10g}' for key in NUMBERS)} |\n"
+        rows += f"| {seed} | {' | '.join(f'{row[key]:.10g}' for key in NUMBERS)} |\n"
     return f"""# {record['name']}
 
 **val_bpb {record['val_bpb']:.6f}** ({spread}) on {record['dataset']['name']}, at most \
 {record['bytes_total']:,} bytes, {record['hardware']}.
 
-{table}
+{rows}
 ## What changed, and why it works
 
 {record['blurb']}
@@ -98,16 +110,15 @@ and how it compares: `git diff --no-index PARENT .`, `python records/check.py co
 def build(args, records=ROOT / "records"):
     """Writes the record folder, complete or not at all. Returns its path."""
     runs, logs, sources = zip(*map(load_run, args.runs))
-    if len({run["seed"] for run in runs}) < len(runs):
-        raise BadInput("each run needs a seed of its own")
     turn = read_turn(args.runs[0])
-    parent = args.parent or turn.get("record")
     record = {"author": args.author, "github_id": args.github_id or args.author,
               "name": args.name, "blurb": args.idea or turn.get("idea") or args.name,
               "date": args.date, "commit": git("rev-parse", args.commit).decode().strip(),
-              "parent": parent, **summarise(runs)}
+              "parent": args.parent or turn.get("record"), **summarise(runs)}
     record["track"] = args.track or TRACKS["H100" not in record["hardware"]]
     files = {f"train_seed{run['seed']}.log": log for run, log in zip(runs, logs)}
+    if len(files) < len(runs):
+        raise BadInput("each run needs a seed of its own")
     files["README.md"] = readme(record).encode()
     files["submission.json"] = json.dumps(record, indent=1).encode()
     for name, data in sources[0].items():
@@ -136,33 +147,25 @@ def leaderboard(records=ROOT / "records"):
     known = known_records(records)
     for track in TRACKS:
         rows = []
-        for name in known:
-            s = read_json(known[name] / "submission.json")
+        for name, folder in known.items():
+            s = read_json(folder / "submission.json")
             s["data"] = part(s, "dataset").get("name")
             s["seeds"] = len(part(s, "seed_results"))
             cells = [f"{s[key]:,.6g}" if is_number(s.get(key)) else s.get(key) for key in COLUMNS]
-            cells = [escape(" ".join(str(c or "-").split())[:80]) for c in cells]   # one line each
-            cells = [re.sub(r"[|\[\]`\\]", "?", c) for c in cells]   # and no way out of its cell
+            # One line each, and no way out of its cell.
+            cells = [re.sub(r"[^\w .,:;/()+-]", "?", str(cell or "-"))[:80] for cell in cells]
             cells[3] = f"[{cells[3]}]({track}/{name}/README.md)"
-            if known[name].parent.name == track:
+            if folder.parent.name == track:
                 rows.append((s["data"], cells[0], f"| {' | '.join(cells)} |\n"))
-        text += f"\n## {track}\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
+        text += f"\n## {track}\n\n{table(COLUMNS)}"
         text += "".join(row for _, _, row in sorted(rows))
     return text
 
 
 def main():
-    p = Parser(description=__doc__)
-    p.add_argument("runs", nargs="*", metavar="RUN", help="run folders, one a seed")
-    p.add_argument("--name", metavar="SLUG", help="short name of the record: letters, digits, ._-")
-    p.add_argument("--author", help="your name; empty: git's user.name")
-    p.add_argument("--github_id", help="your GitHub name; empty: the author")
-    p.add_argument("--track", choices=TRACKS, help="empty: the record track for runs on H100")
-    p.add_argument("--parent", metavar="RECORD", help="what it builds on; empty: the turn's")
-    p.add_argument("--idea", help="what differs from the parent; empty: the turn's")
-    p.add_argument("--commit", default="HEAD", help="whose sources are left out")
-    p.add_argument("--date", default=str(datetime.date.today()), help="YYYY-MM-DD")
-    p.add_argument("--leaderboard", action="store_true", help="only write the leaderboard")
+    p = flags_of(__doc__, "runs", name="", author="", github_id="", track="", parent="", idea="",
+                 commit="HEAD", date=str(datetime.date.today()))
+    p.add_argument("--leaderboard", action="store_true", help="see above")
     args = p.parse_args()
     if bool(args.runs and args.name) == args.leaderboard:
         raise BadInput("name the runs of one record and --name=SLUG, or --leaderboard")

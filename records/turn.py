@@ -6,13 +6,12 @@ scored, seed by seed.
     python records/turn.py --idea="..." --parent=NAME          against a run, a record or a commit
     python records/turn.py                                     every idea so far and its verdict
 
-Settings before the -- go to both sides: --preset=proxy --data=NAME --max_steps=1000. Runs go side
-by side, one thread each on a CPU. What is there is not run again: a turn that was stopped goes on
+--seeds=N: seeds 1 to N on both sides; --jobs=N: runs at once, on a CPU one thread each. Settings
+before the -- go to both sides: --preset=proxy --data=NAME --max_steps=1000. What is there is not run again: a turn that was stopped goes on
 where it stood. runs/turns/<side>/ keeps a side's sources, what its commands printed, turn.json and
 the curves; its runs are runs/<side>_s<seed>/.
 """
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -21,25 +20,22 @@ import signal
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)   # not records/: nothing here may shadow a package
-from data.dataset import BadInput, Parser, command, find_dataset
+sys.path[0] = str(Path(__file__).resolve().parents[1])   # not records/: nothing may shadow a package
+from data.dataset import ROOT, BadInput, command, find_dataset
 from records import plot
-from records.folders import (PER_RUN, find_entry, git, is_number, read_entry, read_json, read_run,
-                             read_turn)
+from records.folders import (find_entry, flags_of, git, is_number, read_if_there, read_run,
+                             read_json, read_turn)
 from records.rules import SOURCE_NAME
 from records.stats import compare, comparison, smallest_gain
 
 TURNS = Path("runs/turns")
-AXES = {"model": "model", "kernels": "model", "batch": "data", "data": "data",
-        "optimizer": "optimizer", "schedules": "optimizer", "training": "optimizer",
-        "calibration": "packer", "train_gpt.py": "model", "pack.py": "packer",
-        "eval_bpb.py": "predictor"}
-DATA = ("demo", "proxy")   # the presets with a dataset of their name
-STOPPED = "stopped early as asked"   # so ends a run that may go on
+# Of the parts of train_gpt.py, and of its settings.
+HEADING = re.compile(r"^(?:    )?# (model|kernels|batch|data|optimizer|schedules|calibration|training)\b",
+                     re.M | re.I)
+STOPPED = (None, "stopped early as asked")   # so ends a run that may go on
 ON_GPU = shutil.which("nvidia-smi")
 if not ON_GPU:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -59,33 +55,28 @@ def files_at(commit):
 
 
 def parent_of(name):
-    """A run, a record or a commit -> (its name, {file: bytes} of its sources, its settings, the
-    record that it is or builds on)."""
+    """A turn's run, a record or a commit -> (its name, {file: bytes} of its sources, its settings,
+    the record that it is or builds on)."""
     try:
         folder = find_entry(name)
     except BadInput:
         return git("rev-parse", "--short", name).decode().strip(), files_at(name), {}, None
-    side = folder.name.rpartition("_s")[0]
     if turn := read_turn(folder):
+        side = folder.name.rpartition("_s")[0]
         return side, files_in(TURNS / side), turn["settings"], turn.get("record")
-    entry = read_entry(folder)
-    files = files_at(entry.get("commit", "HEAD")) | files_in(folder) | files_in(folder / "source")
-    settings = {k: v for k, v in entry["config"].items() if k not in PER_RUN}
-    return folder.name, files, settings, folder.name if "commit" in entry else None
+    record = read_json(folder / "submission.json")
+    files = files_at(record["commit"]) | files_in(folder)
+    return folder.name, files, record["config"], folder.name
 
 
-def axes(files):
-    """{name: bytes} of sources -> {axis: text}, by file and by the words that head a part."""
-    found = {}
-    for name in sorted(files):
-        axis = AXES.get(name, "data")
-        for previous, line in itertools.pairwise(["", *files[name].decode().splitlines()]):
-            heading = re.match(r"(?:    )?# (\w+)", line)
-            if heading and name == "train_gpt.py":
-                ruled = previous.startswith("# ---")
-                axis = AXES.get(heading[1].lower(), "optimizer" if ruled else axis)
-            found[axis] = found.get(axis, "") + f"\n{line}"
-    return found
+def parts_of(files):
+    """{name: bytes} of sources -> {(part, text)}: train_gpt.py by its headings, the others whole."""
+    parts = set()
+    for name, data in files.items():
+        text = data.decode()
+        words = [name, *(HEADING.split(text) if name == "train_gpt.py" else [text])]
+        parts |= {*zip(map(str.lower, words[0::2]), words[1::2])}
+    return parts
 
 
 def make_side(name, files, settings, **about):
@@ -97,8 +88,8 @@ def make_side(name, files, settings, **about):
     for file, data in files.items():
         (home / file).parent.mkdir(parents=True, exist_ok=True)
         (home / file).write_bytes(data)
-    about = {**read_turn(f"{home.name}_s1"), "settings": settings, **about}
-    (home / "turn.json").write_text(json.dumps(about, indent=1))
+    turn = home / "turn.json"
+    turn.write_text(json.dumps({**read_if_there(turn), "settings": settings, **about}, indent=1))
     return home
 
 
@@ -106,23 +97,23 @@ def finish(home, seed):
     """Trains, packs and scores one run, as far as that is still to be done; says how it went."""
     run = Path("runs", f"{home.name}_s{seed}")
     score = run / "score.json"
-    settings = read_turn(run)["settings"]
+    settings = read_json(home / "turn.json")["settings"]
     flags = [f"--{k}={v}" for k, v in {**settings, "seed": seed, "run": run.name}.items()]
+    end = read_run(run)["end"]
+    if end in STOPPED and (run / "state.pt").exists():
+        flags = [f"--resume={run}"]
+    elif end in STOPPED:
+        shutil.rmtree(run, ignore_errors=True)   # killed before it had saved anything
     commands = [
         [home / "train_gpt.py", *flags], [home / "pack.py", run],
         # The parent's code is not the root's, but ours: no proof, which takes minutes.
         [ROOT / "eval_bpb.py", run / "artifact.pyz", f"--data={settings['data']}", f"--out={score}",
          "--trust", "--max_seconds=0"]]
-    end = read_run(run)["end"]
     if end == "finished":
         commands = commands[1:]
-    elif end not in (None, STOPPED):
-        commands = []   # it failed, and would again
-    elif (run / "state.pt").exists():
-        commands[0][1:] = [f"--resume={run}"]
-    else:
-        shutil.rmtree(run, ignore_errors=True)   # killed before it had saved anything
-    for words in () if score.exists() else commands:
+    if score.exists() or end not in (*STOPPED, "finished"):
+        commands = []   # all is done, or it failed, and would again
+    for words in commands:
         with open(home / f"{run.name}.out", "a") as out:
             # A session of its own: Ctrl-C is for the turn, a trainer would end early and save.
             child = subprocess.Popen([sys.executable, *words], stdout=out, stderr=out,
@@ -130,18 +121,15 @@ def finish(home, seed):
         CHILDREN.append(child)
         if child.wait():
             break
-    state = "scored"
-    if not score.exists():
-        state = f"no score, {read_run(run)['end']}; see {home / run.name}.out"
-    print(f"{run}: {state}", file=sys.stderr, flush=True)
+    state = "scored" if score.exists() else "no score"
+    print(f"{run}: {state}, {read_run(run)['end']}; see {home / run.name}.out", file=sys.stderr)
 
 
-def scores_of(side):
-    """{seed: val_bpb} of the runs of a side that have a whole score."""
-    scores = {}
-    for path in Path("runs").glob(f"{side}_s*/score.json"):
-        scores[path.parent.name.rpartition("_s")[2]] = read_json(path).get("val_bpb")
-    return {seed: bpb for seed, bpb in scores.items() if is_number(bpb)}
+def read_side(name):
+    """-> ({seed: val_bpb} of the side's runs that have a whole score, how its runs ended)."""
+    runs = [read_run(path) for path in Path("runs").glob(f"{name}_s*")]
+    scores = {str(run["seed"]): run["val_bpb"] for run in runs if is_number(run["val_bpb"])}
+    return scores, {run["end"] for run in runs}
 
 
 def list_ideas():
@@ -150,81 +138,66 @@ def list_ideas():
         if "idea" not in turn:
             continue
         side = path.parent.name
-        ours = scores_of(side)
-        theirs = scores_of(turn["against"])
+        ours, ends = read_side(side)
+        theirs, _ = read_side(turn["against"])
+        words = f"{'undecided' if ends <= {None, 'finished'} else 'drop'}: {ends}"
         if min(len(ours), len(theirs)) > 1:
             c = comparison(ours, theirs, 1.0)
             words = f"{c['verdict']}: {c['gain_bpb']:+.5f} bits per byte, p {c['p']:.2g}"
-        else:
-            runs = Path("runs").glob(f"{side}_s*")
-            ends = {read_run(run)["end"] for run in runs}
-            words = f"{'undecided' if ends <= {None, 'finished'} else 'drop'}: {ends}"
         print(f"{words}; n {len(ours)}\n  {turn['idea']}\n  moved {', '.join(turn['moved'])}; {side} "
               f"against {turn['against']}, {turn['settings']}")
 
 
 def run_all(home, parent, seeds, jobs):
     """Both sides' runs, the parent's first and then its noise."""
-    pool = ThreadPoolExecutor(jobs)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # through the finally below
     try:
-        theirs = pool.map(finish, [parent] * len(seeds), seeds)
-        ours = pool.map(finish, [home] * len(seeds), seeds)
-        list(theirs)   # waits
-        scores = [*scores_of(parent.name).values()]
-        if len(scores) > 1:
-            print(f"noise      {parent.name}: std {statistics.stdev(scores):.5f}, n {len(scores)}; "
-                  f"unpaired, a gain under {smallest_gain(scores):.5f} bits per byte does not show",
-                  flush=True)
-        list(ours)
+        with ThreadPool(jobs) as pool:
+            theirs = pool.starmap_async(finish, [(parent, seed) for seed in seeds])
+            ours = pool.starmap_async(finish, [(home, seed) for seed in seeds])
+            theirs.get()
+            scores = [*read_side(parent.name)[0].values()]
+            if len(scores) > 1:
+                print(f"noise      {parent.name}: std {statistics.stdev(scores):.5f}, n {len(scores)}; "
+                      f"unpaired, a gain under {smallest_gain(scores):.5f} bits per byte does not show",
+                      flush=True)
+            ours.get()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         for child in CHILDREN:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
 
 
-def parse(argv):
-    """-> the turn's own flags, {setting: value} of both sides, {setting: value} of the idea."""
-    p = Parser(description=__doc__)
-    p.add_argument("--idea", help="what differs from the parent; empty: list the ideas so far")
-    p.add_argument("--parent", default="HEAD", help="a run, a record or a commit")
-    p.add_argument("--seeds", type=int, default=3, help="seeds 1 to this on both sides")
-    p.add_argument("--jobs", type=int, default=1 if ON_GPU else os.cpu_count(), help="runs at once")
-    cut = [*argv, "--"].index("--")
-    args, words = p.parse_known_args(argv[:cut])
-    found = []
-    for words in (words, argv[cut + 1:]):
-        settings = dict(re.findall(r"--(\w+)=(.*)", "\n".join(words)))
-        if len(settings) < len(words):
-            raise BadInput(f"{words}: settings of train_gpt.py are written --name=value, each once")
-        found.append(settings)
-    if args.seeds < 2 or args.jobs < 1:
-        raise BadInput("--seeds=2 at least: one run says nothing about noise; --jobs=1 at least")
-    return args, *found
+def read_settings(words):
+    """Words of a command line -> {setting: value}."""
+    found = dict(re.findall(r"--(\w+)=(.*)", "\n".join(words)))
+    if len(found) < len(words):
+        raise BadInput(f"{words}: settings of train_gpt.py are written --name=value, each once")
+    return found
 
 
 def main():
-    args, both, own = parse(sys.argv[1:])
+    p = flags_of(__doc__, "settings", idea="", parent="HEAD", seeds=3,
+                 jobs=1 if ON_GPU else os.cpu_count())
+    cut = [*sys.argv, "--"].index("--")
+    args, words = p.parse_known_args(sys.argv[1:cut])
     if not args.idea:
         return list_ideas()
+    if args.seeds < 2 or args.jobs < 1:
+        raise BadInput("--seeds=2 at least: one run says nothing about noise; --jobs=1 at least")
     name, old, settings, record = parent_of(args.parent)
-    preset = "proxy" if Path("data/proxy").is_dir() else "demo"
     # Steps, for what a busy machine does in so many seconds is a lottery.
-    settings = {"preset": preset, "max_seconds": 0, "max_steps": 300, **settings, **both}
-    settings.setdefault("data", settings["preset"] if settings["preset"] in DATA else "fineweb")
-    if settings["data"] == "demo" and not (ROOT / "data/demo/meta.json").exists():
-        subprocess.run([sys.executable, ROOT / "data/prepare.py", "demo"], check=True)
-    settings["data"] = os.path.relpath(find_dataset(settings["data"]))
+    settings = {"max_seconds": 0, "max_steps": 300, **settings, **read_settings(args.settings + words)}
+    preset = settings.setdefault("preset", "proxy" if Path("data/proxy").is_dir() else "demo")
+    data = preset if preset in ("demo", "proxy") else "fineweb"
+    settings["data"] = os.path.relpath(find_dataset(settings.get("data", data)))
+    own = read_settings(sys.argv[cut + 1:])
     new = files_in(ROOT)
     if new == old and own.items() <= settings.items():
         raise BadInput(f"nothing differs from {args.parent}: edit, or give settings behind --")
-    before = axes(old)
-    moved = [axis for axis, text in axes(new).items() if text != before.get(axis)
-             or any(f"\n    {key}:" in text for key in own)]
+    moved = {part for part, _ in parts_of(new) ^ parts_of(old)} | own.keys()
     parent = make_side(name, old, settings)
     home = make_side(args.idea, new, {**settings, **own}, idea=args.idea, against=parent.name,
-                     moved=moved, record=record)
+                     moved=sorted(moved), record=record)
     seeds = range(1, args.seeds + 1)
     run_all(home, parent, seeds, args.jobs)
     ours, theirs = ([f"runs/{side.name}_s{n}" for n in seeds] for side in (home, parent))
