@@ -651,8 +651,8 @@ class GatedXSA(torch.autograd.Function):
     @staticmethod
     def heads(x, v_unit):
         """x (N, G K, ...) -> G parts (N, K, .) float32: of the heads that share their values."""
-        parts = x.view(*v_unit.shape[:2], -1, x[0, 0].numel()).unbind(2)
-        return [part.float() for part in parts]  # each apart, lest the compiler keep them all
+        x = x.view(*v_unit.shape[:2], -1, x[0, 0].numel())
+        return [x[:, :, g].float() for g in range(x.size(2))]
 
     @staticmethod
     def forward(ctx, y, v, v_unit, v_length, gate):
