@@ -13,7 +13,6 @@ and modded-nanogpt.
 """
 import argparse
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -64,10 +63,11 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(f"--{name}", help=text, **how)
 
 
+@contextmanager
 def package(name, purpose):
-    """-> the package, which not every command needs; BadInput says what to install."""
+    """`with package("x", "what needs it"): import x`; BadInput says what to install."""
     try:
-        return importlib.import_module(name)
+        yield
     except ImportError as error:
         raise BadInput(f"{purpose} needs: pip install {name}") from error
 

@@ -21,7 +21,9 @@ TAIL_BYTES = 16_000          # in one request, to complete the last document of 
 
 
 def hub():
-    return package("huggingface_hub", "fineweb")
+    with package("huggingface_hub", "fineweb"):
+        import huggingface_hub
+    return huggingface_hub
 
 
 def insist(ask, name):

@@ -22,7 +22,8 @@ def train_tokenizer(texts, vocab_size, name):
     The pieces come from a BPE within chunks, then the phrases from counting neighbours. The same
     texts, the same bytes.
     """
-    tokenizers = package("tokenizers", "training a tokenizer (not --tokenizer=FILE)")
+    with package("tokenizers", "training a tokenizer (not --tokenizer=FILE)"):
+        import tokenizers
     n_phrases = vocab_size // 16
     n_pieces = vocab_size - 1 - (256 - len(NO_TOKEN)) - n_phrases
     # ByteLevel writes a byte as the character that it is in Latin-1, or one from 256 on if that is
