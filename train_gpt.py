@@ -1419,6 +1419,7 @@ def warm_up(cfg, model, losses, optimizers, batch):
         model.zero_grad()
         torch.compiler.reset()
         cfg = replace(cfg, row_tokens=cfg.row_tokens // 2)
+        model.fused = model.fused and cfg.row_tokens % TILE[0] == 0
     train_step(losses, [random_batch(cfg.row_tokens)], model, optimizers, schedule_at(cfg, 1.0), cfg)
     with torch.no_grad():
         for looped in states:
@@ -1478,6 +1479,8 @@ def main(argv=None):
         rest = cfg.row_tokens % TILE[0] or cfg.mlp_dim % TILE[1] or cfg.n_embd % TILE[2]
         model.fused = hopper and triton is not None and not rest
         compiled = model.kernel is not segment_attention  # whose shapes change from row to row
+        if compiled and os.name == "posix" and not shutil.which(os.environ.get("CC", "gcc")):  # Triton's rule
+            raise ValueError("torch.compile needs a C compiler: install gcc, or name another in CC")
         batch = partial(make_batch, device=device, longest=cfg.seq_len)
         n_params = sum(p.numel() for p in model.parameters())
         if rank == 0 and shutil.disk_usage(folder).free < 40 * n_params:
