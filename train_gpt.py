@@ -1479,7 +1479,8 @@ def main(argv=None):
         rest = cfg.row_tokens % TILE[0] or cfg.mlp_dim % TILE[1] or cfg.n_embd % TILE[2]
         model.fused = hopper and triton is not None and not rest
         compiled = model.kernel is not segment_attention  # whose shapes change from row to row
-        if compiled and os.name == "posix" and not shutil.which(os.environ.get("CC", "gcc")):  # Triton's rule
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # of which Triton takes one
+        if compiled and os.name == "posix" and not any(map(shutil.which, compilers)):
             raise ValueError("torch.compile needs a C compiler: install gcc, or name another in CC")
         batch = partial(make_batch, device=device, longest=cfg.seq_len)
         n_params = sum(p.numel() for p in model.parameters())
