@@ -1491,6 +1491,8 @@ def main(argv=None):
         if compiled:
             losses = torch.compile(losses, dynamic=False, fullgraph=True)
         row_tokens = cfg.row_tokens
+        # Averaged weights start where training starts; made here, they count in what fits into memory.
+        ema = copy.deepcopy(model)
         cfg, calib_seconds = warm_up(cfg, model, losses, optimizers, batch)
         if cfg.row_tokens < row_tokens:
             log(f"--row_tokens={row_tokens} does not fit into memory: {cfg.row_tokens}, the same "
@@ -1503,7 +1505,6 @@ def main(argv=None):
         limit = cfg.max_seconds - reserve if cfg.max_seconds else math.inf
         if limit <= 0:
             raise ValueError(f"--max_seconds={cfg.max_seconds}: calibration alone takes {reserve:.0f} s")
-        ema = copy.deepcopy(model)  # the averaged weights start where training starts
         clock = Clock(device)
         step = 0
         if state:
