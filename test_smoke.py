@@ -55,7 +55,7 @@ def start(*command, ranks=1, cwd=None, **env):
 def end(process, code=0):
     """-> stdout and stderr of a process that ends with that code."""
     out, err = process.communicate(timeout=400)
-    assert process.returncode == code, f"{out}"[-2000:] + err[-2000:]
+    assert process.returncode == code, f"{out}\n{err}"
     return out, err
 
 
@@ -244,12 +244,11 @@ def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
 
 
 def test_an_epoch_holds_each_token_once_in_the_order_of_the_seed():
-    shard = train_gpt.synthetic_tokens(64, 2000, 1)
+    shard = np.arange(2000) * (np.arange(2000) % 100 > 0)  # 20 documents
     data = SimpleNamespace(train=[lambda: shard])
     first, second = (Loader(data, Config(**TINY, seed=seed)) for seed in (1, 2))
     epoch = np.concatenate([first.next()[:-1] for _ in range(2000 // 128)])
-    assert (np.bincount(epoch) <= np.bincount(shard)).all()
-    assert (epoch[:128] != second.next()[:-1]).any()
+    assert np.bincount(epoch)[1:].max() == 1 and (epoch[:128] != second.next()[:-1]).any()
 
 
 def test_validation_counts_each_target_once_in_whole_documents():
@@ -592,7 +591,7 @@ def test_a_dataset_holds_its_documents_exactly(dataset):
     for split, texts in ("train", words(60, 1)), ("val", TEXTS):
         assert texts_in(dataset, split) == texts and meta[f"{split}_docs"] == len(texts)
         assert meta[f"{split}_bytes"] == len("".join(texts).encode())
-    assert [*read_val_docs(dataset, meta)] == TEXTS and [*read_val_docs(dataset, meta, 2)] == TEXTS[:2]
+    assert [*read_val_docs(dataset, meta)] == TEXTS
     framed = [len(text).to_bytes(8, "little") + text for text in map(str.encode, TEXTS)]
     assert meta["val_docs_sha256"] == hashlib.sha256(b"".join(framed)).hexdigest()
 
@@ -889,7 +888,7 @@ def test_trellis_and_statistics_each_save_bytes_at_the_same_kl(run, measured, mo
     assert best < plain - 0.1 and plain < bits() - 1
 
 
-def test_newest_run_is_the_last_that_ended_unless_another_trained_beside_it(tmp_path, monkeypatch):
+def test_newest_run_is_the_last_that_ended_unless_another_ran_beside_it(tmp_path, monkeypatch):
     def write_metrics(run, **hours):
         lines = [{"kind": kind, "time": f"2026-11-28T0{hour}:00:00Z"} for kind, hour in hours.items()]
         write(tmp_path / "runs" / run / "metrics.jsonl", "\n".join(map(json.dumps, lines)))
@@ -918,7 +917,7 @@ def test_ledger_accounts_for_every_byte_and_says_when_the_cap_is_far(alone):
     assert 0.3e-4 < expected < 1.5e-4  # the best is 1e-4
 
 
-def test_file_ends_within_a_twentieth_percent_below_the_cap_and_is_reproducible(run):
+def test_a_file_ends_just_below_the_cap_and_is_the_same_each_time(run):
     files = []
     for _ in range(2):
         pack.main([str(run), "--cap_bytes=95000"])
@@ -928,7 +927,7 @@ def test_file_ends_within_a_twentieth_percent_below_the_cap_and_is_reproducible(
         pack.main([str(run), "--cap_bytes=40000"])
 
 
-def test_packs_without_statistics_loudly_and_refuses_what_is_not_finite_by_name(run, capsys):
+def test_packs_without_statistics_loudly_and_refuses_what_is_not_finite(run, capsys):
     path = run / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
     torch.save(saved | {"stats": {}}, path)
@@ -1130,7 +1129,7 @@ def test_a_sample_is_drawn_as_the_seed_says_and_begins_with_its_text(alone, capf
         eval_bpb.main([str(alone / "one/artifact.pyz"), *sample])
         written.append(capfd.readouterr().out)
         assert written[-1].startswith(text)
-    assert written[0] == written[1] and len({*written}) == 3
+    assert written[0] == written[1] != written[2] != written[3]
 
 
 @needs_bubblewrap
@@ -1322,7 +1321,7 @@ def test_harm_ends_in_one_line_and_what_a_child_says_is_quoted(judge, artifact, 
     assert len(shown) == confine.STDERR_LINES and max(map(len, shown)) < 80 and "\x1b" not in said.err
     assert said.out.count("\nval_bpb: ") == 1 and "NOTHING IS PROVED" in said.out
     assert result["val_loss"] == pytest.approx(math.log(1024), rel=1e-12)
-    assert "predictor's name" in judge("pass", "--trust", name="x" + 60 * " " + "val_bpb: 0.1")[0]
+    assert "predictor's name" in judge("pass", "--trust", name="x val_bpb: 0.1")[0]
     _, err = end(endless, 2)
     assert re.fullmatch("eval_bpb.py: .*a.pyz: ran over 9 s in the phase '.*': no score\n", err)
     assert not list(tmp_path.glob("nanogolf*"))
@@ -1572,7 +1571,7 @@ def test_the_p_value_is_students():
     assert c["p"] == pytest.approx(stats.t_upper(12 ** 0.5, 2)) and c["verdict"] == "run 2 more a side"
 
 
-def test_compare_takes_nats_from_the_dataset_and_refuses_what_does_not_compare(tmp_path):
+def test_compare_uses_the_datasets_nats_and_refuses_what_does_not_compare(tmp_path):
     ours = [fake_run(tmp_path / f"a{s}", s, 1.19 + s / 1e4) for s in (1, 2, 3)]
     theirs = [fake_run(tmp_path / f"b{s}", s, 1.2 + s / 5e3) for s in (1, 2, 3)]
     out = check_command("compare", *ours, "--", *theirs, code=0)
@@ -1632,7 +1631,7 @@ def commit(folder):
                        check=True)
 
 
-def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_its_verdict(tmp_path):
+def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_it(tmp_path):
     def turn(*flags, code=0):
         return "".join(end(start(tmp_path / "records/turn.py", *flags, cwd=tmp_path), code))
 
