@@ -1419,6 +1419,7 @@ def warm_up(cfg, model, losses, optimizers, batch):
         model.zero_grad()
         torch.compiler.reset()
         cfg = replace(cfg, row_tokens=cfg.row_tokens // 2)
+        model.fused = model.fused and cfg.row_tokens % TILE[0] == 0
     train_step(losses, [random_batch(cfg.row_tokens)], model, optimizers, schedule_at(cfg, 1.0), cfg)
     with torch.no_grad():
         for looped in states:
@@ -1478,6 +1479,9 @@ def main(argv=None):
         rest = cfg.row_tokens % TILE[0] or cfg.mlp_dim % TILE[1] or cfg.n_embd % TILE[2]
         model.fused = hopper and triton is not None and not rest
         compiled = model.kernel is not segment_attention  # whose shapes change from row to row
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # of which Triton takes one
+        if compiled and os.name == "posix" and not any(map(shutil.which, compilers)):
+            raise ValueError("torch.compile needs a C compiler: install gcc, or name another in CC")
         batch = partial(make_batch, device=device, longest=cfg.seq_len)
         n_params = sum(p.numel() for p in model.parameters())
         if rank == 0 and shutil.disk_usage(folder).free < 40 * n_params:
@@ -1487,6 +1491,8 @@ def main(argv=None):
         if compiled:
             losses = torch.compile(losses, dynamic=False, fullgraph=True)
         row_tokens = cfg.row_tokens
+        # Averaged weights start where training starts; made here, they count in what fits into memory.
+        ema = copy.deepcopy(model)
         cfg, calib_seconds = warm_up(cfg, model, losses, optimizers, batch)
         if cfg.row_tokens < row_tokens:
             log(f"--row_tokens={row_tokens} does not fit into memory: {cfg.row_tokens}, the same "
@@ -1499,7 +1505,6 @@ def main(argv=None):
         limit = cfg.max_seconds - reserve if cfg.max_seconds else math.inf
         if limit <= 0:
             raise ValueError(f"--max_seconds={cfg.max_seconds}: calibration alone takes {reserve:.0f} s")
-        ema = copy.deepcopy(model)  # the averaged weights start where training starts
         clock = Clock(device)
         step = 0
         if state:
