@@ -193,6 +193,31 @@ ROOFLINE = {"inductor's own kernels": (51.0, 76.2), "products, attention": (86.2
             "saved": (23.9, 34.6), "predicted": (93.2, 132.3)}
 
 
+def test_kernels_compile_for_hopper():
+    """To an H100's machine code, without one: tensor cores, copies in flight, enough memory."""
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    tile = {**dict(zip(("BM", "BN", "BK"), train_gpt.TILE)), "K": 512}
+    loss = {"cap": 30.0, "V": 16384, "BV": 1024}
+    for name, known in (("up_kernel", {**tile, "BACKWARD": False, "stride_bk": 1}),
+                        ("up_kernel", {**tile, "BACKWARD": True, "stride_bn": 1}),
+                        ("ce_forward", loss), ("ce_backward", loss)):
+        kernel = getattr(train_gpt, name)
+        types = {x: "*bf16" if x.endswith("_ptr") else "i32" for x in kernel.arg_names}
+        types |= dict.fromkeys(known, "constexpr")
+        if "target_ptr" in types:
+            types["target_ptr"] = "*i64"
+        aligned = {(i,): [["tt.divisibility", 16]]
+                   for i, x in enumerate(kernel.arg_names) if x not in known}
+        source = ASTSource(kernel, types, known, aligned)
+        options = {"num_warps": 8, "num_stages": 3}
+        code = triton.compile(source, GPUTarget("cuda", 90, 32), options)
+        assert code.asm["cubin"] and code.metadata.shared <= 227 * 1024
+        if name == "up_kernel":
+            assert "wgmma.mma_async" in code.asm["ptx"] and "cp.async" in code.asm["ptx"]
+
+
 def test_the_step_moves_what_the_roofline_says():
     if not torch.version.cuda or not torch.__version__.startswith("2.11"):
         pytest.skip("the roofline counts with a CUDA build of torch 2.11")
