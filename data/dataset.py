@@ -64,12 +64,12 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def package(name, purpose):
-    """`with package("x", "what needs it"): import x`; BadInput says what to install."""
+def package(purpose):
+    """`with package("what needs it"): import x`; BadInput says what to install."""
     try:
         yield
     except ImportError as error:
-        raise BadInput(f"{purpose} needs: pip install {name}") from error
+        raise BadInput(f"{purpose} needs: pip install {error.name}") from error
 
 
 def printable(text, encoding="utf-8"):

@@ -21,7 +21,7 @@ TAIL_BYTES = 16_000          # in one request, to complete the last document of 
 
 
 def hub():
-    with package("huggingface_hub", "fineweb"):
+    with package("fineweb"):
         import huggingface_hub
     return huggingface_hub
 

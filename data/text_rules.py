@@ -6,7 +6,7 @@ from data.dataset import package
 
 @functools.cache
 def _normalizer():
-    with package("sentencepiece", "--text_rule=nmt_nfkc (not =raw)"):
+    with package("--text_rule=nmt_nfkc (not =raw)"):
         import sentencepiece
     return sentencepiece.SentencePieceNormalizer(
         rule_name="nmt_nfkc", add_dummy_prefix=False, escape_whitespaces=False,

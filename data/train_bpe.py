@@ -22,7 +22,7 @@ def train_tokenizer(texts, vocab_size, name):
     The pieces come from a BPE within chunks, then the phrases from counting neighbours. The same
     texts, the same bytes.
     """
-    with package("tokenizers", "training a tokenizer (not --tokenizer=FILE)"):
+    with package("training a tokenizer (not --tokenizer=FILE)"):
         import tokenizers
     n_phrases = vocab_size // 16
     n_pieces = vocab_size - 1 - (256 - len(NO_TOKEN)) - n_phrases
