@@ -54,9 +54,11 @@ def read_json(path):
     """File -> the JSON object in it, a dict. Raises BadInput."""
     try:
         found = json.loads(path.read_bytes())
-        return found | {}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path}: not a JSON object ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: not a JSON object")
+    return found
 
 
 def read_if_there(path):
