@@ -484,8 +484,12 @@ def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up(tmp_path, monkeypat
         monkeypatch.setattr(train_gpt, name, value)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
     torch.compiler.reset()
-    shape = "--n_layer=2 --loop_first=0 --loop_last=0 --loop_passes=2 --two_lane_from=1"
-    assert train_gpt.main([*RUN_FLAGS, *shape.split(), "--max_steps=5", "--run=compiled"]) == 0
+    flags = [*RUN_FLAGS, *"--n_layer=2 --loop_first=0 --loop_last=0 --loop_passes=2 --two_lane_from=1".split()]
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ValueError, match="C compiler"):
+        train_gpt.main(flags)
+    monkeypatch.setenv("CC", sys.executable)  # is a file that can be run, for this backend needs none
+    assert train_gpt.main([*flags, "--max_steps=5", "--run=compiled"]) == 0
     # losses: looped or not, with gradients or without; orthogonalize: six shapes of matrices.
     assert ready == [4 + 6] and graphs.frame_count == 4 + 6
 
