@@ -217,7 +217,7 @@ class Adaptive(Sliding):
             return y
         A = self.learned["A", name, visit].to(x.dtype)
         B = self.learned["B", name, visit].to(x.dtype)
-        x = x.view(self.slots, self.chunk, -1) * (layer + 1) ** -0.5  # W has the norm's scale in it
+        x = x.view(self.slots, self.chunk, -1)
         return y + (x @ A @ B).view(y.shape)
 
     def learn(self, targets, real):

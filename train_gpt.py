@@ -453,22 +453,17 @@ class GPT(nn.Module):
         skip_scale = cast(self.skip_scale).unbind()
         skip_gate = cast(self.skip_gate.sigmoid()).unbind()
         x0_mix = cast(self.x0_mix.view(-1, cfg.n_embd)).unbind()
-        # Scales of a product's input or output are folded into its matrix: a product the size of
-        # the weights instead of one of the activations, each way. Deeper blocks read a smaller norm
-        # (public: -0.002 with partial RoPE).
-        depth = torch.arange(1, cfg.n_layer + 1, device=tokens.device)[:, None, None] ** -0.5
-        weights = {"qkv": self.qkv * depth, "o": self.o * self.attn_scale[:, :, None],
-                   "up": self.up * depth, "down": self.down * self.mlp_scale[:, :, None],
-                   "gate": self.attn_gate * (0.5 * depth)}
+        # Scales of a product's output are folded into its matrix: a product the size of the weights
+        # instead of one of the activations, each way.
+        weights = {"qkv": self.qkv, "o": self.o * self.attn_scale[:, :, None], "up": self.up,
+                   "down": self.down * self.mlp_scale[:, :, None], "gate": self.attn_gate * 0.5}
         weights = {name: cast(W).unbind() for name, W in weights.items()}
-        # Values share the queries' and keys' rotation: by no angle, and with a gain of 1.
-        weights["gain"] = F.pad(self.q_gain, (0, 2 * cfg.n_kv_head), value=1.0)
+        weights["gain"] = self.q_gain
 
         # Rotary angles from the position in the segment, once for all blocks, in fp32.
         freqs = torch.arange(0, cfg.rope_dims, 2, device=tokens.device)
         freqs = torch.exp(freqs * (-math.log(cfg.rope_base) / cfg.rope_dims))
         angle = seg.pos[:, None, None] * freqs  # (N, 1, rope_dims / 2)
-        angle = F.pad(angle.expand(-1, cfg.n_head + cfg.n_kv_head, -1), (0, 0, 0, cfg.n_kv_head))
         rotary = (angle.cos(), angle.sin())
 
         # SmearGate: each token takes some of the one before it, never across a segment's start
@@ -490,12 +485,13 @@ class GPT(nn.Module):
                 x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])
             W = {name: bank[i] for name, bank in weights.items()}
             u = x0_mix[2 * i] * x + x0_mix[2 * i + 1] * x0
-            a = self.attention(norm(u), W, rotary, seg, i, visit)
+            depth = (i + 1) ** -0.5  # deeper blocks read a smaller norm (public: -0.002 with partial RoPE)
+            a = self.attention(norm(u) * depth, W, rotary, seg, i, visit)
             if i < cfg.two_lane_from:
                 x = u + a
-                x = x + self.mlp(norm(x), W, i, visit)
+                x = x + self.mlp(norm(x) * depth, W, i, visit)
             else:  # attention and MLP side by side (#1529: -0.004)
-                m = self.mlp(norm(lane), W, i, visit)
+                m = self.mlp(norm(lane) * depth, W, i, visit)
                 keep0, keep1, a0, a1, m0, m1 = lanes[i - cfg.two_lane_from].unbind()
                 x, lane = keep0 * x + a0 * a + m0 * m, keep1 * lane + a1 * a + m1 * m
             if visit < n_encoder:
@@ -506,7 +502,10 @@ class GPT(nn.Module):
         """x (N, D), the block's normed input; W, its matrices and gain; rotary, cos and sin -> (N,
         D)."""
         qkv = self.linear(x, W["qkv"], "qkv", layer, visit).view(len(x), -1, self.head_dim)
-        q, k, v = RotatedHeads.apply(qkv, W["gain"], *rotary, self.cfg.n_kv_head)
+        H, K = self.cfg.n_head, self.cfg.n_kv_head
+        q, k, v = qkv.split([H, K, K], 1)
+        q = RotatedHeads.apply(q, W["gain"], *rotary)
+        k = RotatedHeads.apply(k, torch.ones_like(W["gain"][:K]), *rotary)
         # Before attention: after it, the compiler would keep v in float32 for backward.
         v_unit, v_length = unit(v)
         y = self.attend(q, k, v, seg, visit)  # (N, H, d)
@@ -591,47 +590,33 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
 
 
-# What stands between the products of attention, as two functions with gradients of their own: 70
+# What stands between the products of attention, as two functions with gradients of their own: 50
 # lines for 5.7 of 91.6 ms of a record step on paper (records/evidence/roofline.py, before there was
 # a pointer). A test compares the model's gradients with finite differences.
 
 
 class RotatedHeads(torch.autograd.Function):
-    """qkv (N, H + 2 K, d), gain (H + 2 K,), cos and sin (N, H + 2 K, r) float32 -> q (N, H, d), k
-    and v (N, K, d), views of one tensor: q and k of unit mean square, all rotated and times their
-    gains (v: by no angle, times 1).
+    """x (N, H, d), gain (H,), cos and sin (N, 1, r) float32 -> y (N, H, d), of unit mean square,
+    rotated, times the gains.
 
     With x^ = x / rms(x), y = gain R x^, y^ = y / gain, g = dy: dx = gain R^T (g - y^ mean(y^ g)) /
     rms(x)."""
 
     @staticmethod
-    def forward(ctx, qkv, gain, cos, sin, n_kv):
-        x = qkv.float()
-        n_q = len(gain) - 2 * n_kv
+    def forward(ctx, x, gain, cos, sin):
         gain = gain[:, None] + 1e-12  # backward divides by it
-        normed = torch.arange(len(gain), device=x.device)[:, None] < n_q + n_kv
-        scale = torch.where(normed, torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), 1.0)
-        q, k, v = (rotate(x, cos, sin) * (scale * gain)).to(qkv.dtype).split([n_q, n_kv, n_kv], 1)
-        ctx.save_for_backward(q, k, gain, cos, sin, scale)
-        return q, k, v
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
+        y = (rotate(x.float(), cos, sin) * (scale * gain)).to(x.dtype)
+        ctx.save_for_backward(y, gain, cos, sin, scale)
+        return y
 
     @staticmethod
-    def backward(ctx, dq, dk, dv):
-        q, k, gain, cos, sin, scale = ctx.saved_tensors
-        sizes = [q.size(1), k.size(1), k.size(1)]
-        cos, sin = cos[:, :1], -sin[:, :1]  # turns back
-
-        def undo(y, g, gain, scale):
-            """-> dx, and the sums x^ R^T g (N, heads) that add up to the gradient of the gain."""
-            dot = (y.float() * g.float()).sum(-1, keepdim=True) / gain
-            dx = rotate(g.float(), cos, sin) * gain - rotate(y.float(), cos, sin) * (dot / y.size(-1))
-            return (dx * scale).to(g.dtype), dot[..., 0]
-        gain_q, gain_k, _ = gain.split(sizes)
-        scale_q, scale_k, _ = scale.split(sizes, 1)
-        dx_q, dgain = undo(q, dq, gain_q, scale_q)
-        dx_k, _ = undo(k, dk, gain_k, scale_k)
-        dgain = F.pad(dgain.sum(0), (0, len(gain) - q.size(1)))
-        return torch.cat([dx_q, dx_k, dv], 1), dgain, None, None, None
+    def backward(ctx, dy):
+        y, gain, cos, sin, scale = ctx.saved_tensors
+        y, g = y.float(), dy.float()
+        dot = (y * g).sum(-1, keepdim=True) / gain  # x^ R^T g: their sum is the gain's gradient
+        dx = rotate(g, cos, -sin) * gain - rotate(y, cos, -sin) * (dot / y.size(-1))
+        return (dx * scale).to(dy.dtype), dot.sum((0, 2)), None, None
 
 
 def unit(v):
@@ -1180,11 +1165,7 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
     for name, part in sorted({key[:2] for key in sums}):  # all ranks in one order
         layers = [x for key, x in sorted(sums.items()) if key[:2] == (name, part)]
         stats[f"{name}.{part}"] = torch.stack(layers)
-    # The products had scales folded into their matrices; the statistics are those of the matrices
-    # without.
-    depth = torch.arange(1, model.cfg.n_layer + 1, device=device)[:, None, None]
-    stats["qkv.H"] /= depth
-    stats["up.H"] /= depth
+    # These products had scales folded into their matrices; the statistics are of those without.
     stats["o.g"] *= model.attn_scale.detach().square()
     stats["down.g"] *= model.mlp_scale.detach().square()
     return stats
