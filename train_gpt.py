@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections import defaultdict, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -308,10 +308,9 @@ def flex_copies(q, k, tokens, targets, seg):
     return found
 
 
-def pick_attention(device, dtype):
+def pick_attention(capability):
     """-> the best kernel(q, k, v, seg) as segment_attention: FlashAttention-3 if there, else torch's varlen or SDPA."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if capability < (8, 0) or dtype != torch.bfloat16:
+    if capability < (8, 0):
         return segment_attention
     if capability[0] == 9:
         try:
@@ -375,7 +374,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.dtype = torch.float32  # of activations and products
         self.kernel = segment_attention
-        self.fused = False  # whether the kernels below do the MLP and the loss
+        self.fused = False  # whether the kernel below does the MLP
         L, D, H, K, M = cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, cfg.mlp_dim
         self.head_dim = D // H
         self.qkv_sizes = [D, K * self.head_dim, K * self.head_dim]
@@ -424,9 +423,10 @@ class GPT(nn.Module):
 
     def place(self, device):
         """Move to device and choose what is best there: the dtype, attention's kernel."""
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.dtype = torch.bfloat16 if bf16 else torch.float32  # CPUs are 15-30 times slower in bf16
-        self.kernel = pick_attention(device, self.dtype)
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        # GPUs before 8.0 emulate bf16; CPUs are 15-30 times slower in it.
+        self.dtype = torch.bfloat16 if capability >= (8, 0) else torch.float32
+        self.kernel = pick_attention(capability)
         return self.to(device)
 
     def linear(self, x, W, name, layer, visit):
@@ -515,7 +515,7 @@ class GPT(nn.Module):
 
     def mlp(self, x, W, layer, visit):
         """x (N, D), normed -> (N, D)."""
-        if self.fused:
+        if self.fused and len(x) % TILE[0] == 0:
             return FusedMLP.apply(x, W["up"], W["down"])
         h = lrelu2(self.linear(x, W["up"], "up", layer, visit))
         return self.linear(h, W["down"], "down", layer, visit)
@@ -561,11 +561,7 @@ class GPT(nn.Module):
         hidden = self(tokens, seg, looped)
         if self.kernel is segment_attention:
             return -self.probabilities(hidden, tokens, seg).gather(1, targets[:, None])[:, 0].log()
-        if self.fused:
-            z = F.linear(hidden, self.embed.weight.to(hidden.dtype))
-            nats = FusedCE.apply(z, targets, self.cfg.softcap)
-        else:
-            nats = F.cross_entropy(self.logits(hidden), targets, reduction="none")
+        nats = SoftcapCE.apply(F.linear(hidden, self.embed.weight.to(hidden.dtype)), targets, self.cfg.softcap)
         q, k, sink, gate = self.pointer(hidden, seg)
         every, same = flex_copies(q, k, tokens, targets, seg)
         scale = F.logsigmoid(gate) - torch.logaddexp(every, sink)  # log of a over the sum of weights
@@ -665,10 +661,35 @@ class GatedXSA(torch.autograd.Function):
         return torch.stack(dys, 2).view(dz.shape), dv, None, None, torch.stack(dgates, 2).view(gate.shape)
 
 
+class SoftcapCE(torch.autograd.Function):
+    """x (N, V) raw logits, targets (N,) int64, cap -> nats (N,) float32 of cap * tanh(x / cap).
+
+    cap * tanh(x / cap) = 2 cap s - cap where s = sigmoid(2 x / cap): the constant drops out of the
+    softmax, 2 cap serves as its maximum, and the compiler reads x once forward, and reads and writes
+    once backward. d(2 cap s) / dx = 4 s (1 - s)."""
+
+    @staticmethod
+    def forward(ctx, x, targets, cap):
+        s = (x.float() * (2 / cap)).sigmoid()
+        lse = 2 * cap + (2 * cap * (s - 1)).exp().sum(1).log()
+        ctx.save_for_backward(x, targets, lse)
+        ctx.cap = cap
+        return lse - 2 * cap * s.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, targets, lse = ctx.saved_tensors
+        s = (x.float() * (2 / ctx.cap)).sigmoid()
+        p = (2 * ctx.cap * s - lse[:, None]).exp()
+        is_target = torch.arange(x.size(1), device=x.device) == targets[:, None]
+        dx = grad[:, None] * (p - is_target.float()) * 4 * s * (1 - s)
+        return dx.to(x.dtype), None, None
+
+
 # --------------------------------------------------------------------------------------------------
-# Kernels, for an H100 (GPT.fused): two places where memory traffic is spent that the compiler does
-# not save. The torch references stand in GPT.mlp and GPT.losses; tests compare them. Sizes are
-# constants to Triton: a model has few.
+# A kernel for an H100 (GPT.fused), where memory traffic is spent that the compiler does not save.
+# The torch reference stands in GPT.mlp; a test compares them. Sizes are constants to Triton: a
+# model has few.
 
 if triton:
     @triton.jit
@@ -694,38 +715,6 @@ if triton:
         else:
             tl.store(pre_ptr + at, acc)
             tl.store(out_ptr + at, acc * tl.where(acc > 0, acc, 0.25 * acc))
-
-    # Softcap by a sigmoid: cap * tanh(x / cap) = 2 cap * sigmoid(2 x / cap) - cap; the constant
-    # drops out of softmax. The capped logit lies in [0, 2 cap], so 2 cap serves as the maximum and
-    # one pass suffices.
-    @triton.jit
-    def ce_forward(x_ptr, target_ptr, loss_ptr, lse_ptr, cap: tl.constexpr, V: tl.constexpr,
-                   BV: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        total = tl.zeros((BV,), tl.float32)
-        for start in range(0, V, BV):
-            v = start + tl.arange(0, BV)
-            x = tl.load(x_ptr + row * V + v, mask=v < V, other=-float("inf")).to(tl.float32)
-            total += tl.exp(2 * cap * tl.sigmoid(2 * x / cap) - 2 * cap)  # e^-60 for what lies beyond V
-        lse = 2 * cap + tl.log(tl.sum(total, 0))
-        x = tl.load(x_ptr + row * V + tl.load(target_ptr + row)).to(tl.float32)
-        tl.store(lse_ptr + row, lse)
-        tl.store(loss_ptr + row, lse - 2 * cap * tl.sigmoid(2 * x / cap))
-
-    @triton.jit
-    def ce_backward(x_ptr, target_ptr, lse_ptr, grad_ptr, dx_ptr, cap: tl.constexpr, V: tl.constexpr,
-                    BV: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        target = tl.load(target_ptr + row)
-        lse = tl.load(lse_ptr + row)
-        grad = tl.load(grad_ptr + row)
-        for start in range(0, V, BV):
-            v = start + tl.arange(0, BV)
-            x = tl.load(x_ptr + row * V + v, mask=v < V, other=0.0).to(tl.float32)
-            s = tl.sigmoid(2 * x / cap)
-            p = tl.exp(2 * cap * s - lse)
-            dx = grad * (p - tl.where(v == target, 1.0, 0.0)) * 4 * s * (1 - s)
-            tl.store(dx_ptr + row * V + v, dx, mask=v < V)
 
 
 TILE = (128, 256, 64)  # rows, columns and depth of the product that one program computes
@@ -759,38 +748,6 @@ class FusedMLP(torch.autograd.Function):
         x, up, down, pre, h = ctx.saved_tensors
         dpre = up_product(dy.contiguous(), down.t(), pre)
         return dpre @ up, dpre.t() @ x, dy.t() @ h
-
-
-def softcap_ce(x, targets, cap):
-    """x (N, V) raw logits, targets (N,) int64 -> nats, log-sum-exp (N,) float32 of cap * tanh(x /
-    cap)."""
-    loss = x.new_empty(len(x), dtype=torch.float32)
-    lse = torch.empty_like(loss)
-    ce_forward[len(x),](x, targets, loss, lse, cap=cap, V=x.size(1), BV=1024)
-    return loss, lse
-
-
-def softcap_ce_backward(x, targets, lse, grad, cap):
-    """-> the gradient of x (N, V) from that of the nats, grad (N,)."""
-    dx = torch.empty_like(x)
-    ce_backward[len(x),](x, targets, lse, grad, dx, cap=cap, V=x.size(1), BV=1024)
-    return dx
-
-
-class FusedCE(torch.autograd.Function):
-    """x (N, V) raw logits, targets (N,) int64, cap -> nats (N,) float32 of cap * tanh(x / cap): one
-    read forward, a read and a write backward. 4.2 to 6.6 of 91.6 ms of a record step on paper."""
-
-    @staticmethod
-    def forward(ctx, x, targets, cap):
-        loss, lse = softcap_ce(x, targets, cap)
-        ctx.save_for_backward(x, targets, lse)
-        ctx.cap = cap
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        return softcap_ce_backward(*ctx.saved_tensors, grad.contiguous(), ctx.cap), None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1122,29 +1079,36 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
     squared: the pointer left out, about a third too much. Ends after a row once late() is true."""
     device = model.embed.weight.device
     cap = model.cfg.softcap
-    sums = defaultdict(float)
     generator = torch.Generator(device).manual_seed(seed)
+    stats = {"tokens": torch.zeros(1, device=device)}
+    banks = {"embed": model.embed.weight[None], **{name: getattr(model, name) for name in model.MATRICES}}
+    for name, bank in banks.items():
+        L, n_out, n_in = bank.shape
+        stats[f"{name}.H"] = torch.zeros(L, n_in, n_in, device=device)
+        stats[f"{name}.g"] = torch.zeros(L, n_out, device=device)
+    stats["embed.S"] = torch.zeros_like(stats["embed.H"][0])
 
-    def outer(key, x):
+    def add_outer(H, x):
         x = x.detach().float()
-        sums[key] += x.mT @ x
+        H += x.mT @ x
 
-    def squares(key, g):
-        sums[key] += g.float().square().sum(0)
+    def add_squares(g, dy):
+        g += dy.float().square().sum(0)
 
     def tap(x, W, name, layer, visit):
-        outer((name, "H", layer), x)
+        add_outer(stats[f"{name}.H"][layer], x)
         y = F.linear(x, W)
+        g = stats[f"{name}.g"][layer]
         if name == "embed":  # labels are too few for rare tokens: packed to 1.5 bits, twice the loss
             capped = (y.detach().float() / cap).tanh()
             p = (cap * capped).softmax(-1)
-            sums[name, "g", layer] += (p * (1 - p) * (1 - capped.square()).square()).sum(0)
+            g += (p * (1 - p) * (1 - capped.square()).square()).sum(0)
         else:
-            y.register_hook(partial(squares, (name, "g", layer)))
+            y.register_hook(partial(add_squares, g))
         return y
 
     def tap_embedding(module, inputs, x):
-        x.requires_grad_().register_hook(partial(outer, "embed.S"))
+        x.requires_grad_().register_hook(partial(add_outer, stats["embed.S"]))
 
     fused, model.fused, model.linear = model.fused, False, tap
     hook = model.embed.register_forward_hook(tap_embedding)
@@ -1156,15 +1120,11 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
         p = model.probabilities(model(tokens, seg), tokens, seg)
         labels = torch.multinomial(p.detach(), 1, generator=generator)
         p.gather(1, labels).log().sum().neg().backward()
-        sums["tokens"] += torch.tensor([float(len(tokens))], device=device)
+        stats["tokens"] += len(tokens)
     model.requires_grad_(True)
     hook.remove()
     del model.linear
     model.fused = fused
-    stats = {key: sums.pop(key) for key in ("embed.S", "tokens")}
-    for name, part in sorted({key[:2] for key in sums}):  # all ranks in one order
-        layers = [x for key, x in sorted(sums.items()) if key[:2] == (name, part)]
-        stats[f"{name}.{part}"] = torch.stack(layers)
     # These products had scales folded into their matrices; the statistics are of those without.
     stats["o.g"] *= model.attn_scale.detach().square()
     stats["down.g"] *= model.mlp_scale.detach().square()
@@ -1400,7 +1360,6 @@ def warm_up(cfg, model, losses, optimizers, batch):
         model.zero_grad()
         torch.compiler.reset()
         cfg = replace(cfg, row_tokens=cfg.row_tokens // 2)
-        model.fused = model.fused and cfg.row_tokens % TILE[0] == 0
     train_step(losses, [random_batch(cfg.row_tokens)], model, optimizers, schedule_at(cfg, 1.0), cfg)
     with torch.no_grad():
         for looped in states:
@@ -1457,8 +1416,8 @@ def main(argv=None):
         model.place(device)
         cuda = device.type == "cuda"
         hopper = cuda and torch.cuda.get_device_capability(device) == (9, 0)
-        rest = cfg.row_tokens % TILE[0] or cfg.mlp_dim % TILE[1] or cfg.n_embd % TILE[2]
-        model.fused = hopper and triton is not None and not rest
+        whole_tiles = cfg.mlp_dim % TILE[1] == cfg.n_embd % TILE[2] == 0
+        model.fused = hopper and triton is not None and whole_tiles
         compiled = model.kernel is not segment_attention  # whose shapes change from row to row
         compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # of which Triton takes one
         if compiled and os.name == "posix" and not any(map(shutil.which, compilers)):

@@ -50,7 +50,7 @@ from data.dataset import Parser, command
 OWN_GB = {False: 51.0, True: 76.2}  # of inductor's own kernels for a row of the record, by roofline.py
 PARTS = {"pointer": ("triton_tem", "flex"), "own": ("triton_",),  # by the names of kernels
          "attention": ("flash", "fmha", "attention"),
-         "products and loss": ("up_kernel", "ce_forward", "ce_backward", "gemm", "nvjet", "cutlass"),
+         "products": ("up_kernel", "gemm", "nvjet", "cutlass"),
          "rest": ("",)}
 TINY = dict(n_layer=3, n_embd=64, n_head=2, n_kv_head=1, mlp_dim=256, loop_first=1, loop_last=1,
             two_lane_from=2, batch_tokens=512, row_tokens=256, seq_len=64, calib_tokens=256)
@@ -152,7 +152,7 @@ def record(lab, looped):
     flop = t.count_flops(cfg, looped) * cfg.row_tokens
     predicted = {"own": OWN_GB[looped] / roofline.GB_PER_MS,
                  "attention": len(t.block_order(cfg, looped)) * roofline.ATTENTION_MS,
-                 "products and loss": flop / 1e12 / roofline.TFLOP_PER_MS,
+                 "products": flop / 1e12 / roofline.TFLOP_PER_MS,
                  "pointer": roofline.POINTER_MS}
     ms = lab.ms(row)
     lab.tell("row", ms=ms, predicted_ms=sum(predicted.values()), mfu=flop / ms / 989e9,
@@ -190,11 +190,11 @@ def prices(lab):
     def loss(z, targets, cap):
         return F.cross_entropy(cap * torch.tanh(z.float() / cap), targets, reduction="none")
     plain = {"RotatedHeads": partial(t.RotatedHeads.forward, context), "GatedXSA": xsa,
-             "FusedMLP": mlp, "FusedCE": loss}
+             "FusedMLP": mlp, "SoftcapCE": loss}
     ours = None
     for name in ("ours", *plain):
         torch.compiler.reset()
-        with mock.patch.object(getattr(t, name, t.FusedCE), "apply", plain.get(name, t.FusedCE.apply)):
+        with mock.patch.object(getattr(t, name, t.SoftcapCE), "apply", plain.get(name, t.SoftcapCE.apply)):
             losses = lab.compile(model.losses)
 
             def row():
@@ -213,7 +213,7 @@ def attention(lab):
     N, H, K, d = cfg.row_tokens, cfg.n_head, cfg.n_kv_head, cfg.n_embd // cfg.n_head
     inputs = [lab.random(N, n, d) for n in (H, K, K)]
     seg = lab.batch()[2]
-    kernel = t.pick_attention(lab.device, inputs[0].dtype)
+    kernel = lab.model().kernel
 
     def dense(*qkv):
         qkv = (x.view(-1, cfg.seq_len, x.size(1), d).transpose(1, 2) for x in qkv)
@@ -279,10 +279,10 @@ def ideas(lab):
         E = lab.random(words, D)
         targets = torch.randint(words, (n,), device=lab.device)
 
+        loss = lab.compile(lambda z: t.SoftcapCE.apply(z, targets, 30.0).sum())
+
         def run():
-            z = x @ E.t()
-            z = t.FusedCE.apply(z, targets, 30.0) if lab.cuda else z
-            torch.autograd.grad(z.sum(), (x, E))
+            torch.autograd.grad(loss(x @ E.t()), (x, E))
         lab.tell(f"loss of {words} words", ms_a_row=lab.ms(run) * N / n)
 
 
