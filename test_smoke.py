@@ -1421,17 +1421,16 @@ def fake_run(folder, seed=1, val_bpb=1.2, end="finished", source=TRAINER, **scor
 def make_record(folder, name="good", runs=()):
     runs = runs or [fake_run(folder / f"runs/{name}{n}", n, 1.2 + n / 1e4) for n in (1, 2, 3)]
     args = SimpleNamespace(
-        runs=[*map(str, runs)], name=name, track=None, parent=None, author="Ann", github_id=None,
-        date="2026-01-02", idea="faster", commit="HEAD")
+        runs=[*map(str, runs)], name=name, track=None, parent=None, author="Ann", date="2026-01-02",
+        commit="HEAD")
     record = submit.build(args, folder / "records")
     replace_in(record / "README.md", "(write this)", "Words.")
     return record
 
 
 def review(folder):
-    found = []
-    check.review(folder, found.append)
-    return found
+    *findings, _ = check.review(folder)
+    return findings
 
 
 def check_command(*args, code):
@@ -1454,11 +1453,8 @@ secret | run.sh | | export HF_TOKEN=hf_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
 machine-path | run.sh | | cd /home/ann/data
 plain-source | train_gpt.py | LR | exec
 review-limit: check_json | submission.json | | {
-json: blurb | submission.json | "faster" | ""
-folder-name | submission.json | 2026-01-02 | 2020-01-01
 log: val_bpb is -1 | train_seed2.log | val_bpb: 1.2002 | val_bpb: -1
 log: facts | train_seed2.log | steps: 5000 | steps: ?
-log: train_seconds 599.0 | train_seed2.log | train_seconds: 599.5 | train_seconds: 9.5
 log-score: val_bpb is 1.1 | submission.json | "val_bpb": 1.2002, | "val_bpb": 1.1,
 log-score: seed_results | submission.json | "seed_results" | "x"
 readme: does not say | README.md | 1.200200 | 1.1
@@ -1472,11 +1468,10 @@ track: track 'x' | submission.json | track_10min_16mb | x
 track: ran on | train_seed2.log | 8 x NVIDIA H100 | 8 x A100
 track: over 600 | train_seed2.log | train_seconds: 599.5 | train_seconds: 601.5
 track: over 600 | train_seed2.log | eval_seconds: 400 | eval_seconds: 602
-track: documents | train_seed2.log | "val_docs": 50000 | "val_docs": 10000
 track: 164594398 | train_seed2.log | 40540160, "val_bytes": 151078222 | 44167075, "val_bytes": 164594398
 log: is not val_loss | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.2
 proof: mode trusted | train_seed2.log | "own" | "trusted"
-proof: 'replay': 'FAIL | train_seed2.log | pass | FAIL
+proof: replay FAIL | train_seed2.log | pass | FAIL
 proof: mode own | train_seed2.log | "replay": "pass: 9,200 places" |
 source-hash | train_gpt.py | 02 | 03
 source-hash | more.py | | 
@@ -1493,14 +1488,14 @@ def test_every_rule_finds_what_breaks_it_and_a_good_record_is_clean(tmp_path, mo
         rule, _, words = what.partition(": ")
         seen.add(rule)
         found = review(folder)
-        assert any(f["rule"] == rule and words in f["message"] for f in found), (what, found)
+        assert any(f == rule and words in message for f, message, _ in found), (what, found)
 
     good = make_record(tmp_path)
     monkeypatch.setattr(check, "known_records", lambda: {"known": good})
     monkeypatch.setattr(check, "read_entry", lambda name: {"scores": {"1": 1.2, "2": 1.2}})
     assert review(good) == []
     assert "**val_bpb 1.200200** (std 0.000100, n 3) on fin" in (good / "README.md").read_text()
-    seen = {"missing-folder", "stray-file", "change-set", "rescore", "copy", "same-source"}
+    seen = {"change-set", "copy"}
     for n, row in enumerate(EDITS.strip("\n").split("\n")):
         what, name, old, new = (cell.strip().replace("\\n", "\n") for cell in row.split("|"))
         folder = shutil.copytree(good, tmp_path / str(n) / good.parent.name / good.name)
@@ -1516,6 +1511,8 @@ def test_every_rule_finds_what_breaks_it_and_a_good_record_is_clean(tmp_path, mo
     for i in range(400):
         write(folder / f"{i}.txt", "")
     broken("review-limit: 400 files")
+    folder = folder.rename(folder.with_name("good"))
+    broken("folder-name")
     assert rules.RULES.keys() == seen
 
 
@@ -1542,10 +1539,10 @@ def broken(:
 
 def test_a_source_hides_no_code_and_plain_sources_hide_none():
     for hidden in [*HIDDEN.strip().split("\n"), "#\r# -*- coding=latin-1", "\0", "(" * 9999]:
-        assert [*check.hidden_code(hidden.encode())], hidden
+        assert check.hidden_code(hidden.encode()), hidden
     plain = b"# coding: utf-8\ntorch.compile(m.eval()); re.compile(x); load(x, weights_only=True)"
     for source in (plain, *((ROOT / name).read_bytes() for name in pack.SOURCES)):
-        assert [*check.hidden_code(source)] == []
+        assert not check.hidden_code(source)
 
 
 def test_submit_refuses_runs_that_are_not_one_record(tmp_path):
@@ -1583,12 +1580,13 @@ def test_a_batch_is_reviewed_to_its_end_and_copies_are_named(tmp_path):
     shutil.copytree(good, copy)
     replace_in(copy / "README.md", "1.200200", "1.1")
     write(tmp_path / "stray", "x")
-    out = check_command(good, tmp_path / "stray", copy, tmp_path / "none", "--jobs=2", code=1)
-    for words in (f"{good}: clean\n", f"{copy}: 1 FAIL\n", f"FAIL  {tmp_path}/none: missing-folder\n",
-                  f"FLAG  {tmp_path}/stray: stray-file\n", "FAIL copy ", "FLAG same-source ", "1 of 5 clean"):
+    out = check_command(good, tmp_path / "stray", copy, tmp_path / "none", code=1)
+    for words in (f"{good}: clean\n", f"{copy}: FAIL\n", f"{tmp_path}/none: FAIL\n  FAIL missing-file ",
+                  f"{tmp_path}/stray: FAIL\n", "FAIL copy ", "1 of 4 clean"):
         assert words in out, words
-    check_command(tmp_path / "stray", code=4)
     check_command(good, code=0)
+    replace_in(good / "README.md", "Words.", "(write this)")
+    check_command(good, code=4)
 
 
 def test_the_p_value_is_students():
@@ -1678,11 +1676,11 @@ def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_it(tmp_path):
     rate = "--idea=a rate", "--data=x", f"--parent={curves.parent.name}_s1", "--", "--lr=9"
     turn(*rate, code=2)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
-    assert "_s1: no score, a nan; see runs/turns/a-rate_" in turn(*rate, code=2)
+    assert "_s1: a nan; see runs/turns/a-rate_" in turn(*rate, code=2)
     after = {path: path.stat().st_mtime_ns for path in before}
     assert len(before) == 9 and after == before   # nothing ran again, not what failed either
-    wider, rate = turn().split("; n ")[:2]
-    assert wider.startswith("keep: +0.009") and "drop: {'a nan'}" in rate
+    wider, rate = turn().split("no verdict")
+    assert wider.startswith("keep: +0.009") and "a wider gate\n" in wider and "a rate\n" in rate
 
 
 def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
@@ -1696,4 +1694,4 @@ def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
     write(tmp_path / "train_gpt.py", "changed")   # the next idea, not committed
     assert check.change_set("HEAD~1") == ([], [str((ROOT / readme).parent)])
     commit(tmp_path)
-    assert [f["file"] for f in check.change_set("HEAD~2")[0]] == ["train_gpt.py"]
+    assert [file for *_, file in check.change_set("HEAD~2")[0]] == ["train_gpt.py"]

@@ -15,6 +15,7 @@ remembers by itself: timing, and the memory of a GPU.
 import importlib
 import inspect
 import json
+import math
 import os
 import platform
 import select
@@ -25,7 +26,9 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import torch
@@ -33,7 +36,7 @@ import torch
 from data.dataset import BadInput
 
 PYTHON = [sys.prefix, sys.base_prefix, str(Path(torch.__file__).parents[1])]  # the last: packages
-READABLE = ["/usr", "/lib", "/lib64", "/bin", *PYTHON, *map(os.path.realpath, PYTHON)]  # by the child
+READABLE = ["/usr", "/lib", "/lib64", "/bin", *PYTHON, *map(os.path.realpath, PYTHON)]  # to it
 ENVIRONMENT = {"PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
                "GOMP_SPINCOUNT"}  # it is given
 STDERR_LINES = 20  # of what it writes there that are shown
@@ -43,27 +46,27 @@ STDERR_LINES = 20  # of what it writes there that are shown
 # changes which pages of a file are in memory: mincore, fadvise64, preadv2, cachestat; all that
 # begin with set, get, list and remove and end in xattr.
 DENIED = {
-    "x86_64": (0xC000003E, 41, 53, 101, 310, 311, 103, 248, 249, 250, 425, 27, 221, 327, 451, *range(188, 200)),
-    "aarch64": (0xC00000B7, 198, 199, 117, 270, 271, 116, 217, 218, 219, 425, 232, 223, 286, 451, *range(5, 17)),
+    "x86_64": (0xC000003E, 41, 53, 101, 310, 311, 103, 248, 249, 250, 425, 27, 221, 327, 451,
+               *range(188, 200)),
+    "aarch64": (0xC00000B7, 198, 199, 117, 270, 271, 116, 217, 218, 219, 425, 232, 223, 286, 451,
+                *range(5, 17)),
 }
 
 
-def reachable(folder: Path) -> str:
-    """-> what a child may read that holds the folder, or ""."""
+def reachable(folder):
+    """A Path -> what a child may read that holds it, or ""."""
     real = os.path.realpath(folder)
     return next((path for path in READABLE if real.startswith(os.path.realpath(path) + os.sep)), "")
 
 
-def forget_files() -> None:
+def forget_files():
     """Drops the files that a child may read from memory, lest one child tells the next by which of
     them are there."""
-    roots = {os.path.realpath(path) for path in READABLE}
-    for root in roots:
-        inside = not roots.isdisjoint(map(str, Path(root).parents))
-        for _, _, names, folder in os.fwalk(root) if not inside else ():
+    for root in {os.path.realpath(path) for path in READABLE}:
+        for _, _, names, folder in os.fwalk(root):
             for name in names:
                 with suppress(OSError):
-                    file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=folder)
+                    file = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
                     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
                     os.close(file)
 
@@ -71,57 +74,57 @@ def forget_files() -> None:
 # ---- the sandbox
 
 
-def filter_calls() -> bytes:
-    """-> a program for seccomp: EACCES to the DENIED system calls and to those of other
+def filter_calls():
+    """-> a program for seccomp, bytes: EACCES to the DENIED system calls and to those of other
     processors."""
     load, if_equal, if_at_least, answer = 0x20, 0x15, 0x35, 0x06
+    deny = (answer, 0, 0, 0x50000 | 13)
     processor, *calls = DENIED[platform.machine()]
-    n = len(calls)
-    program = [(load, 0, 0, 4), (if_equal, 0, n + 3, processor), (load, 0, 0, 0)]
-    program += [(if_at_least, n + 1, 0, 1 << 30)]  # x86's other table
-    program += [(if_equal, n - i, 0, call) for i, call in enumerate(calls)]
-    program += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x50000 | 13)]
+    program = [(load, 0, 0, 4), (if_equal, 1, 0, processor), deny]   # what is equal skips a line,
+    program += [(load, 0, 0, 0), (if_at_least, 0, 1, 1 << 30), deny]  # below x86's other table, too
+    for call in calls:
+        program += [(if_equal, 0, 1, call), deny]
+    program.append((answer, 0, 0, 0x7FFF0000))
     return b"".join(struct.pack("HBBI", *line) for line in program)
 
 
-def sandbox(artifact: Path) -> list[str]:
+def sandbox(artifact):
     """-> the words before a command that put it into the sandbox, with the artifact as
     /tmp/artifact.pyz."""
-    words = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL",
-             "--uid", "65534", "--gid", "65534", "--new-session", "--die-with-parent",
-             "--proc", "/proc", "--dev", "/dev", "--size", str(1 << 30), "--tmpfs", "/tmp"]
+    words = """bwrap --unshare-all --unshare-user --disable-userns --cap-drop ALL --uid 65534
+        --gid 65534 --new-session --die-with-parent --proc /proc --dev /dev --size 1073741824
+        --tmpfs /tmp""".split()
     for path in ["/sys", "/etc/alternatives", "/etc/ld.so.cache", *READABLE]:  # some may be in /tmp
         words += ["--ro-bind-try", path, path]
-    for path in Path("/dev").glob("nvidia*"):
-        words += ["--dev-bind", str(path), str(path)]
+    for path in map(str, Path("/dev").glob("nvidia*")):
+        words += ["--dev-bind", path, path]
     words += ["--ro-bind", str(artifact.resolve()), "/tmp/artifact.pyz"]
-    for path in ("/proc", "/dev", "/"):
-        words += ["--remount-ro", path]
-    return [*words, "--chdir", "/tmp"]
+    return words + "--remount-ro /proc --remount-ro /dev --remount-ro / --chdir /tmp".split()
 
 
 class Child:
-    """A command in the sandbox, or unconfined in the artifact's folder. close() returns when
-    nothing of it is left. One that was never started may be killed and closed, too."""
+    """A command, a list of words, in the sandbox, or unconfined in the artifact's folder. close()
+    returns when nothing of it is left. One that was never started may be killed and closed, too."""
 
     process = first = None
 
-    def __init__(self, artifact: Path, command: list, env: dict, confined: bool = True):
+    def __init__(self, artifact, command, env, confined=True):
+        start = partial(subprocess.Popen, cwd=artifact.parent, env=env, stdin=PIPE, stdout=PIPE,
+                        stderr=PIPE, start_new_session=True)
+        if not confined:
+            self.process = start(command)
+            return
         calls, calls_in = os.pipe()
         info, info_in = os.pipe()
-        words = [*sandbox(artifact), "--seccomp", str(calls), "--info-fd", str(info_in), "--"]
-        os.write(calls_in, filter_calls() if confined else b"")
+        os.write(calls_in, filter_calls())
         os.close(calls_in)
-        self.process = subprocess.Popen(
-            [*words, *command] if confined else command, cwd=artifact.parent, env=env,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True, pass_fds=(calls, info_in))
+        pipes = ["--seccomp", str(calls), "--info-fd", str(info_in), "--"]
+        self.process = start([*sandbox(artifact), *pipes, *command], pass_fds=(calls, info_in))
         os.close(calls)
         os.close(info_in)
         with open(info) as file:
-            said = file.read() if confined else ""
-        if said:
-            self.first = os.pidfd_open(json.loads(said)["child-pid"])  # of the sandbox's processes
+            if said := file.read():  # of the sandbox's processes:
+                self.first = os.pidfd_open(json.loads(said)["child-pid"])
 
     def kill(self):
         """The kernel kills the sandbox's processes when bubblewrap dies."""
@@ -137,7 +140,7 @@ class Child:
             select.select([self.first], [], [])
 
 
-def lacking() -> str:
+def lacking():
     """-> what this system lacks to confine a child, in words, or ""."""
     if platform.machine() not in DENIED or not shutil.which("bwrap"):
         return "bubblewrap (Linux on x86_64 or aarch64: apt-get install bubblewrap)"
@@ -150,25 +153,25 @@ def lacking() -> str:
 # ---- both ends of the pipe
 
 
-def serve(name: str, device: str, vocab_size: int) -> None:
+def serve(name, device, vocab_size):
     """The child's side of Remote, until its stdin ends. Prints go to stderr."""
     import resource
-    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # to one byte, for an empty core would go through a pipe
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # a byte: an empty one goes through a pipe
     if device == "cpu":
         half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # of the memory
         resource.setrlimit(resource.RLIMIT_DATA, (half, half))
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    requests = sys.stdin.buffer
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 
-    def answer(sign, content=b""):
-        answers.write(sign)
+    def answer(content):
         answers.write(content)
         answers.flush()
     try:
         sys.path[:0] = ["artifact.pyz"]
         predictor, name = importlib.import_module("eval_bpb").build("artifact.pyz", name, device)
         B, T = int(predictor.slots), int(predictor.chunk)
-        answer(b"=", struct.pack("<qq64s", B, T, name.encode()))
+        answer(struct.pack("<c2q64s", b"=", B, T, name.encode()))
         while ask := requests.read(1):
             tokens = np.frombuffer(bytearray(requests.read(8 * B * T)), np.int64).reshape(B, T)
             flags = np.frombuffer(bytearray(requests.read(B if ask == b"p" else B * T)), bool)
@@ -178,10 +181,12 @@ def serve(name: str, device: str, vocab_size: int) -> None:
                 continue
             logits = predictor.predict(flags, tokens).detach().float().cpu().numpy()
             if logits.shape != (B, T, vocab_size):
-                raise ValueError(f"predict() must return logits {B, T, vocab_size}, not {logits.shape}")
-            answer(b"=", memoryview(np.ascontiguousarray(logits)).cast("B"))
+                raise ValueError(f"predict() must return logits {B, T, vocab_size}, not "
+                                 f"{logits.shape}")
+            answers.write(b"=")
+            answer(np.ascontiguousarray(logits))
     except BaseException as e:
-        answer(b"!", f"{type(e).__name__}: {e}".encode()[:4096])
+        answer(f"!{type(e).__name__}: {e}".encode()[:4097])
         raise
 
 
@@ -192,27 +197,27 @@ class Remote(Child):
     code of the artifact.
     """
 
-    def __init__(self, artifact: Path, device: str, vocab_size: int, confined: bool):
+    def __init__(self, artifact, device, vocab_size, confined):
         self.artifact, self.device, self.vocab_size = artifact, device, vocab_size
         self.confined = confined
 
-    def open(self, name: str, seconds: float = 0) -> str:
+    def open(self, name, seconds=0):
         """Starts the child, which ends after `seconds`; 0: never -> the predictor's name. From then
         on .slots and .chunk are known."""
-        folder = "/tmp" if self.confined else str(self.artifact.parent)
         env = {key: os.environ[key] for key in ENVIRONMENT & os.environ.keys()}
-        env |= {"HOME": folder, "TMPDIR": folder, "USER": "nobody", "PYTHONPATH": PYTHON[-1]}
+        env |= {"USER": "nobody", "PYTHONPATH": PYTHON[-1]}
         code = f"""import importlib, os, struct, sys
+os.environ["HOME"] = os.environ["TMPDIR"] = os.getcwd()
 import numpy as np
 {inspect.getsource(serve)}
 serve({name!r}, {self.device!r}, {self.vocab_size})"""
         super().__init__(self.artifact, [sys.executable, "-c", code], env, self.confined)
         threading.Thread(target=self.show_stderr, daemon=True).start()
-        self.timer = threading.Timer(seconds, self.kill)
-        self.timer.daemon = True
         if seconds:
-            self.timer.start()
-        self.slots, self.chunk, said = struct.unpack("<qq64s", self.receive(80))
+            timer = threading.Timer(seconds, self.kill)
+            timer.daemon = True
+            timer.start()
+        self.slots, self.chunk, said = struct.unpack("<2q64s", self.receive(80))
         return said.rstrip(b"\0").decode("utf-8", "replace")
 
     def show_stderr(self):
@@ -222,28 +227,28 @@ serve({name!r}, {self.device!r}, {self.vocab_size})"""
             if lines <= STDERR_LINES:
                 print(f"artifact: {data!r:.60}", file=sys.stderr)
 
-    def receive(self, size: int) -> bytearray:
-        """The answer, of so many bytes."""
+    def receive(self, size):
+        """The answer, a bytearray of that size."""
         sign = self.process.stdout.read(1)
         if sign == b"!":
             raise BadInput(f"its code says {self.process.stdout.read(4096)!r:.240}")
         content = bytearray(size)
         if sign != b"=" or self.process.stdout.readinto(content) < size:
             self.close()
-            raise BadInput(f"no answer from its process: exit code {self.process.returncode}; it had "
-                           f"{self.timer.interval:.0f} s (0: any time)")
+            raise BadInput(f"no answer from its process: exit code {self.process.returncode}; -9 "
+                           "where its time was over")
         return content
 
-    def ask(self, sign: bytes, tokens, flags, size: int) -> bytearray:
+    def ask(self, sign, tokens, flags, size):
         with suppress(BrokenPipeError):  # then there is no answer either
             self.process.stdin.write(sign + tokens.tobytes() + flags.tobytes())
             self.process.stdin.flush()
         return self.receive(size)
 
     def predict(self, fresh, inputs):
-        B, T = inputs.shape
-        content = self.ask(b"p", inputs, fresh, 4 * B * T * self.vocab_size)
-        return torch.frombuffer(content, dtype=torch.float32).view(B, T, self.vocab_size)
+        shape = (*inputs.shape, self.vocab_size)
+        content = self.ask(b"p", inputs, fresh, 4 * math.prod(shape))
+        return torch.frombuffer(content, dtype=torch.float32).view(shape)
 
     def learn(self, targets, real):
         self.ask(b"l", targets, real, 0)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from data.dataset import ROOT, BadInput, Parser
+from records.rules import SOURCE_NAME
 
 PER_RUN = {"seed", "run"}   # in which two runs of one experiment may differ
 NUMBERS = ("val_bpb", "val_loss", "artifact_bytes", "train_seconds", "eval_seconds", "steps",
@@ -29,8 +30,7 @@ def flags_of(doc, many, **flags):
     default} -> its Parser."""
     p = Parser(description=doc)
     p.add_argument(many, nargs="*", help="see above")
-    for name, default in flags.items():
-        p.add_argument(f"--{name}", default=default, type=type(default), help="see above")
+    p.add_flags({name: (default, "see above") for name, default in flags.items()})
     return p
 
 
@@ -51,25 +51,14 @@ def nats_per_bit(dataset):
 
 
 def read_json(path):
-    """File -> the JSON object in it, a dict. Raises BadInput."""
+    """File -> the JSON object in it, a dict; {} where there is no file. Raises BadInput."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes()) if path.exists() else {}
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
         raise BadInput(f"{path}: not a JSON object")
     return found
-
-
-def read_if_there(path):
-    """A JSON object in a file, {} where there is no file."""
-    return read_json(path) if path.exists() else {}
-
-
-def read_turn(run):
-    """The turn.json of the turn that started a run, {} of a run by hand."""
-    side = Path(run).resolve().name.rpartition("_s")[0]
-    return read_if_there(Path("runs/turns", side, "turn.json"))
 
 
 def read_metrics(folder):
@@ -89,13 +78,12 @@ def read_run(folder):
     a run that was killed."""
     latest = {row["kind"]: row for row in read_metrics(folder)}
     start = part(latest, "start")
-    score = read_if_there(Path(folder, "score.json"))
-    run = {**start, **part(latest, "summary"), "val_bpb": None, "val_loss": None, **score}
-    run["environment"] = start.get("environment")   # where it was trained, not where it was scored
-    run["seed"] = part(run, "config").get("seed")
-    run["eval_seconds"] = part(run, "phases").get("total")
-    run["end"] = part(latest, "end").get("reason")
-    return run
+    score = read_json(Path(folder, "score.json"))
+    return {**start, **part(latest, "summary"), "val_bpb": None, "val_loss": None, **score,
+            "environment": start.get("environment"),   # where it was trained, not scored
+            "seed": part(start, "config").get("seed"),
+            "eval_seconds": part(score, "phases").get("total"),
+            "end": part(latest, "end").get("reason")}
 
 
 def check_facts(facts):
@@ -110,23 +98,37 @@ def check_facts(facts):
 
 def summarise(seeds):
     """Facts of all seeds -> what submission.json says of them."""
-    out = {key: seeds[0][key] for key in SHARED}
-    out["config"] = {k: v for k, v in out["config"].items() if k not in PER_RUN}
+    first = seeds[0]
     scores = [facts["val_bpb"] for facts in seeds]
-    out["hardware"] = str(out["environment"].get("device"))
-    out["val_bpb"] = statistics.fmean(scores)
-    out["val_bpb_std"] = statistics.stdev(scores) if len(scores) > 1 else None
-    out["bytes_total"] = max(facts["artifact_bytes"] for facts in seeds)
-    out["seed_results"] = rows = {}
+    rows = {}
     for facts in seeds:
         rows[str(facts["seed"])] = {key: facts[key] for key in OF_A_SEED}
-    return out
+    return {**{key: first[key] for key in SHARED},
+            "config": {k: v for k, v in first["config"].items() if k not in PER_RUN},
+            "hardware": str(first["environment"].get("device")),
+            "val_bpb": statistics.fmean(scores),
+            "val_bpb_std": statistics.stdev(scores) if len(scores) > 1 else None,
+            "bytes_total": max(facts["artifact_bytes"] for facts in seeds), "seed_results": rows}
 
 
-def known_records(records=ROOT / "records"):
+def known_records():
     """{name: folder} of the records of this repository."""
-    paths = [*records.glob("track_*/*/submission.json")]
-    return {path.parent.name: path.parent for path in sorted(paths)}
+    paths = sorted(ROOT.glob("records/track_*/*/submission.json"))
+    return {path.parent.name: path.parent for path in paths}
+
+
+def files_in(folder):
+    """{name: bytes} of the sources in a folder."""
+    paths = [*folder.glob("*.py"), *folder.glob("data/*.py")]
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {name: path.read_bytes() for name, path in names.items() if SOURCE_NAME.fullmatch(name)}
+
+
+def write_files(folder, files):
+    """Writes {name: bytes} into a folder, which may not be there yet."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
 
 
 def find_entry(name):
@@ -138,14 +140,19 @@ def find_entry(name):
 
 
 def read_entry(name):
-    """A run or a record -> what is known of it, and its scores {seed: val_bpb}."""
+    """A run or a record -> what is known of it, and its scores {seed: val_bpb}. BadInput without
+    whole scores."""
     folder = find_entry(name)
-    entry = read_if_there(folder / "submission.json")
+    entry = read_json(folder / "submission.json")
+    rows = part(entry, "seed_results")
     if not entry:
         entry = read_run(folder)
-        return {**entry, "scores": {str(entry["seed"]): entry["val_bpb"]}}
-    rows = part(entry, "seed_results")
-    return {**entry, "scores": {seed: part(rows, seed).get("val_bpb") for seed in rows}}
+        rows = {str(entry["seed"]): entry}
+    scores = {seed: part(rows, seed).get("val_bpb") for seed in rows}
+    if not all(map(is_number, scores.values())):
+        raise BadInput(f"{name}: no whole score; run: python pack.py {name} && python eval_bpb.py "
+                       f"{name}/artifact.pyz")
+    return {**entry, "scores": scores}
 
 
 def git(*args):
@@ -159,6 +166,7 @@ def git(*args):
 def committed(commit, name):
     """The bytes of a file at a commit of this repository; b"" without such a commit or file."""
     try:
-        return git("show", f"{commit}:{name}") if re.fullmatch("[0-9a-f]{7,64}", str(commit)) else b""
+        known = re.fullmatch("[0-9a-f]{7,64}", str(commit))
+        return git("show", f"{commit}:{name}") if known else b""
     except BadInput:
         return b""

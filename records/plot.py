@@ -8,9 +8,9 @@ import sys
 from html import escape
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])   # not records/: nothing may shadow a package
-from data.dataset import Parser, atomic_write, command
-from records.folders import find_entry, is_number, read_metrics
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not records/: nothing may shadow a package
+from data.dataset import BadInput, atomic_write, command
+from records.folders import find_entry, flags_of, is_number, read_metrics
 
 PANELS = {"train_loss": "training loss, nats per token", "val_bpb": "validation, bits per byte",
           "lr": "learning rate, of its peak"}
@@ -20,11 +20,11 @@ STYLE = ("text{font:12px sans-serif;fill:#768390}path,polyline{fill:none;stroke:
 
 
 def read_points(folder, key):
-    """A run's metrics.jsonl -> [(train_seconds, value)]; steps that a resumed run did again once."""
+    """A run's metrics.jsonl -> [(train_seconds, value)]; what a resumed run did again once."""
     points = []
     for row in read_metrics(folder):
         at = row.get("train_seconds")
-        if row["kind"] in ("step", "val") and is_number(at) and is_number(row.get(key)):
+        if is_number(at) and is_number(row.get(key)):
             points = [point for point in points if point[0] < at] + [(at, row[key])]
     return points
 
@@ -63,10 +63,9 @@ def write(path, folders):
 
 
 def main():
-    p = Parser(description=__doc__)
-    p.add_argument("runs", nargs="+", help="folders, or names in runs/")
-    p.add_argument("--out", default="curves.svg", help="the picture")
-    args = p.parse_args()
+    args = flags_of(__doc__, "runs", out="curves.svg").parse_args()
+    if not args.runs:
+        raise BadInput("name runs: folders, or names in runs/")
     write(args.out, [find_entry(name) for name in args.runs])
     print(args.out)
 

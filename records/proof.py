@@ -16,23 +16,21 @@ DRAWS = 9200
 PATIENCE = 60.0  # s that a replay may take, beside four times what scoring took
 
 
-def draw(sizes: dict, n: int) -> dict:
-    """{document: targets} -> {document: places, rising}: n of all, each as likely as any other, the
-    documents in a random order."""
+def draw(sizes, n):
+    """sizes {document: targets} -> {document: places, rising, (k,) int64}: n of all, each as likely
+    as any other, the documents in a random order."""
     random = secrets.SystemRandom()
-    ends = np.cumsum([*sizes.values()])
+    docs = random.sample([*sizes], len(sizes))
+    ends = np.cumsum([sizes[doc] for doc in docs])
     drawn = np.sort(random.sample(range(ends[-1]), n))
-    parts = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
-    found = [(doc, part - end + sizes[doc]) for doc, part, end in zip(sizes, parts, ends)
-             if len(part)]
-    random.shuffle(found)
-    return dict(found)
+    places = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
+    return {doc: part - end + sizes[doc] for doc, part, end in zip(docs, places, ends) if len(part)}
 
 
-def plan(text, places: dict, slots: int, chunk: int) -> list:
-    """-> [documents (B,), starts (B,), call (B, T) int8] of each round: which call asks a place; 0:
-    none. A slot's places are asked in rising order: an earlier call shows no more than what
-    precedes."""
+def plan(text, places, slots, chunk):
+    """{document: places, rising} -> [documents (B,), starts (B,), call (B, T) int64] of each round:
+    which call asks a place; 0: none. A slot's places are asked in rising order: an earlier call
+    shows no more than what precedes."""
     rounds = []
     ends = {doc: each[-1] + 1 for doc, each in places.items()}
     for docs, starts in text.deal(ends, slots, chunk):
@@ -40,11 +38,11 @@ def plan(text, places: dict, slots: int, chunk: int) -> list:
         for slot, doc in enumerate(docs):
             at = places.get(doc, starts[:0]) - starts[slot]
             asked[slot, at[(0 <= at) & (at < chunk)]] = True
-        rounds.append((docs, starts, np.where(asked, asked.cumsum(1), 0)))
+        rounds.append((docs, starts, asked * asked.cumsum(1)))
     return rounds
 
 
-def replay(predictor, text, nats: dict, rounds: list) -> np.ndarray:
+def replay(predictor, text, nats, rounds):
     """-> by how many nats each place has moved (n,), asked again in a new predictor."""
     moves = []
     with Progress("replaying", len(rounds), "rounds") as progress:
@@ -52,21 +50,20 @@ def replay(predictor, text, nats: dict, rounds: list) -> np.ndarray:
             inputs, targets, real = text.cut(docs, starts, predictor.chunk)
             for k in range(1, call.max() + 1):
                 asked = call == k
-                last = np.where(asked.any(1), asked.argmax(1), predictor.chunk)[:, None]
-                hidden = np.arange(predictor.chunk) > last
+                hidden = asked.cumsum(1) > asked  # behind the place that its slot asks
                 shown = np.where(hidden, text.noise(inputs.shape), inputs)
                 found = text.count(predictor.predict(starts == 0, shown), targets, asked)
-                slots, at = np.nonzero(asked)
-                moves += [paid - nats[docs[b]][starts[b] + t] for paid, b, t in zip(found, slots, at)]
+                for again, slot, at in zip(found, *np.nonzero(asked)):
+                    moves.append(again - nats[docs[slot]][starts[slot] + at])
             predictor.predict(starts == 0, inputs)
             predictor.learn(targets, real)
             progress.add()
     return np.array(moves)
 
 
-def verdict(moves: np.ndarray, n_targets: int, vocab_size: int, kind: str) -> str:
-    """Moves of a replay -> pass or FAIL, and what a pass is worth, in the units of the record
-    rule."""
+def verdict(moves, n_targets, vocab_size, kind):
+    """Moves of a replay (n,) on a kind of device -> pass or FAIL, and what a pass is worth, in the
+    units of the record rule."""
     worst, mean = np.abs(moves).max(), moves.mean()
     passed = worst <= PLACE_TOLERANCE[kind] and mean <= MEAN_TOLERANCE[kind]
     share = 1 - 0.01 ** (1 / len(moves)) if len(moves) < n_targets else 0.0
@@ -77,7 +74,7 @@ def verdict(moves: np.ndarray, n_targets: int, vocab_size: int, kind: str) -> st
             f"99 %, leaks are worth at most {gain:.6f} nats per token")
 
 
-def prove(judge, scored, text, nats: dict, gather) -> str:
+def prove(judge, scored, text, nats, gather):
     """The judge's predictor `scored`, now closed, has paid nats {document: (n,)} -> verdict on all
     ranks' documents. gather(value) -> every rank's value."""
     gather()  # all children that scored are gone
@@ -85,24 +82,25 @@ def prove(judge, scored, text, nats: dict, gather) -> str:
     gather()  # and what they left in memory
     sizes = {doc: len(each) for doc, each in nats.items()}
     n, n_targets = sum(sizes.values()), sum(text.sizes)
+    shape = scored.slots, scored.chunk
     spent = judge.phases.seconds
-    round_seconds = (spent["score"] + spent["learn"]) * scored.slots * scored.chunk / n
+    round_seconds = (spent["score"] + spent["learn"]) * math.prod(shape) / n
     # At the speed of scoring; about a quarter of the slots hold a place that a call asks.
     affordable = judge.args.audit_seconds / round_seconds * scored.slots / 4
     places = draw(sizes, min(n, math.ceil(max(affordable, DRAWS * n / n_targets))))
-    rounds = plan(text, places, scored.slots, scored.chunk)
+    rounds = plan(text, places, *shape)
     # Of predict and learn; in scoring two a round.
     calls = sum(call.max() + 2 for _, _, call in rounds)
     seconds = PATIENCE + 4 * (spent["load"] + round_seconds * calls / 2)
     try:
         predictor = judge.predictor(seconds)
-        if (predictor.slots, predictor.chunk) != (scored.slots, scored.chunk):
+        if (predictor.slots, predictor.chunk) != shape:
             raise BadInput("a new predictor has other slots and chunks")
         moves = replay(predictor, text, nats, rounds)
     except BadInput as e:
         moves = f"FAIL: {e}"
     found = gather(moves)
-    failed = [moves for moves in found if isinstance(moves, str)]
-    if failed:
-        return failed[0]
+    for failed in found:
+        if isinstance(failed, str):
+            return failed
     return verdict(np.concatenate(found), n_targets, text.vocab_size, judge.device.split(":")[0])

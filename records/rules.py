@@ -1,4 +1,4 @@
-"""What a record is checked for: every rule with its level and where it comes from; all limits.
+"""What a record is checked for: every rule with its level, and why or where from; all limits.
 
 FAIL can be proved from the files; FLAG is for a person to decide.
 """
@@ -9,53 +9,47 @@ CAP_BYTES = 16_000_000          # decimal, the whole artifact
 CLOCK_SECONDS = 601             # s, of training and of scoring each: 600, one step may overrun
 RULE_NATS = 0.005               # nats per token, by which a record beats its parent
 RULE_P = 0.01
-DOCUMENTS = ("fineweb", 50_000)
-DOCUMENTS_BYTES = 151_078_222   # (#1916)
+DOCUMENTS_BYTES = 151_078_222   # of fineweb's 50,000 (#1916)
 
 FOLDER_LIMIT = 4 << 20          # bytes of all files
 ENTRY_LIMIT = 400               # files and folders
-SHOWN_LIMIT = 12                # findings of one rule in one folder
+SHOWN_LIMIT = 60                # findings of one folder
 CHILD_SECONDS = 20              # of CPU, of the process that reads one folder
 CHILD_BYTES = 3 << 30           # of its memory
 
-LEVELS = {  # level: {rule: its source}
+LEVELS = {
     "FLAG": {
-        "stray-file": "a record is a folder",
-        "machine-path": "another machine has no such path",
-        "readme-words": "LOOP.md, Submit",
-        "environment": "#1177: another machine, another score",
-        "significance": "README.md, Rules: 0.005 nats at p < 0.01",
-        "same-source": "an equal source has one author; #1624",
+        "machine-path",    # another machine has no such path
+        "readme-words",    # LOOP.md, Submit
+        "environment",     # #1177: another machine, another score
+        "significance",    # README.md, Rules: 0.005 nats at p < 0.01
     },
     "FAIL": {
         # the folder
-        "missing-folder": "what is not there was not reviewed",
-        "folder-name": "LOOP.md, Submit",
-        "missing-file": "LOOP.md, Submit",
-        "forbidden-file": "LOOP.md, Submit; #1028 #1120",
-        "file-name": "19 public folders have spaces: scripts break",
-        "file-size": "LOOP.md, Submit; #1028",
-        "link": "only regular files can be reviewed",
-        "secret": "a published key is lost: revoke it",
-        "plain-source": "LOOP.md, Submit: what runs is what is written",
-        "review-limit": "a verdict in bounded time",
-        "change-set": "LOOP.md, Submit; 359 public requests touch other files",
+        "missing-file",    # LOOP.md, Submit
+        "folder-name",     # LOOP.md, Submit
+        "forbidden-file",  # LOOP.md, Submit; #1028 #1120
+        "file-name",       # 19 public folders have spaces: scripts break
+        "file-size",       # LOOP.md, Submit; #1028
+        "link",            # only regular files can be reviewed
+        "secret",          # a published key is lost: revoke it
+        "plain-source",    # LOOP.md, Submit: what runs is what is written
+        "review-limit",    # a verdict in bounded time
+        "change-set",      # LOOP.md, Submit; 359 public requests touch other files
         # what submission.json, the logs and README say
-        "json": "submit.py writes it",
-        "log": "submit.py writes its end; #2139",
-        "log-score": "all from the logs; #86: claim 1.1502, rerun 1.1864; #2076",
-        "readme": "README and logs agree; #2076",
-        "seeds": "runs of one experiment, each of its own seed; #2124",
+        "log",             # submit.py writes its end; #2139
+        "log-score",       # all from the logs; #86: claim 1.1502, rerun 1.1864; #2076
+        "readme",          # README and logs agree; #2076
+        "seeds",           # runs of one experiment, each of its own seed; #2124
         # the score
-        "artifact-cap": "README.md, Rules",
-        "track": "README.md, Rules: 8xH100, fineweb, 600 s each, three seeds; #1908 #837",
-        "proof": "eval_bpb.py: --trust and a failed replay prove nothing",
-        "rescore": "eval_bpb.py: the root's judge has the last word",
+        "artifact-cap",    # README.md, Rules
+        "track",           # README.md, Rules: 8xH100, fineweb, 600 s each, three seeds; #1908 #837
+        "proof",           # eval_bpb.py: --trust and a failed replay prove nothing
         # sources and lineage
-        "source-hash": "the sources as run",
-        "judge": "eval_bpb.py: below its border nothing may change, nor in data/",
-        "parent": "LOOP.md, Submit",
-        "copy": "equal artifacts are one run; #1624",
+        "source-hash",     # the sources as run
+        "judge",           # eval_bpb.py: below its border nothing may change, nor in data/
+        "parent",          # LOOP.md, Submit
+        "copy",            # equal artifacts are one run; #1624
     },
 }
 RULES = {rule: level for level, rules in LEVELS.items() for rule in rules}
@@ -78,13 +72,12 @@ IN_TEXTS = {  # and no file
 FOLDER_NAME = re.compile(r"\d{4}-\d\d-\d\d_[A-Za-z0-9._-]{1,80}")
 SOURCE_NAME = re.compile(r"(data/)?(?!test_|__main__)\w{1,40}\.py")
 
-SAID = re.compile(r"\b(train_second|step|token|artifact_byte)s?: ?(\d{1,12}(?:\.\d{1,9})?)\b")
 ADDED = re.compile(r"A\t(records/track_(?:10min|non_record)_16mb/[^/]+)/")   # as git says it
 COOKIE = re.compile(rb"([^\r\n]*[\r\n]+)?[^\r\n]*coding[:=](?![ \t]*utf-8)", re.I)
 
-# Words by which a source runs or loads what is not written there, in the dump of its syntax tree: as
-# a name, a part of a module's name, an attribute, an argument, a whole string. The builtins only as
-# plain names, for model.eval(), torch.compile and re.compile are other things.
+# Words by which a source runs or loads what is not written there, in the dump of its syntax tree:
+# as a name, a part of a module's name, an attribute, an argument, a whole string. The builtins only
+# as plain names, for model.eval(), torch.compile and re.compile are other things.
 HIDING = re.compile(
     r"Name\(id='(?:eval|compile)'|[=\[ ]'(?:[^'\s]*\.)?(?:exec|__import__|importlib|_?pickle|cloudpickle"
     r"|dill|joblib|marshal|_?ctypes|cffi|(?:__)?builtins(?:__)?|runpy|zipimport|weights_only"

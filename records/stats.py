@@ -4,7 +4,7 @@ import statistics
 import numpy as np
 
 from data.dataset import BadInput
-from records.folders import is_number, nats_per_bit, part, read_entry
+from records.folders import nats_per_bit, part, read_entry
 from records.rules import RULE_NATS, RULE_P
 
 MOST_RUNS = 30   # more on a side: an idea that needs more to show is dropped
@@ -16,11 +16,9 @@ def t_upper(t, df):
     T = sqrt(df) sinh(u) turns the density into cosh(u)^-df.
     """
     def tail(start):
-        u = np.linspace(start, start + 40 / df + 9 / df ** 0.5, 20_001)
-        y = np.cosh(u) ** -df
-        return y.sum() - y[0] / 2
-    p = tail(np.arcsinh(abs(t) / df ** 0.5)) / tail(0) / 2
-    return float(p if t >= 0 else 1 - p)
+        u = np.linspace(start, abs(start) + 40 / df + 9 / df ** 0.5, 20_001)
+        return np.trapezoid(np.cosh(u) ** -df, u)
+    return tail(np.arcsinh(t / df ** 0.5)) / tail(0.0) / 2
 
 
 def welch(gain, va, na, vb, nb):
@@ -29,15 +27,6 @@ def welch(gain, va, na, vb, nb):
     b = vb / nb
     df = (a + b) ** 2 / (a ** 2 / (na - 1) + b ** 2 / (nb - 1))   # Satterthwaite
     return t_upper(gain / (a + b) ** 0.5, df)
-
-
-def smallest_gain(scores):
-    """The gain, within 1 %, that as many runs a side of this spread would show, unpaired."""
-    n = len(scores)
-    t = 1.0
-    while t_upper(t, 2 * n - 2) >= RULE_P:
-        t *= 1.01
-    return t * (2 * statistics.variance(scores) / n) ** 0.5
 
 
 def comparison(ours, theirs, nats):
@@ -66,38 +55,29 @@ def comparison(ours, theirs, nats):
             "p_written": p_above(RULE_NATS / nats), "verdict": verdict}
 
 
-def load_side(names):
-    """Runs or records -> ({seed: val_bpb}, what must be alike for scores to compare, the dataset).
-    BadInput without whole scores."""
-    scores = {}
-    alike = set()
-    for name in names:
-        entry = read_entry(name)
-        for seed, bpb in entry["scores"].items():
-            if not is_number(bpb):
-                raise BadInput(f"{name}: no whole score; run: python pack.py {name} && python "
-                               f"eval_bpb.py {name}/artifact.pyz")
-            if seed in scores:
-                raise BadInput(f"{name}: seed {seed} stands twice on one side")
-            scores[seed] = bpb
-        config = part(entry, "config")
-        dataset = part(entry, "dataset")
-        alike.add(f"documents {dataset.get('val_docs_sha256')}, budget {config.get('max_steps')} "
-                  f"steps or {config.get('max_seconds')} s")
-    return scores, alike, dataset
-
-
-def compare(names):
-    """`compare A... -- B...`: prints the comparison of candidate A with baseline B."""
-    if names.count("--") != 1 or "--" in (names[0], names[-1]):
+def compare(ours, theirs):
+    """Prints the comparison of candidate with baseline, each named by its runs or records -> the
+    comparison. BadInput for what does not compare."""
+    if not (ours and theirs):
         raise BadInput("compare RUN... -- RUN...: candidates left, baseline right")
-    cut = names.index("--")
-    ours, alike, dataset = load_side(names[:cut])
-    theirs, others, _ = load_side(names[cut + 1:])
-    if len(alike | others) > 1:
-        raise BadInput(f"such runs do not compare: {' | '.join(alike | others)}")
-    c = comparison(ours, theirs, nats_per_bit(dataset))
-    for title, scores in (("candidate ", ours), ("baseline  ", theirs)):
+    sides = []
+    alike = set()   # what must be, for scores to compare
+    for names in (ours, theirs):
+        scores = {}
+        for name in names:
+            entry = read_entry(name)
+            if scores.keys() & entry["scores"]:
+                raise BadInput(f"{name}: its seed stands twice on one side")
+            scores |= entry["scores"]
+            config = part(entry, "config")
+            dataset = part(entry, "dataset")
+            alike.add(f"documents {dataset.get('val_docs_sha256')}, budget "
+                      f"{config.get('max_steps')} steps or {config.get('max_seconds')} s")
+        sides.append(scores)
+    if len(alike) > 1:
+        raise BadInput(f"such runs do not compare: {' | '.join(alike)}")
+    c = comparison(*sides, nats_per_bit(dataset))
+    for title, scores in zip(("candidate ", "baseline  "), sides):
         print(f"{title} val_bpb {statistics.fmean(scores.values()):.5f}  "
               f"std {statistics.stdev(scores.values()):.5f}  n {len(scores)}")
     print(f"""\
@@ -105,3 +85,4 @@ gain       {c['gain_nats']:+.5f} nats per token = {c['gain_bpb']:+.5f} bits per 
 test       {'paired by seed' if c['paired'] else 'Welch, for the seeds differ'}: one-sided p {c['p']:.3g}
 written    {RULE_NATS} nats at p < {RULE_P}: {c['p_written'] < RULE_P}, p {c['p_written']:.3g}
 verdict    {c['verdict']}""")
+    return c
