@@ -41,7 +41,7 @@ from data.text_rules import nmt_nfkc
 from data.tokenizer import Tokenizer, lower_case
 from data.train_bpe import train_tokenizer
 from records import check, confine, folders, proof, rules, stats, submit
-from train_gpt import Config, GPT, Loader, make_segments
+from train_gpt import Config, GPT, make_segments, read_rows
 
 
 def start(*command, ranks=1, cwd=None, **env):
@@ -272,9 +272,9 @@ def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
 def test_an_epoch_holds_each_token_once_in_the_order_of_the_seed():
     shard = np.arange(2000) * (np.arange(2000) % 100 > 0)  # 20 documents
     data = SimpleNamespace(train=[lambda: shard])
-    first, second = (Loader(data, Config(**TINY, seed=seed)) for seed in (1, 2))
-    epoch = np.concatenate([first.next()[:-1] for _ in range(2000 // 128)])
-    assert np.bincount(epoch)[1:].max() == 1 and (epoch[:128] != second.next()[:-1]).any()
+    first, second = (read_rows(data, Config(**TINY, seed=seed)) for seed in (1, 2))
+    epoch = np.concatenate([next(first)[:-1] for _ in range(2000 // 128)])
+    assert np.bincount(epoch)[1:].max() == 1 and (epoch[:128] != next(second)[:-1]).any()
 
 
 def test_validation_counts_each_target_once_in_whole_documents():
