@@ -573,13 +573,12 @@ class GPT(nn.Module):
         return -torch.logaddexp(kept - nats, scale + same)
 
 
-def count_flops(cfg, looped):
+def count_flops(model, looped):
     """Model FLOPs per trained token: 6 per weight of each matrix product, forward and backward;
     attention left out."""
-    kv = cfg.n_kv_head * cfg.n_embd // cfg.n_head
-    per_block = (2 * cfg.n_embd + 2 * kv + 2 * cfg.mlp_dim) * cfg.n_embd
-    ends = (cfg.vocab_size + 3 * cfg.copy_dim) * cfg.n_embd
-    return 6 * (len(block_order(cfg, looped)) * per_block + ends)
+    per_block = sum(bank[0].numel() for bank in (model.qkv, model.o, model.up, model.down))
+    ends = model.embed.weight.numel() + model.copy.numel()
+    return 6 * (len(block_order(model.cfg, looped)) * per_block + ends)
 
 
 def rotate(x, cos, sin):
@@ -1253,13 +1252,11 @@ class Clock:
     """Seconds of training: runs from start() to stop(), as often as need be. Queued GPU work
     counts."""
 
-    def __init__(self, device):
-        self.device = device
-        self.total = 0.0  # until the last stop()
+    total = 0.0  # until the last stop()
 
     def sync(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
 
     def start(self):
         largest(0)  # no clock runs while one rank still writes
@@ -1430,15 +1427,14 @@ def main(argv=None):
         limit = cfg.max_seconds - reserve if cfg.max_seconds else math.inf
         if limit <= 0:
             raise ValueError(f"--max_seconds={cfg.max_seconds}: calibration alone takes {reserve:.0f} s")
-        clock = Clock(device)
+        clock = Clock()
         step = 0
         if state:
             step, clock.total = state["step"], state["seconds"]
             model.load_state_dict(state["weights"])
             ema.load_state_dict(state["ema"])
-            for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             log(f"resumed at step {step}, after {clock.total:.1f} s of training")
         rows = read_ahead(read_rows(data, cfg, first_row=step * n_rows))
         log(f"attention:{model.kernel.__name__} dtype:{str(model.dtype)[6:]} compiled:{compiled} "
@@ -1493,7 +1489,7 @@ def main(argv=None):
                     "grad_norm": grad_norm, "step_ms": step_ms, "train_seconds": seconds,
                     "tokens": number * cfg.batch_tokens, "tokens_per_second": int(rate)}
             if peak_flops:
-                last["mfu"] = rate * count_flops(cfg, schedule.looped) / peak_flops
+                last["mfu"] = rate * count_flops(model, schedule.looped) / peak_flops
             log(kind="step", **last, eta=max(int(eta), 0))
 
         def measure(looped):
@@ -1512,10 +1508,9 @@ def main(argv=None):
         def save_state():
             """All from which --resume goes on: rows and random numbers follow from the step."""
             if rank == 0:
-                moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
                 write_checkpoint(folder / "state.pt", config=asdict(cfg), preset=preset, step=step,
-                                 seconds=clock.total, optimizers=moments, weights=model.state_dict(),
-                                 ema=ema.state_dict())
+                                 seconds=clock.total, weights=model.state_dict(), ema=ema.state_dict(),
+                                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
 
         def progress_at(seconds):
             return max(seconds / limit, step / (cfg.max_steps or math.inf))

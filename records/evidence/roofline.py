@@ -190,7 +190,7 @@ def count(trainer, settings: dict, looped: bool, code: dict | None = None) -> di
     n = sum(p.numel() for p in model.parameters())
     order = trainer.block_order(cfg, looped)
     return {"kernels": kernels, "saved": saved[0], "visits": len(order), "weights": n,
-            "flop": trainer.count_flops(cfg, looped) * cfg.row_tokens, "cfg": cfg}
+            "flop": trainer.count_flops(model, looped) * cfg.row_tokens, "cfg": cfg}
 
 
 def assemble(code: dict) -> list[tuple[str, int, int]]:
