@@ -533,6 +533,7 @@ class Judge:
         self.children = []
         self.lacking = self.verdict = ""
         self.folder = Path(tempfile.mkdtemp(prefix="nanogolf"))
+        self.ending = threading.Lock()  # who removes the folder holds it for good
         self.max_seconds = 600.0 if args.max_seconds is None else args.max_seconds
         self.timer = threading.Timer(max(BEGIN + self.max_seconds - time.perf_counter(), 0), self.overrun)
         self.timer.daemon = True
@@ -540,14 +541,18 @@ class Judge:
             self.timer.start()
 
     def overrun(self):
-        print(f"eval_bpb.py: {self.path}: ran over {self.max_seconds:.0f} s in the phase "
-              f"'{self.phases.name}': no score", file=sys.stderr, flush=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for child in self.children if self.lacking else ():  # a sandbox ends with this process
-            child.kill()
-        os._exit(2)
+        self.ending.acquire()
+        try:
+            print(f"eval_bpb.py: {self.path}: ran over {self.max_seconds:.0f} s in the phase "
+                  f"'{self.phases.name}': no score", file=sys.stderr, flush=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for child in self.children if self.lacking else ():  # a sandbox ends with this process
+                child.kill()
+        finally:
+            os._exit(2)
 
     def close(self):
+        self.ending.acquire()  # not after overrun(), which speaks the last word
         self.timer.cancel()
         for child in self.children:
             child.close()
@@ -558,7 +563,8 @@ class Judge:
         args = self.args
         self.blob, self.tokenizer, self.foreign = open_artifact(self.path)
         self.copy = self.folder / "artifact.pyz"
-        self.copy.write_bytes(self.blob)
+        with self.ending:
+            self.copy.write_bytes(self.blob)
         if args.sample is not None:
             return
         self.mode = "trusted" if self.foreign else "own"

@@ -1,6 +1,7 @@
 """The promises, as tests: offline, on a CPU, in minutes.  python -m pytest -q test_smoke.py"""
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -15,13 +16,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import tracemalloc
 import zipfile
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started here, too
 import numpy as np
@@ -44,12 +47,18 @@ from records import check, confine, folders, proof, rules, stats, submit
 from train_gpt import Config, GPT, make_segments, read_rows
 
 
-def start(*command, ranks=1, cwd=None, **env):
-    """python COMMAND, or by torchrun, in a process beside this one: end() waits for it."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]
-    command = [sys.executable, *torchrun * (ranks > 1), *map(str, command)]
-    return subprocess.Popen(command, cwd=cwd, env={**os.environ, **env}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    """Each test works in a folder of its own, and the judge's clock begins with it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval_bpb, "BEGIN", time.perf_counter())
+
+
+def start(*command, **env):
+    """python COMMAND in a process beside this one: end() waits for it."""
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, env={**os.environ, **env}, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
 def end(process, code=0):
@@ -59,7 +68,11 @@ def end(process, code=0):
     return out, err
 
 
+TWO_RANKS = "-m torch.distributed.run --standalone --nproc_per_node=2 --".split()
+
+
 def write(path, content):
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -100,12 +113,12 @@ def tiny_batch(n=128, starts=(0,)):
 
 def metrics(run, kind):
     """Lines of that kind in a run's metrics.jsonl."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines = Path("runs", run, "metrics.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if line["kind"] == kind]
 
 
 def checkpoint(run):
-    return train_gpt.load_checkpoint(run / "checkpoint.pt")
+    return train_gpt.load_checkpoint(Path("runs", run, "checkpoint.pt"))
 
 
 # ---- the model
@@ -160,16 +173,13 @@ def test_gradients_are_those_of_finite_differences():
 # ---- the kernels
 
 
-def test_the_softcapped_loss_and_its_gradient_are_those_of_cross_entropy():
-    z = (20 * torch.randn(30, 150, dtype=torch.double)).requires_grad_()
+def test_the_softcapped_loss_has_the_gradient_of_cross_entropy():
+    z = (20 * torch.randn(30, 150)).requires_grad_()
     targets = torch.randint(150, (30,))
-    nats = train_gpt.SoftcapCE.apply(z, targets, 30.0)
     expected = F.cross_entropy(30 * torch.tanh(z / 30), targets, reduction="none")
-    assert torch.allclose(nats.double(), expected, rtol=1e-5)
-    weights = torch.rand(30)
-    found, = torch.autograd.grad(nats, z, weights)
-    expected, = torch.autograd.grad(expected, z, weights.double())
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
+    losses = train_gpt.SoftcapCE.apply(z, targets, 30.0), expected
+    found, expected = (torch.autograd.grad(nats.square().sum(), z)[0] for nats in losses)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_fused_mlp_equals_its_reference():
@@ -192,11 +202,10 @@ def test_the_fused_mlp_equals_its_reference():
                 assert error(a, b) < limit, (dtype, error(a, b))
         print("agree")
     """
-    assert end(start("-c", code, cwd=ROOT, TRITON_INTERPRET="1"))[0] == "agree\n"
+    assert end(start("-c", code, PYTHONPATH=str(ROOT), TRITON_INTERPRET="1"))[0] == "agree\n"
 
 
-ROOFLINE = {"inductor's own kernels": (52.9, 78.8), "products, attention": (89.1, 130.0),
-            "saved": (25.2, 36.5), "predicted": (94.0, 133.3)}
+ROOFLINE = {"inductor's own kernels": (52.9, 78.8), "predicted": (94.0, 133.3)}
 
 
 def test_the_kernel_compiles_for_hopper():
@@ -204,7 +213,7 @@ def test_the_kernel_compiles_for_hopper():
     triton = pytest.importorskip("triton", reason="triton is not installed")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    tile = {**dict(zip(("BM", "BN", "BK"), train_gpt.TILE)), "K": 512}
+    tile = dict(zip(("BM", "BN", "BK", "K"), (*train_gpt.TILE, 512)))
     kernel = train_gpt.up_kernel
     for backward, unit_stride in (False, "stride_bk"), (True, "stride_bn"):
         known = {**tile, "BACKWARD": backward, unit_stride: 1}
@@ -213,8 +222,7 @@ def test_the_kernel_compiles_for_hopper():
         aligned = {(i,): [["tt.divisibility", 16]]
                    for i, x in enumerate(kernel.arg_names) if x not in known}
         source = ASTSource(kernel, types, known, aligned)
-        options = {"num_warps": 8, "num_stages": 3}
-        code = triton.compile(source, GPUTarget("cuda", 90, 32), options)
+        code = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 8, "num_stages": 3})
         assert code.asm["cubin"] and code.metadata.shared <= 227 * 1024
         assert "wgmma.mma_async" in code.asm["ptx"] and "cp.async" in code.asm["ptx"]
 
@@ -229,10 +237,10 @@ def test_the_step_moves_what_the_roofline_says():
         assert [*map(float, numbers)] == pytest.approx(expected, rel=0.02), row
 
 
-def test_the_first_minutes_on_a_gpu_can_be_rehearsed_without_one(tmp_path):
+def test_the_first_minutes_on_a_gpu_can_be_rehearsed_without_one():
     only = "--only=looped", "--only=attention", "--only=adaptive", "--only=ideas"
-    out, _ = end(start(ROOT / "records/evidence/first_gpu_minutes.py", tmp_path, "--tiny", *only))
-    done = (tmp_path / "results.jsonl").read_text().count('"what": "done"')
+    out, _ = end(start(ROOT / "records/evidence/first_gpu_minutes.py", ".", "--tiny", *only))
+    done = Path("results.jsonl").read_text().count('"what": "done"')
     assert done == len(only) and out.endswith("failed or late: none\n"), out
 
 
@@ -293,16 +301,17 @@ def test_validation_counts_each_target_once_in_whole_documents():
 
 JOB = [*RUN_FLAGS, "--data=mine", "--max_steps=8", "--loop_at=0.5", "--save_every=1e-9",
        "--matrix_lr=0.3", "--embed_lr=0.3", "--scalar_lr=0.1", "--calib_tokens=2048"]
-DIES = """if True:
-    import itertools, os, train_gpt
+ALONE = """if True:
+    import itertools, os, sys, train_gpt
     train_step, steps = train_gpt.train_step, itertools.count()
     def die(*args):
         numbers = train_step(*args)
         if next(steps) == 6:  # the first is the warm-up's
             os.kill(os.getpid(), 9)
         return numbers
+    train_gpt.main([*sys.argv[1:], "--run=one"])
     train_gpt.train_step = die
-    train_gpt.main()
+    train_gpt.main([*sys.argv[1:], "--run=killed"])
 """
 
 
@@ -313,18 +322,16 @@ def alone(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     shutil.copy(ROOT / "train_gpt.py", folder)
     shutil.copytree(dataset, folder / "mine")
-    write(folder / "dies.py", DIES)
-    one = start("train_gpt.py", *JOB, "--run=one", cwd=folder)
-    one.stdout.close()
-    end(start("dies.py", *JOB, "--run=killed", cwd=folder), code=-signal.SIGKILL)
-    assert not metrics(folder / "runs/killed", "end")
-    end(one)
-    shutil.copytree(folder / "runs/killed", folder / "runs/two")
-    two = start("train_gpt.py", "--resume=two", ranks=2, cwd=folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with chdir(folder):
+        write("alone.py", ALONE)
+        process = start("alone.py", *JOB)
+        process.stdout.close()
+        end(process, code=-signal.SIGKILL)
+        assert not metrics("killed", "end")
+        shutil.copytree("runs/killed", "runs/two")
+        two = start(*TWO_RANKS, "train_gpt.py", "--resume=two")
         assert train_gpt.main(["--resume=killed"]) == 0 == pack.main(["one"])
-    end(two)
+        end(two)
     return folder / "runs"
 
 
@@ -345,7 +352,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(alone):
     assert "resumed at step 5" in (alone / "killed/log.txt").read_text()
 
 
-def test_a_signal_the_clock_and_a_bad_loss_end_a_run_each_in_its_way(tmp_path, monkeypatch):
+def test_a_signal_the_clock_and_a_bad_loss_end_a_run_each_in_its_way(monkeypatch):
     train_step = train_gpt.train_step
 
     def signalled(*args):
@@ -354,7 +361,6 @@ def test_a_signal_the_clock_and_a_bad_loss_end_a_run_each_in_its_way(tmp_path, m
             signal.raise_signal(sent)
         return numbers
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt, "train_step", signalled)
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(9))
     for sent, flags, code, reason in (
@@ -364,9 +370,9 @@ def test_a_signal_the_clock_and_a_bad_loss_end_a_run_each_in_its_way(tmp_path, m
         steps = itertools.count()
         with pytest.raises(SystemExit) as stopped:
             sys.exit(train_gpt.main([*RUN_FLAGS, *flags.split()]))
-        (last,) = metrics(tmp_path / "runs" / flags[6], "end")
+        (last,) = metrics(flags[6], "end")
         assert stopped.value.code == last["exit_code"] == code and last["reason"].startswith(reason)
-    assert [checkpoint(tmp_path / "runs" / run)["run"]["finished"] for run in "ab"] == [True, False]
+    assert [checkpoint(run)["run"]["finished"] for run in "ab"] == [True, False]
 
 
 # command | words of the one line with which it ends; without: the command's last
@@ -402,14 +408,14 @@ data/prepare.py docs /nowhere --name=x --tokenizer=none | 'none'
 data/prepare.py verify nothing | no dataset 'nothing'
 data/prepare.py fineweb --name=synthetic
 records/check.py nothing --jobs=0 | --jobs
-records/check.py --base=--output=x | git merge-base
+records/check.py --base=--output=x | git diff
 records/check.py compare x -- x | x: no such run
 records/submit.py x --name=x | x: no such run
 records/turn.py --idea=x --seeds=1
 """
 
 
-def test_what_is_not_right_ends_in_one_line_and_exit_code_2(dataset, tmp_path, monkeypatch, capsys):
+def test_what_is_not_right_ends_in_one_line_and_exit_code_2(dataset, monkeypatch, capsys):
     def refused(file, *flags):
         monkeypatch.setattr(sys, "argv", [file, *RUN_FLAGS * (file == "train_gpt.py"), *flags])
         with pytest.raises(SystemExit) as stopped:
@@ -418,34 +424,31 @@ def test_what_is_not_right_ends_in_one_line_and_exit_code_2(dataset, tmp_path, m
         assert stopped.value.code == 2 and error[:-1].isprintable() and error[-1] == "\n", flags
         return error
 
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "runs/there/metrics.jsonl", "")
+    write("runs/there/metrics.jsonl", "")
     for name in ("val_000000.bin", "tokenizer.json"):
-        folder = shutil.copytree(dataset, tmp_path / name[:3])
-        write(folder / name, (dataset / name).read_bytes()[:-2])
+        folder = shutil.copytree(dataset, name[:3])
+        write(f"{folder}/{name}", (dataset / name).read_bytes()[:-2])
     for line in REFUSED.format(dataset=dataset).strip().split("\n"):
         command, _, words = line.partition(" | ")
         flag = command.split()[-1].partition("=")[0]
         assert (words or flag) in refused(*command.split()), line
     hidden = "caf\xe9\x1b[2J\nval_bpb: 0.5\u202e"
     assert r"\x1b[2J\nval_bpb: 0.5\u202e: no such run" in refused("pack.py", hidden)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun sets all three" in refused("train_gpt.py")
     assert os.listdir("runs") == ["there"]
 
 
-def test_a_damaged_checkpoint_is_refused_and_a_full_disk_keeps_the_old(alone, tmp_path, monkeypatch):
-    def full(fd):
-        raise OSError(28, "No space left on device")
-
+def test_a_damaged_checkpoint_is_refused_and_a_full_disk_keeps_the_old(alone, tmp_path):
     path, good = tmp_path / "checkpoint.pt", (alone / "one/checkpoint.pt").read_bytes()
-    weights = good.index(checkpoint(alone / "one")["weights"]["up"].numpy().tobytes())
-    for bad in good[:10], good[:-1], flip(good, weights):
+    for bad in good[:10], good[:-1], flip(good, len(good) // 2):  # in a matrix
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="^.*checkpoint.pt is not whole: .*$"):
             checkpoint(tmp_path)
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ValueError, match="checkpoint.pt: No space"):
+    full = OSError(28, "No space left on device")
+    with mock.patch.object(os, "fsync", side_effect=full), pytest.raises(ValueError, match="No space"):
         train_gpt.write_checkpoint(path, weights={})
-    assert path.read_bytes() == bad and os.listdir(tmp_path) == ["checkpoint.pt"]
+    assert path.read_bytes() == bad and os.listdir() == ["checkpoint.pt"]
 
 
 torch.library.define("flash_attn_3::_flash_attn_forward", "() -> ()")
@@ -463,7 +466,7 @@ class Flash(torch.autograd.Function):
         return dy, None, None, None, None
 
 
-def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up(tmp_path, monkeypatch):
+def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up(monkeypatch):
     def attention(q, k, v, cu_q, cu_k, **_):
         return Flash.apply(q, k, v, cu_q, cu_k)
 
@@ -473,10 +476,8 @@ def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up(tmp_path, monkeypat
         return found
 
     graphs, ready, warm_up = CompileCounter(), [], train_gpt.warm_up
-    monkeypatch.chdir(tmp_path)
     interface = SimpleNamespace(flash_attn_varlen_func=attention)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     fa3 = train_gpt.pick_attention((9, 0))
     for name, value in {
             "pick_attention": lambda *_: fa3, "warm_up": counted_warm_up,
@@ -492,46 +493,51 @@ def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up(tmp_path, monkeypat
     monkeypatch.setenv("CC", sys.executable)  # is a file that can be run, for this backend needs none
     assert train_gpt.main([*flags, "--max_steps=5", "--run=compiled"]) == 0
     # losses: looped or not, with gradients or without; orthogonalize: six shapes of matrices.
-    assert ready == [4 + 6] and graphs.frame_count == 4 + 6
+    assert ready == [4 + 6] == [graphs.frame_count]
 
 
-def test_a_row_that_does_not_fit_is_halved_and_the_batch_stays(tmp_path, monkeypatch):
-    losses = GPT.losses
+def test_a_row_that_does_not_fit_is_halved_and_the_batch_stays(monkeypatch):
+    losses, most = GPT.losses, 64
 
     def limited(self, tokens, *rest):
-        if len(tokens) > 64:
+        if len(tokens) > most:
             raise RuntimeError("CUDA out of memory: a fake one")
         return losses(self, tokens, *rest)
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(GPT, "losses", limited)
     assert train_gpt.main([*RUN_FLAGS, "--max_steps=2", "--run=small"]) == 0
-    saved = checkpoint(tmp_path / "runs/small")
+    saved = checkpoint("small")
     assert saved["config"].row_tokens == 64 and saved["run"]["tokens"] == 2 * 512
+    most = 0
+    with pytest.raises(ValueError, match="not even such a row"):
+        train_gpt.main([*RUN_FLAGS, "--run=none"])
+
+
+def test_calibration_ends_with_the_clock_but_not_before_one_row():
+    stats = train_gpt.calibrate(tiny_model(), tiny_batch, 9, 0, late=lambda: True)
+    assert stats["tokens"] == 128
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Text and tokens
 
 
-DEMO_PATH = ROOT / "data" / "demo_tokenizer.json"
+DEMO_PATH = ROOT / "data/demo_tokenizer.json"
 DEMO = DEMO_PATH.read_bytes()
 
 
-def prepare_main(monkeypatch, root, command, *args):
-    """Runs `prepare.py COMMAND ARGS` in this process with data/ under `root`, one worker."""
-    monkeypatch.setattr(prepare, "ROOT", root)
-    workers = ["--workers=1"] * (command in ("docs", "fineweb"))
-    monkeypatch.setattr(sys, "argv", ["prepare.py", command, *workers, *map(str, args)])
-    (root / "data").mkdir(exist_ok=True)
-    prepare.main()
+def prepare_main(command, *args):
+    """Runs `prepare.py COMMAND ARGS` in this process with data/ in the working folder."""
+    Path("data").mkdir(exist_ok=True)
+    command = ["prepare.py", command, *map(str, args)]
+    with mock.patch.object(prepare, "ROOT", Path.cwd()), mock.patch.object(sys, "argv", command):
+        prepare.main()
 
 
-def prepare_docs(monkeypatch, root, *args, name="x"):
-    """-> meta.json of data/NAME/, made of the user's files with the demo tokenizer."""
-    tokenizer = f"--tokenizer={DEMO_PATH}"
-    prepare_main(monkeypatch, root, "docs", *args, f"--name={name}", tokenizer)
-    return read_meta(root / "data" / name)
+def prepared(command, *args, name="x"):
+    """-> meta.json of data/NAME/, made with the demo tokenizer by one worker."""
+    prepare_main(command, f"--name={name}", f"--tokenizer={DEMO_PATH}", "--workers=1", *args)
+    return read_meta(Path("data", name))
 
 
 def words(n, seed):
@@ -555,11 +561,10 @@ TEXTS = ODD + [f"Document {i}: the quick brown fox number {i * 7919} jumps over 
 def dataset(tmp_path_factory):
     """A `docs` dataset with the demo tokenizer, of 60 documents for training and TEXTS for validation -> its folder."""
     root = tmp_path_factory.mktemp("data")
-    write(root / "train.jsonl", jsonl(words(60, 1)))
-    write(root / "val.jsonl", jsonl(TEXTS))
-    with pytest.MonkeyPatch.context() as patch:
-        val = f"--val_path={root / 'val.jsonl'}"
-        prepare_docs(patch, root, root / "train.jsonl", val, name="odd")
+    with chdir(root):
+        write("train.jsonl", jsonl(words(60, 1)))
+        write("val.jsonl", jsonl(TEXTS))
+        prepared("docs", "train.jsonl", "--val_path=val.jsonl", name="odd")
     return root / "data/odd"
 
 
@@ -626,11 +631,11 @@ def test_a_dataset_holds_its_documents_exactly(dataset):
     assert meta["val_docs_sha256"] == hashlib.sha256(b"".join(framed)).hexdigest()
 
 
-def test_a_damaged_dataset_is_refused_by_file_name(dataset, tmp_path, monkeypatch):
-    folder = shutil.copytree(dataset, tmp_path / "copy")
+def test_a_damaged_dataset_is_refused_by_file_name(dataset):
+    folder = shutil.copytree(dataset, Path("copy"))
     meta = read_meta(folder)
     begin = meta["train_tokens"].to_bytes(4, "little") + bytes(1012)  # the first token follows
-    prepare_main(monkeypatch, tmp_path, "verify", folder)
+    prepare_main("verify", folder)
     for name, old, new, message in (
             ("train_000000.bin", b"\0\0", b"", "not a token shard"),
             ("train_000000.bin", begin + b"\0\0", begin + b"\xff\x7f", "is outside"),
@@ -640,7 +645,7 @@ def test_a_damaged_dataset_is_refused_by_file_name(dataset, tmp_path, monkeypatc
         whole = (folder / name).read_bytes()
         write(folder / name, whole.replace(old, new, 1))
         with pytest.raises(BadInput, match=message):
-            prepare_main(monkeypatch, tmp_path, "verify", folder)
+            prepare_main("verify", folder)
         write(folder / name, whole)
     docs = folder / "val_docs.jsonl.zst"
     lines = zstandard.decompress(docs.read_bytes(), 1 << 20)
@@ -660,16 +665,15 @@ a.jsonl:16: duplicate
 caf\\udce9.txt:1: not UTF-8"""
 
 
-def test_docs_names_every_document_that_it_skips(tmp_path, monkeypatch, capsys):
+def test_docs_names_every_document_that_it_skips(capsys):
     good = jsonl(words(20, 2)).splitlines(keepends=True)
     bad = b'{"text": "x"\n{"no": 1}\n{"text": "\\ud800"}\n\n{"text": "caf\xe9"}\n'
-    folder = tmp_path / "in"
-    write(folder / "a.jsonl", b"".join([*good[:10], bad, good[0], *good[10:]]))
-    write(folder / os.fsdecode(b"caf\xe9.txt"), b"\xff")
-    write(folder / "sub/c.parquet", "PAR1")
-    meta = prepare_docs(monkeypatch, tmp_path, folder, "--val_docs=5")
+    write("in/a.jsonl", b"".join([*good[:10], bad, good[0], *good[10:]]))
+    write(os.fsdecode(b"in/caf\xe9.txt"), b"\xff")
+    write("in/sub/c.parquet", "PAR1")
+    meta = prepared("docs", "in", "--val_docs=5")
     assert (meta["val_docs"], meta["train_docs"]) == (5, 15)
-    found = (tmp_path / "data/x/skipped.txt").read_text()
+    found = Path("data/x/skipped.txt").read_text()
     assert re.sub(r".*in/| \(.*", "", found).strip() == SKIPPED
     assert "skipped 8: 2 not UTF-8 (" in capsys.readouterr().out
     for flag, message in {
@@ -677,8 +681,8 @@ def test_docs_names_every_document_that_it_skips(tmp_path, monkeypatch, capsys):
             "--val_docs=99": "only 20 good documents, 20 for validation: 2 not UTF-8",
             "--text_key=x": "only 0 good .* no text .*--text_key"}.items():
         with pytest.raises(BadInput, match=message):
-            prepare_main(monkeypatch, tmp_path, "docs", folder, "--name=e", flag)
-    assert os.listdir(tmp_path / "data") == ["x"]
+            prepare_main("docs", "in", "--name=e", flag)
+    assert os.listdir("data") == ["x"]
 
 
 def zstd_long(data):
@@ -688,28 +692,27 @@ def zstd_long(data):
     return packer.compress(data) + packer.flush()
 
 
-def test_docs_reads_every_kind_of_file_to_the_same_documents(tmp_path, monkeypatch):
-    def prepared(name, data):
-        write(tmp_path / name, data)
-        key = "--text_key=x"
-        return prepare_docs(monkeypatch, tmp_path, tmp_path / name, key, name=f"{name}-")["files"]
+def test_docs_reads_every_kind_of_file_to_the_same_documents():
+    def files(name, data):
+        write(name, data)
+        return prepared("docs", name, "--text_key=x", name=f"{name}-")["files"]
 
     plain = jsonl(words(60, 4), "x")
     lines = plain.splitlines(keepends=True)
-    expected = prepared("a.jsonl", plain)
-    assert prepared("B.JSONL", b"\xef\xbb\xbf" + plain[:-1].replace(b"\n", b"\r\n")) == expected
+    expected = files("a.jsonl", plain)
+    assert files("B.JSONL", b"\xef\xbb\xbf" + plain[:-1].replace(b"\n", b"\r\n")) == expected
     for name, data in {"c.jsonl.gz": b"".join(map(gzip.compress, lines)),
                        "d.jsonl.zst": b"".join(map(zstandard.compress, lines)),
                        "e.jsonl.zst": zstd_long(plain)}.items():
-        assert prepared(name, data) == expected
+        assert files(name, data) == expected
         with pytest.raises(BadInput, match=f"{name}: cut short"):
-            prepared(f"cut_{name}", data[:-9])
+            files(f"cut_{name}", data[:-9])
 
 
-def test_a_single_text_is_cut_into_documents_at_blank_lines(tmp_path, monkeypatch):
+def test_a_single_text_is_cut_into_documents_at_blank_lines():
     text = "\n\n".join(words(800, 6)).encode()
-    write(tmp_path / "Input.TXT", b"\xef\xbb\xbf" + text)
-    meta = prepare_docs(monkeypatch, tmp_path, tmp_path / "Input.TXT")
+    write("Input.TXT", b"\xef\xbb\xbf" + text)
+    meta = prepared("docs", "Input.TXT")
     assert meta["train_bytes"] + meta["val_bytes"] == len(text)
     assert 7000 < len(text) / (meta["train_docs"] + meta["val_docs"]) < 8192
 
@@ -752,8 +755,8 @@ class File(io.FileIO):
             log.write(f"{len(data)}\\n")
         return data[:len(data) // 2] if fault == "short" else data
 """
-SMALL = {"WAIT_SECONDS": 0.01, "BLOCK_BYTES": 4000, "TAIL_BYTES": 100, "RANGE_BYTES": 30_000,
-         "FINEWEB_VAL_DOCS": 40, "FINEWEB_VAL_BYTES": 1}
+LIMITS = {"WAIT_SECONDS": 0.01, "BLOCK_BYTES": 4000, "TAIL_BYTES": 100, "RANGE_BYTES": 30_000,
+          "FINEWEB_VAL_DOCS": 40, "FINEWEB_VAL_BYTES": 1}
 
 
 @pytest.fixture
@@ -765,32 +768,27 @@ def hub(tmp_path, monkeypatch):
     write(root / "faults", "")
     write(root / hub_files.DOCS, docs)
     write(root / hub_files.SIDECAR, json.dumps({"docs_sha256": hashlib.sha256(docs).hexdigest()}))
-    write(tmp_path / "huggingface_hub.py", HUB)
+    write("huggingface_hub.py", HUB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "huggingface_hub", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", str(root))
     monkeypatch.setitem(prepare.TEXT_RULES, "nmt_nfkc", str.strip)
-    for name, value in SMALL.items():
+    for name, value in LIMITS.items():
         monkeypatch.setattr(prepare if hasattr(prepare, name) else hub_files, name, value)
     return root
 
 
-@pytest.fixture
-def fineweb(hub, tmp_path, monkeypatch):
-    """fineweb(*flags) -> meta.json of data/fineweb/ or --name."""
-    def prepared(*flags, name="fineweb"):
-        flags = f"--tokenizer={DEMO_PATH}", "--text_rule=raw", f"--name={name}", *flags
-        prepare_main(monkeypatch, tmp_path, "fineweb", *flags)
-        return read_meta(tmp_path / "data" / name)
-    return prepared
+def fineweb(*flags, name="fineweb"):
+    """-> meta.json of data/NAME/ in the working folder."""
+    return prepared("fineweb", "--text_rule=raw", *flags, name=name)
 
 
-def test_fineweb_holds_what_it_promises_and_fetches_no_more(hub, fineweb, tmp_path):
+def test_fineweb_holds_what_it_promises_and_fetches_no_more(hub):
     def requested():
         """-> the bytes that were asked for since the last time"""
         return sum(map(int, (hub / "log").rename(hub / "old").read_text().split()))
 
-    meta, folder = fineweb("--train_tokens=25000", "--keep_documents"), tmp_path / "data/fineweb"
+    meta, folder = fineweb("--train_tokens=25000", "--keep_documents"), Path("data/fineweb")
     lines = (hub / hub_files.DOCS).read_bytes().splitlines(keepends=True)
     texts, train = [json.loads(line)["text"] for line in lines], texts_in(folder, "train")
     assert [*read_val_docs(folder, meta)] == texts[:40]
@@ -801,13 +799,13 @@ def test_fineweb_holds_what_it_promises_and_fetches_no_more(hub, fineweb, tmp_pa
     assert requested() < 200  # the sidecar
     first, grown = meta["files"], fineweb("--train_tokens=40000")["files"]
     assert len(grown) > len(first) and grown | first == grown
-    for flag in "--text_rule=nmt_nfkc", f"--tokenizer={tmp_path / 'data/other.json'}":
-        write(tmp_path / "data/other.json", DEMO.replace(b"demo", b"dome"))
+    for flag in "--text_rule=nmt_nfkc", "--tokenizer=data/other.json":
+        write("data/other.json", DEMO.replace(b"demo", b"dome"))
         with pytest.raises(BadInput, match="begun with another"):
             fineweb(flag)
 
 
-def test_fineweb_is_the_same_after_faults_and_kills_with_any_workers(hub, fineweb, tmp_path):
+def test_fineweb_is_the_same_after_faults_and_kills_with_any_workers(hub):
     whole = fineweb(name="whole")
     for n_requests in (3, 9, 14):
         write(hub / "faults", "503 short " + "ok " * n_requests + "kill")
@@ -816,7 +814,7 @@ def test_fineweb_is_the_same_after_faults_and_kills_with_any_workers(hub, finewe
         killed.join()
         assert killed.exitcode == -signal.SIGKILL
     write(hub / "faults", "")
-    write(tmp_path / "data/fineweb/train_000001.bin", "cut")
+    write("data/fineweb/train_000001.bin", "cut")
     found = fineweb("--workers=2")
     assert whole["files"].pop("source.json") and found["files"].pop("source.json")
     assert whole == found | {"name": "whole"} and len(whole["files"]) > 5
@@ -828,11 +826,11 @@ def test_fineweb_is_the_same_after_faults_and_kills_with_any_workers(hub, finewe
     (hub_files.SIDECAR, '{"docs_sha256": "0"}', "", "docs_sha256 is 0"),
     ("x", "", "--text_rule=nmt_nfkc", "would not compare"),
     ("x", "", "--train_tokens=1e14", "the disk has")])
-def test_fineweb_refuses_what_it_cannot_trust(hub, fineweb, tmp_path, file, content, flag, message):
+def test_fineweb_refuses_what_it_cannot_trust(hub, file, content, flag, message):
     write(hub / file, content)
     with pytest.raises(BadInput, match=message):
         fineweb(*flag.split())
-    assert not (tmp_path / "data/fineweb/meta.json").exists()
+    assert not os.path.exists("data/fineweb/meta.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -840,10 +838,16 @@ def test_fineweb_refuses_what_it_cannot_trust(hub, fineweb, tmp_path, file, cont
 
 
 @pytest.fixture
-def run(alone, tmp_path, monkeypatch):
-    """A copy of the packed run, packed again without the process that verifies: `alone` has had it."""
+def saved(alone, monkeypatch):
+    """The checkpoint of run/, a copy of the packed run. Packed again, no process verifies it: `alone` has had one."""
     monkeypatch.setattr(pack, "verify", lambda *_: None)
-    return shutil.copytree(alone / "one", tmp_path / "run")
+    shutil.copytree(alone / "one", "run")
+    return torch.load("run/checkpoint.pt", weights_only=True)
+
+
+def pack_again(saved):
+    torch.save(saved, "run/checkpoint.pt")
+    pack.main(["run"])
 
 
 def test_probabilities_are_the_same_on_every_machine():
@@ -852,78 +856,70 @@ def test_probabilities_are_the_same_on_every_machine():
     assert digest == "c5f407dd8e9544a43f74ce6e2a98d42ed43d9cc306c31ce75a6c3fdf078a37ca"
 
 
-def test_degenerate_matrices_pack(run):
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+def test_degenerate_matrices_pack(saved):
     weights, stats = saved["weights"], saved["stats"]
     weights["qkv"][0] = stats["qkv.H"][:, :5] = stats["qkv.H"][:, :, :5] = 0
     weights["up"] = weights["up"][:, :1] * weights["up"][:, :, :1]
     weights["down"][0, 3, ::2] *= 1e7
-    for name in ("o.H", "copy.g"):
-        stats[name] *= 0
-    torch.save(saved, run / "checkpoint.pt")
-    pack.main([str(run)])
-    assert all(x.isfinite().all() for x in packed(run).values())
-    torch.testing.assert_close(packed(run)["down"], weights["down"], rtol=0.2, atol=0.2)
+    stats["o.H"] *= 0
+    stats["copy.g"] *= 0
+    pack_again(saved)
+    assert all(x.isfinite().all() for x in packed("run").values())
+    torch.testing.assert_close(packed("run")["down"], weights["down"], rtol=0.2, atol=0.2)
 
 
 def ledger(run):
     """-> {row of pack.txt: its numbers}, what the packing costs."""
-    text = re.sub("[,%]", "", (run / "pack.txt").read_text())
+    text = re.sub("[,%]", "", Path(run, "pack.txt").read_text())
     rows = re.findall(r"^(\S.*?)  ([\d. ]+)$", text, re.M)
     cost = float(re.search(r": ([\d.]+)$", text, re.M)[1])
     return {name: [*map(float, numbers.split())] for name, numbers in rows}, cost
 
 
-@pytest.fixture
-def measured(alone):
-    """measured(weights) -> KL of the run's model with these for its own, on what it was trained on."""
+def measured(alone, weights):
+    """-> KL of the run's model with these for its own, on what it was trained on."""
     saved = checkpoint(alone / "one")
     model = GPT(saved["config"]).requires_grad_(False)
-    tokens = read_shard(alone.parent / "mine/train_000000.bin").astype(np.int64)
+    tokens = read_shard(alone.parent / "mine/train_000000.bin")[:1500]
     tokens, _, segments = train_gpt.make_batch(tokens, 48, "cpu")
-
-    def log_p(weights):
-        model.load_state_dict(saved["weights"] | weights)
-        return model.probabilities(model(tokens, segments), tokens, segments).log()
-
-    exact = log_p({})
-    return lambda weights: (exact.exp() * (exact - log_p(weights))).sum(-1).mean().item()
+    log_p = []
+    for changed in {}, weights:
+        model.load_state_dict(saved["weights"] | changed)
+        log_p.append(model.probabilities(model(tokens, segments), tokens, segments).log())
+    return (log_p[0].exp() * (log_p[0] - log_p[1])).sum(-1).mean().item()
 
 
 def packed(run):
-    return pack.load(run / "artifact.pyz")[1].state_dict()
+    return pack.load(Path(run, "artifact.pyz"))[1].state_dict()
 
 
-def test_expected_kl_is_the_measured_one_for_every_bank(alone, measured):
+def test_expected_kl_is_the_measured_one_for_every_bank(alone):
     weights, (rows, expected) = packed(alone / "one"), ledger(alone / "one")
     for name in pack.MATRICES:
-        ratio = measured({name: weights[name]}) / (expected * rows[name][2] / 100)
+        ratio = measured(alone, {name: weights[name]}) / (expected * rows[name][2] / 100)
         assert 0.7 < ratio < 1.4 or name == "embed.weight" and 0.4 < ratio < 4, name
 
 
-def test_trellis_and_statistics_each_save_bytes_at_the_same_kl(run, measured, monkeypatch):
+def test_trellis_and_statistics_each_save_bytes_at_the_same_kl(alone, saved):
     def bits():
         """Of a weight, if the file were as fine as another of the same KL."""
-        pack.main([str(run)])
-        sizes = [ledger(run)[0][name] for name in pack.MATRICES]
+        pack_again(saved)
+        sizes = [ledger("run")[0][name] for name in pack.MATRICES]
         n_weights, _, _, n_bytes = map(sum, zip(*sizes))
-        return 8 * n_bytes / n_weights + math.log2(measured(packed(run))) / 2
+        return 8 * n_bytes / n_weights + math.log2(measured(alone, packed("run"))) / 2
 
     best = bits()
-    with monkeypatch.context() as patch:
-        patch.setattr(pack, "TRELLIS", np.zeros((1, 2), np.int32))  # of one state: plain rounding
+    with mock.patch.object(pack, "TRELLIS", np.zeros((1, 2), np.int32)):  # of one state
         plain = bits()
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)
-    torch.save(saved | {"stats": {}}, run / "checkpoint.pt")
+    saved["stats"] = {}
     assert best < plain - 0.1 and plain < bits() - 1
 
 
-def test_newest_run_is_the_last_that_ended_unless_another_ran_beside_it(tmp_path, monkeypatch):
+def test_newest_run_is_the_last_that_ended_unless_another_ran_beside_it():
     def write_metrics(run, **hours):
         lines = [{"kind": kind, "time": f"2026-11-28T0{hour}:00:00Z"} for kind, hour in hours.items()]
-        write(tmp_path / "runs" / run / "metrics.jsonl", "\n".join(map(json.dumps, lines)))
+        write(f"runs/{run}/metrics.jsonl", "\n".join(map(json.dumps, lines)))
 
-    monkeypatch.chdir(tmp_path)
     write_metrics("latest", start=1, end=2)
     write_metrics("a", start=5, end=6)
     write_metrics("killed", start=5)
@@ -947,29 +943,42 @@ def test_ledger_accounts_for_every_byte_and_says_when_the_cap_is_far(alone):
     assert 0.3e-4 < expected < 1.5e-4  # the best is 1e-4
 
 
-def test_a_file_ends_just_below_the_cap_and_is_the_same_each_time(alone, run):
-    artifact = run / "artifact.pyz"
-    pack.main([str(run), "--cap_bytes=90000"])
+def test_a_file_ends_just_below_the_cap_and_is_the_same_each_time(alone, saved):
+    artifact = Path("run/artifact.pyz")
+    pack.main(["run", "--cap_bytes=90000"])
     assert 0.9995 * 90_000 <= artifact.stat().st_size <= 90_000
     with pytest.raises(BadInput, match="cap_bytes=40000"):
-        pack.main([str(run), "--cap_bytes=40000"])
-    pack.main([str(run)])
+        pack.main(["run", "--cap_bytes=40000"])
+    pack.main(["run"])
     assert artifact.read_bytes() == (alone / "one/artifact.pyz").read_bytes()
 
 
-def test_packs_without_statistics_loudly_and_refuses_what_is_not_finite(run, capsys):
-    path = run / "checkpoint.pt"
-    saved = torch.load(path, weights_only=True)
-    torch.save(saved | {"stats": {}}, path)
-    pack.main([str(run)])
-    assert "NO STATISTICS" in capsys.readouterr().out and 0.5e-4 < ledger(run)[1] < 1.5e-4
+def test_packs_without_statistics_loudly_and_refuses_what_is_not_finite(saved, capsys):
+    pack_again(saved | {"stats": {}})
+    assert "NO STATISTICS" in capsys.readouterr().out and 0.5e-4 < ledger("run")[1] < 1.5e-4
     saved["stats"]["down.H"][0, 0, 0] = math.nan
-    torch.save(saved, path)
     with pytest.raises(BadInput, match="checkpoint.pt: down.H is not"):
-        pack.main([str(run)])
+        pack_again(saved)
 
 
-def test_forged_artifacts_are_refused_or_load_without_harm(alone, tmp_path, monkeypatch):
+STUB = b"""
+from types import SimpleNamespace
+def load(path):
+    return None, SimpleNamespace(state_dict=dict)
+digest = str
+"""
+
+
+def test_what_does_not_come_back_as_it_was_packed_replaces_no_artifact(alone, monkeypatch):
+    shutil.copytree(alone / "one", "run")
+    before = Path("run/artifact.pyz").read_bytes()
+    monkeypatch.setattr(pack, "sources", lambda run: {"pack.py": STUB})  # finds other weights
+    with pytest.raises(RuntimeError, match="does not load as it was packed"):
+        pack.main(["run"])
+    assert Path("run/artifact.pyz").read_bytes() == before
+
+
+def test_forged_artifacts_are_refused_or_load_without_harm(alone):
     """With the checksum made to fit, nothing but the lengths' own checks is left."""
     def forge(parts, **changes):
         text = json.dumps(header | {"sections": [*map(len, parts)]} | changes).encode()
@@ -980,31 +989,29 @@ def test_forged_artifacts_are_refused_or_load_without_harm(alone, tmp_path, monk
         return data + hashlib.sha256(data).digest()
 
     def load(data):
-        write(tmp_path / "x", data)
-        pack.load(tmp_path / "x")
+        write("x", data)
+        pack.load("x")
 
     files = pack.read_archive(alone / "one/artifact.pyz")[1]
     blob = files.pop("model.bin")
-    start = 4 + int.from_bytes(blob[:4], "little")
-    header = json.loads(blob[4:start])
-    ends = start + np.cumsum([0, *header["sections"]])
-    sections = [blob[a:b] for a, b in itertools.pairwise(ends)]
+    model = io.BytesIO(blob)
+    header = json.loads(model.read(int.from_bytes(model.read(4), "little")))
+    sections = [*map(model.read, header["sections"])]
     whole = forge(sections)
     load(whole)
     large = pack.build_artifact(files | {"tokenizer.json": bytes(1 << 28)}, blob)
     refused = [large, patched(large, b"\0\0\0\x10", b"\0\0\x10\0"),  # it says to be smaller
                patched(whole, b"__main__.py", b"eval_bpb.py"),  # one name twice
-               whole[:-400], flip(whole, 5000), forge(sections, escapes=1 << 40), forge(sections, pad="x" * 70_000)]
-    with monkeypatch.context() as patch:
-        patch.setattr(pack, "ZIP_DEFLATED", zipfile.ZIP_LZMA)  # which zipfile decompresses without a limit
+               flip(whole, 5000), forge(sections, escapes=1 << 40), forge(sections, pad="x" * 70_000)]
+    with mock.patch.object(pack, "ZIP_DEFLATED", zipfile.ZIP_LZMA):  # decompressed without a limit
         refused.append(pack.build_artifact(files, blob))
     for key in ("n_layer", "n_embd", "row_tokens", "seq_len", "loop_passes"):
         config = header["config"] | {key: header["config"][key] << 24}
         refused.append(forge(sections, config=config))
     bomb = zstandard.compress(bytes(1 << 28))
     for i, section in enumerate(sections):
-        refused.append(forge([*sections[:i], bomb, *sections[i + 1:]]))
-        refused.append(forge([*sections[:i], section[:len(section) // 2], *sections[i + 1:]]))
+        for bad in bomb, section[:len(section) // 2]:
+            refused.append(forge([*sections[:i], bad, *sections[i + 1:]]))
     for bad in refused:
         tracemalloc.start()
         with pytest.raises(BadInput, match="^[^\n]*$"):
@@ -1052,25 +1059,25 @@ PEEKS = "np.put_along_axis(logits[:, :-1], after, 9.0, 2)"
 
 
 @pytest.fixture
-def artifact(alone, tmp_path):
+def artifact(alone):
     """artifact(path, change, **files) -> the packed run's with other files, or with a stranger's
     eval_bpb.py of that change."""
     def make(path, change="", name="flat", **files):
         parts = pack.read_archive(alone / "one/artifact.pyz")[1] | files
         if change:
             parts["eval_bpb.py"] = STRANGER.format(change, name=name).encode()
-        write(tmp_path / path, pack.build_artifact(parts, parts.pop("model.bin")))
-        return tmp_path / path
+        write(path, pack.build_artifact(parts, parts.pop("model.bin")))
+        return Path(path)
     return make
 
 
 @pytest.fixture
-def judge(tmp_path, dataset, artifact, capfd, monkeypatch):
+def judge(dataset, artifact, capfd, monkeypatch):
     """judge(change, *flags) -> exit code or why it was refused, the score or {}, what was printed."""
     monkeypatch.setattr(confine, "forget_files", lambda: None)  # seconds: has a test of its own
 
     def judged(change, *flags, data=dataset, **files):
-        path, out = artifact("a.pyz", change, **files), tmp_path / "out.json"
+        path, out = artifact("a.pyz", change, **files), Path("out.json")
         out.unlink(missing_ok=True)
         try:
             code = eval_bpb.main([str(path), f"--data={data}", f"--out={out}", "--device=cpu", *flags])
@@ -1086,10 +1093,13 @@ def random_text(sizes, repeats=1):
     return eval_bpb.Text([np.pad(body, 1) for body in bodies], 40)
 
 
+SMALL = dict(n_layer=2, loop_first=0, loop_last=0, loop_passes=2, two_lane_from=1, vocab_size=40,
+             seq_len=24, row_tokens=96, batch_tokens=96)
+
+
 def small(cls):
     """A predictor of random weights over 40 tokens, with windows of 24."""
-    model = tiny_model(n_layer=2, loop_first=0, loop_last=0, loop_passes=2, two_lane_from=1, vocab_size=40,
-                       seq_len=24, row_tokens=96, batch_tokens=96).eval().requires_grad_(False)
+    model = tiny_model(**SMALL).requires_grad_(False)
     predictor = cls(model, Tokenizer(DEMO), torch.device("cpu"))
     predictor.never = torch.zeros(40, 40, dtype=torch.bool)
     return predictor
@@ -1117,31 +1127,31 @@ def test_whatever_finite_logits_come_the_probabilities_sum_to_one():
 
 def test_a_cached_token_sees_what_training_saw_of_its_own_document_only():
     text, predictor = random_text((0, 1, 5, 149, 22, 17, 9, 22) * 3), small(eval_bpb.Sliding)
-    found, model, at = score(predictor, text), small(eval_bpb.Sliding).model, np.arange(150)
+    found, model, at = score(predictor, text), tiny_model(**SMALL), np.arange(150)
     mask = torch.from_numpy((at <= at[:, None]) & (at >= at[:, None] // 12 * 12 - 12))
 
     def attend(q, k, v, seg, visit):
         n, (q, k, v) = len(q), (x.transpose(0, 1) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, mask[:n, :n], enable_gqa=True).transpose(0, 1)
 
-    model.attend, model.previous = attend, GPT.previous.__get__(model)
+    model.attend = attend
     for doc in range(12, 24):  # in slots that others have used
         tokens = torch.from_numpy(text.streams[doc])
         seg = make_segments(np.array([0]), len(tokens) - 1, 150)
-        hidden = model(tokens[:-1], seg)
-        p = model.probabilities(hidden, tokens[:-1], seg).gather(1, tokens[1:, None])[:, 0]
-        assert found[doc].tolist() == pytest.approx((-p.log()).tolist(), abs=1e-4)
+        expected = model.losses(tokens[:-1], tokens[1:], seg, True)
+        assert found[doc].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_adaptive_learns_from_what_was_scored_and_each_document_for_itself():
     text = random_text([9] * 17, repeats=8)
-    fixed, learns, fresh = (small(eval_bpb.Adaptive) for _ in range(3))
+    fixed, learns, alone = (small(eval_bpb.Adaptive) for _ in range(3))
     fixed.lr = 0.0
-    fixed, learned = score(fixed, text)[16], score(learns, text)[16]  # in a slot that another has used
-    assert learned[:fresh.chunk].tolist() == fixed[:fresh.chunk].tolist()  # nothing is known before it is scored
+    nats = score(learns, text)
+    fixed, learned = score(fixed, text)[16], nats[16]  # in a slot that another has used
+    assert learned[:alone.chunk].tolist() == fixed[:alone.chunk].tolist()  # nothing is known before it is scored
     assert learned[-36:].sum() < fixed[-36:].sum() - 3
-    alone = score(fresh, eval_bpb.Text(text.streams[16:], 40))[0]
-    assert alone.tolist() == pytest.approx(learned.tolist(), abs=1e-4)
+    rounds = proof.plan(text, {16: np.arange(0, 72, 5)}, alone.slots, alone.chunk)
+    assert abs(proof.replay(alone, text, nats, rounds)).max() < 1e-4
 
 
 def test_no_pair_that_is_thought_impossible_is_ever_written():
@@ -1163,15 +1173,14 @@ def test_a_sample_is_drawn_as_the_seed_says_and_begins_with_its_text(alone, capf
 
 
 @needs_bubblewrap
-def test_ranks_the_file_alone_and_the_sandbox_give_the_same_score(alone, dataset, judge, tmp_path):
-    shutil.copy(alone / "one/artifact.pyz", tmp_path)
-    flags = "artifact.pyz", f"--data={dataset}", "--device=cpu"
-    single = start(*flags, cwd=tmp_path)
-    ranks = start(ROOT / "eval_bpb.py", *flags, "--out=two.json", ranks=2, cwd=tmp_path)
-    code, audited, _ = judge("", "--audit")
-    assert "2 x cpu" in end(ranks)[0] and "mode: own" in end(single)[0]
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("score.json", "two.json"))
-    assert one["val_bpb"] == audited["val_bpb"] == pytest.approx(two["val_bpb"], rel=1e-6)
+def test_ranks_the_file_alone_and_the_sandbox_give_the_same_score(alone, dataset, judge):
+    shutil.copy(alone / "one/artifact.pyz", ".")
+    shared = start(*TWO_RANKS, "artifact.pyz", f"--data={dataset}", "--device=cpu")
+    foreign = {"eval_bpb.py": (ROOT / "eval_bpb.py").read_bytes() + b"\n"}
+    confined, one = judge("", "--trust", **foreign)[1], judge("")[1]
+    assert "2 x cpu" in end(shared)[0]
+    two = json.loads(Path("score.json").read_text())
+    assert one["val_bpb"] == confined["val_bpb"] == pytest.approx(two["val_bpb"], rel=1e-6)
 
 
 # ---- proof
@@ -1198,15 +1207,15 @@ def test_the_replay_fails_cheats(judge):
 
 
 @needs_bubblewrap
-def test_audited_strangers_prove_their_score_or_have_none(judge, dataset, tmp_path, monkeypatch):
-    code, result, said = judge(HONEST)
+def test_audited_strangers_prove_their_score_or_have_none(judge, dataset, monkeypatch):
+    code, result, said = judge(HONEST, "--trust", "--audit")
     assert code == 0 and "val_bpb" in result and "proved by replay" in said.out, said
     assert result["val_tokens"] == sum(len(Tokenizer(DEMO).encode(text)) + 1 for text in TEXTS)
     monkeypatch.setattr(proof, "PATIENCE", 1.0)
     sleeps = "self.seen = getattr(self, 'seen', 0) + 1; self.seen > self.rounds + 1 and time.sleep(999)"
     assert "no answer" in judge(sleeps)[1]["audit"]["replay"]
-    demo = shutil.copytree(dataset, tmp_path / "demo")
-    write(demo / "meta.json", (demo / "meta.json").read_text().replace('"odd"', '"demo"'))
+    demo = shutil.copytree(dataset, Path("demo"))
+    replace_in(demo / "meta.json", '"odd"', '"demo"')
     _, result, said = judge(HONEST, data=demo)
     assert "NOT A SCORE: these documents are readable everywhere" in said.out and "val_bpb" not in result
     assert "val_bpb" in judge("", "--predictor=sliding", data=demo)[1]  # one's own code is no stranger
@@ -1291,34 +1300,34 @@ time.sleep(0.1)
 os.kill(0, signal.SIGKILL)
 """
 JUDGE = f"""
-import sys
+import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from records.confine import *
-child = Child(Path("a.pyz"), [sys.executable, "-c", {ESCAPES!r}], {{}})
-child.process.stdout.readline()
+for closes in (True, False):
+    child = Child(Path("a.pyz"), [sys.executable, "-c", {ESCAPES!r}], {{}})
+    child.process.stdout.readline()
+    if closes:
+        child.close()
+        assert select.select([child.first], [], [], 0)[0] and not child.process.stdout.read()
 print(open(f"/proc/self/fdinfo/{{child.first}}").read().split("Pid:")[1].split()[0], flush=True)
-sys.stdin.read()
-child.close()
-assert child.process.stdout.read() == b""
+time.sleep(999)
 """
 
 
 @needs_bubblewrap
-def test_nothing_of_a_child_outlives_its_judge(tmp_path):
-    write(tmp_path / "a.pyz", "x")
-    for closes in (True, False):
-        judge = start("-c", JUDGE, cwd=tmp_path)
-        first = os.pidfd_open(int(judge.stdout.readline()))  # of the sandbox's processes: all end with it
-        if not closes:
-            judge.kill()
-        end(judge, 0 if closes else -signal.SIGKILL)
-        assert select.select([first], [], [], 100)[0] and os.listdir(tmp_path) == ["a.pyz"]
+def test_nothing_of_a_child_outlives_its_judge():
+    write("a.pyz", "x")
+    judge = start("-c", JUDGE)
+    first = os.pidfd_open(int(judge.stdout.readline()))  # of the sandbox's processes: all end with it
+    judge.kill()
+    end(judge, -signal.SIGKILL)
+    assert select.select([first], [], [], 100)[0] and os.listdir() == ["a.pyz"]
 
 
-def test_files_that_a_child_could_read_are_dropped_from_memory(tmp_path, monkeypatch):
-    write(tmp_path / "file", bytes(1 << 20))
-    monkeypatch.setattr(confine, "READABLE", [str(tmp_path)])
-    with open(tmp_path / "file", "rb") as file:
+def test_files_that_a_child_could_read_are_dropped_from_memory(monkeypatch):
+    write("file", bytes(1 << 20))
+    monkeypatch.setattr(confine, "READABLE", ["."])
+    with open("file", "rb") as file:
         os.fsync(file.fileno())
         cached = partial(os.preadv, file.fileno(), [bytearray(9)], 1 << 19, os.RWF_NOWAIT)
         assert cached() == 9
@@ -1333,16 +1342,15 @@ HARM = {
     "self.hoard = np.ones(1 << 40)": "llocate",
     "while True: os.write(int(max(os.listdir('/proc/self/fd'), key=int)) - 1, b'x' * 4096)": "exit code",
     "logits = logits[0]": "must return logits",
-    "logits[0, 0, 5] = -np.inf": "not finite",
     "os.kill(0, 9)": "exit code 137",
 }
 PRINTS = r"print('\x1b[8mno\nval_bpb: 0.0\n' + 90 * ' ' + 'val_bpb: 0.1\n' * 50)"
 
 
 @needs_bubblewrap
-def test_harm_ends_in_one_line_and_what_a_child_says_is_quoted(judge, artifact, dataset, tmp_path):
+def test_harm_ends_in_one_line_and_what_a_child_says_is_quoted(judge, artifact, dataset):
     endless = artifact("endless/a.pyz", "time.sleep(999)"), f"--data={dataset}", "--trust", "--max_seconds=9"
-    endless = start(ROOT / "eval_bpb.py", *endless, TMPDIR=str(tmp_path))
+    endless = start(ROOT / "eval_bpb.py", *endless, TMPDIR=".")
     for harm, words in HARM.items():
         code, result, _ = judge(harm, "--trust")
         assert re.search(words, str(code)) and str(code).isprintable() and not result, (harm, code)
@@ -1354,30 +1362,30 @@ def test_harm_ends_in_one_line_and_what_a_child_says_is_quoted(judge, artifact, 
     assert "predictor's name" in judge("pass", "--trust", name="x val_bpb: 0.1")[0]
     _, err = end(endless, 2)
     assert re.fullmatch("eval_bpb.py: .*a.pyz: ran over 9 s in the phase '.*': no score\n", err)
-    assert not list(tmp_path.glob("nanogolf*"))
+    assert not list(Path().glob("nanogolf*"))
 
 
 def test_a_system_without_a_sandbox_is_no_place_for_strangers(judge, dataset, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert "apt-get install bubblewrap" in judge(HONEST)[0]
     code, result, said = judge(HONEST, "--trust", "--limit_docs=3")
-    assert code == 0 and "bubblewrap" in result["unconfined"] and "NOT CONFINED" in said.out
-    assert result["limit_docs"] == 3 and "val_bpb" not in result and "first 3 of 20" in said.out
+    assert code == 0 and "NOT CONFINED: that takes bubblewrap" in said.out
+    assert "val_bpb" not in result and "first 3 of 20" in said.out
     monkeypatch.setattr(confine, "READABLE", [str(dataset.parent)])
     assert "where the artifact's code may read: move it" in judge(HONEST)[0]
 
 
-def test_nothing_beside_a_strangers_artifact_is_read_or_written(artifact, dataset, tmp_path):
-    for name, change in (("own", ""), ("other", HONEST)):
-        path, beside = str(artifact(f"{name}/a.pyz", change)), tmp_path / name / "score.json"
-        os.mkfifo(tmp_path / name / "metrics.jsonl")
-        write(tmp_path / "victim", "mine")
-        beside.symlink_to(tmp_path / "victim")
+def test_nothing_beside_a_strangers_artifact_is_read_or_written(artifact, dataset):
+    for folder, change in ("own", ""), ("other", HONEST):
+        path = str(artifact(f"{folder}/a.pyz", change))
+        os.mkfifo(f"{folder}/metrics.jsonl")
+        write("victim", "mine")
+        os.symlink("../victim", f"{folder}/score.json")
         with pytest.raises(BadInput, match="--data"):
             eval_bpb.main([path, "--device=cpu"])
         flags = f"--data={dataset}", "--device=cpu", "--predictor=sliding", "--trust"
-        assert eval_bpb.main([path, *flags]) == 0 and (tmp_path / "victim").read_text() == "mine"
-        assert beside.is_symlink() == (name == "other")
+        assert eval_bpb.main([path, *flags]) == 0 and Path("victim").read_text() == "mine"
+        assert os.path.islink(f"{folder}/score.json") == (folder == "other")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1555,7 +1563,7 @@ def test_submit_refuses_runs_that_are_not_one_record(tmp_path):
         bad = fake_run(tmp_path / "bad", **{"seed": 3, **how})
         with pytest.raises(BadInput, match=words):
             make_record(tmp_path, runs=[*good, bad])
-    assert not [*tmp_path.glob("records/*/*")]
+    assert not [*Path().glob("records/*/*")]
 
 
 def test_hostile_folders_end_in_bounded_time_and_nothing_of_them_runs(tmp_path):
@@ -1579,7 +1587,7 @@ def test_a_batch_is_reviewed_to_its_end_and_copies_are_named(tmp_path):
     good, copy = make_record(tmp_path), tmp_path / "elsewhere/2026-01-02_good"
     shutil.copytree(good, copy)
     replace_in(copy / "README.md", "1.200200", "1.1")
-    write(tmp_path / "stray", "x")
+    write("stray", "x")
     out = check_command(good, tmp_path / "stray", copy, tmp_path / "none", code=1)
     for words in (f"{good}: clean\n", f"{copy}: FAIL\n", f"{tmp_path}/none: FAIL\n  FAIL missing-file ",
                   f"{tmp_path}/stray: FAIL\n", "FAIL copy ", "1 of 4 clean"):
@@ -1653,29 +1661,28 @@ Path(sys.argv[3][6:]).write_text(json.dumps({"val_bpb": json.loads(lines[1])["va
     "data/x/meta.json": DATASET}
 
 
-def commit(folder):
+def commit():
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder,
-                       check=True)
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
 
 
-def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_it(tmp_path):
+def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_it():
     def turn(*flags, code=0):
-        return "".join(end(start(tmp_path / "records/turn.py", *flags, cwd=tmp_path), code))
+        return "".join(end(start("records/turn.py", *flags), code))
 
     for path in [*ROOT.glob("records/*.py"), *ROOT.glob("data/*.py")]:
-        write(tmp_path / path.relative_to(ROOT), path.read_text())
+        write(path.relative_to(ROOT), path.read_text())
     for name, text in STUBS.items():
-        write(tmp_path / name, text)
-    commit(tmp_path)
+        write(name, text)
+    commit()
     assert "nothing differs from HEAD" in turn("--idea=none", "--data=x", code=2)
-    replace_in(tmp_path / "train_gpt.py", "WIDTH = 1", "WIDTH = 2")
+    replace_in(Path("train_gpt.py"), "WIDTH = 1", "WIDTH = 2")
     assert "\nverdict    keep" in turn("--idea=a wider gate", "--data=x")
-    [curves] = tmp_path.glob("runs/turns/a-wider-gate_*/curves.svg")
+    [curves] = Path().glob("runs/turns/a-wider-gate_*/curves.svg")
     assert curves.read_text().count("<polyline") == 3 * 6
     rate = "--idea=a rate", "--data=x", f"--parent={curves.parent.name}_s1", "--", "--lr=9"
     turn(*rate, code=2)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
+    before = {path: path.stat().st_mtime_ns for path in Path().glob("runs/*/metrics.jsonl")}
     assert "_s1: a nan; see runs/turns/a-rate_" in turn(*rate, code=2)
     after = {path: path.stat().st_mtime_ns for path in before}
     assert len(before) == 9 and after == before   # nothing ran again, not what failed either
@@ -1685,13 +1692,13 @@ def test_a_turn_compares_an_edit_with_the_last_commit_and_lists_it(tmp_path):
 
 def test_a_change_set_adds_one_record_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "ROOT", tmp_path)
-    write(tmp_path / "train_gpt.py", "")
-    commit(tmp_path)
+    write("train_gpt.py", "")
+    commit()
     readme = "records/track_10min_16mb/2026-01-02_x/README.md"
-    write(tmp_path / readme, "")
-    write(tmp_path / "records/README.md", "the leaderboard")
-    commit(tmp_path)
-    write(tmp_path / "train_gpt.py", "changed")   # the next idea, not committed
+    write(readme, "")
+    write("records/README.md", "the leaderboard")
+    commit()
+    write("train_gpt.py", "changed")   # the next idea, not committed
     assert check.change_set("HEAD~1") == ([], [str((ROOT / readme).parent)])
-    commit(tmp_path)
+    commit()
     assert [file for *_, file in check.change_set("HEAD~2")[0]] == ["train_gpt.py"]

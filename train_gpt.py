@@ -374,7 +374,9 @@ class GPT(nn.Module):
         self.head_dim = D // H
         self.qkv_sizes = [D, K * self.head_dim, K * self.head_dim]
         n_skip = len(block_order(cfg, True)) // 2
-        self.embed = nn.Embedding(cfg.vocab_size, D)  # tied: also the output head
+        # Tied: also the output head. Drawn below: nn.Embedding would draw here, which on the device
+        # "meta" imports the compiler, 2 s.
+        self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, D), freeze=False)
         self.qkv = nn.Parameter(torch.empty(L, sum(self.qkv_sizes), D))
         self.o = nn.Parameter(torch.empty(L, D, D))
         self.up = nn.Parameter(torch.empty(L, M, D))
