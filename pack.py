@@ -618,9 +618,11 @@ def search(checkpoint, banks, files, cap):
     price = sum(bank.price for bank in banks)
     finest = math.sqrt(24 * BEST_KL / max(price, 1e-30))
     slope = sum(bank.W.numel() for bank in banks) / 8       # bytes an octave of the steps
-    octave, low, high = 0.0, 0.0, math.inf                  # the cap is met between low and high
-    best, last = None, None
-    for _ in range(15):
+    octave = low = 0.0                                      # the cap is met between low
+    high = math.inf                                         # and high
+    best = last = None
+    data = build_artifact(files, b"")
+    for _ in range(15 if len(data) < cap else 0):
         packed = pack_model(checkpoint, banks, finest * 2 ** octave)
         data = build_artifact(files, b"".join(packed[0].values()))
         excess = len(data) - cap
