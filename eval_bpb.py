@@ -210,7 +210,7 @@ class Adaptive(Sliding):
         self.answer = super().predict(fresh, inputs)
         return self.answer.detach()
 
-    def linear(self, x, W, name, layer, visit):
+    def linear(self, x, W, name, visit=0):
         """x (N, in), W (out, in) -> x W^T + x A B (N, out), where there are A and B: each slot's own."""
         y = F.linear(x, W)
         if ("A", name, visit) not in self.learned:

@@ -279,7 +279,7 @@ def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
 
 def test_an_epoch_holds_each_token_once_in_the_order_of_the_seed():
     shard = np.arange(2000) * (np.arange(2000) % 100 > 0)  # 20 documents
-    data = SimpleNamespace(train=[lambda: shard])
+    data = SimpleNamespace(train=[shard])
     first, second = (read_rows(data, Config(**TINY, seed=seed)) for seed in (1, 2))
     epoch = np.concatenate([next(first)[:-1] for _ in range(2000 // 128)])
     assert np.bincount(epoch)[1:].max() == 1 and (epoch[:128] != next(second)[:-1]).any()
@@ -371,7 +371,7 @@ def test_a_signal_the_clock_and_a_bad_loss_end_a_run_each_in_its_way(monkeypatch
         with pytest.raises(SystemExit) as stopped:
             sys.exit(train_gpt.main([*RUN_FLAGS, *flags.split()]))
         (last,) = metrics(flags[6], "end")
-        assert stopped.value.code == last["exit_code"] == code and last["reason"].startswith(reason)
+        assert stopped.value.code == code and last["reason"].startswith(reason)
     assert [checkpoint(run)["run"]["finished"] for run in "ab"] == [True, False]
 
 
@@ -487,10 +487,6 @@ def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
     torch.compiler.reset()
     flags = [*RUN_FLAGS, *"--n_layer=2 --loop_first=0 --loop_last=0 --loop_passes=2 --two_lane_from=1".split()]
-    monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.raises(ValueError, match="C compiler"):
-        train_gpt.main(flags)
-    monkeypatch.setenv("CC", sys.executable)  # is a file that can be run, for this backend needs none
     assert train_gpt.main([*flags, "--max_steps=5", "--run=compiled"]) == 0
     # losses: looped or not, with gradients or without; orthogonalize: six shapes of matrices.
     assert ready == [4 + 6] == [graphs.frame_count]
@@ -1403,7 +1399,7 @@ RUN_FILES = {  # what train_gpt.py and pack.py leave, without weights
  "environment": {"device": "8 x NVIDIA H100", "torch": "2.13.0"}, "dataset": DATASET}
 {"kind": "cut
 {"kind": "summary", "val_bpb": 1.3, "train_seconds": 599.5, "steps": 5000, "tokens": 9999}
-{"kind": "end", "reason": "END", "exit_code": 0}
+{"kind": "end", "reason": "END"}
 """.replace(",\n", ","),
     "log.txt": "step:5000 val_loss:3.1255 val_bpb:1.2100 train_seconds:599.0\n", "pack.txt": "8 bits"}
 

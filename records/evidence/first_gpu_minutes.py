@@ -149,7 +149,7 @@ def record(lab, looped):
     begin = time.perf_counter()
     row()
     lab.tell("compiled", seconds=time.perf_counter() - begin, attention=model.kernel.__name__)
-    flop = t.count_flops(model, looped) * cfg.row_tokens
+    flop = roofline.count_flops(t, model, looped) * cfg.row_tokens
     predicted = {"own": OWN_GB[looped] / roofline.GB_PER_MS,
                  "attention": len(t.block_order(cfg, looped)) * roofline.ATTENTION_MS,
                  "products": flop / 1e12 / roofline.TFLOP_PER_MS,
