@@ -300,7 +300,7 @@ def test_validation_counts_each_target_once_in_whole_documents():
 
 
 JOB = [*RUN_FLAGS, "--data=mine", "--max_steps=8", "--loop_at=0.5", "--save_every=1e-9",
-       "--matrix_lr=0.3", "--embed_lr=0.3", "--scalar_lr=0.1", "--calib_tokens=2048"]
+       "--matrix_lr=0.3", "--embed_lr=0.3", "--scalar_lr=0.1", "--calib_tokens=1024"]
 ALONE = """if True:
     import itertools, os, sys, train_gpt
     train_step, steps = train_gpt.train_step, itertools.count()
@@ -315,17 +315,26 @@ ALONE = """if True:
 """
 
 
-@pytest.fixture(scope="session")
-def alone(dataset, tmp_path_factory):
-    """runs/ of a folder with a copy of train_gpt.py and a dataset: one, whose terminal had gone,
-    packed; killed, which was killed and went on; two, the same but that it went on on two ranks."""
+@pytest.fixture(scope="session", autouse=True)
+def training(dataset, tmp_path_factory):
+    """A folder with a copy of train_gpt.py and a dataset, and its runs, begun beside the first tests."""
     folder = tmp_path_factory.mktemp("alone")
     shutil.copy(ROOT / "train_gpt.py", folder)
     shutil.copytree(dataset, folder / "mine")
     with chdir(folder):
         write("alone.py", ALONE)
         process = start("alone.py", *JOB)
-        process.stdout.close()
+    process.stdout.close()
+    yield folder, process
+    process.kill()
+
+
+@pytest.fixture(scope="session")
+def alone(training):
+    """runs/ of that folder: one, whose terminal had gone, packed; killed, which was killed and went
+    on; two, the same but that it went on on two ranks."""
+    folder, process = training
+    with chdir(folder):
         end(process, code=-signal.SIGKILL)
         assert not metrics("killed", "end")
         shutil.copytree("runs/killed", "runs/two")
@@ -486,7 +495,7 @@ def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up(monkeypatch):
         monkeypatch.setattr(train_gpt, name, value)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
     torch.compiler.reset()
-    flags = [*RUN_FLAGS, *"--n_layer=2 --loop_first=0 --loop_last=0 --loop_passes=2 --two_lane_from=1".split()]
+    flags = [*RUN_FLAGS, *"--n_layer=1 --loop_first=0 --loop_last=0 --loop_passes=2 --two_lane_from=0".split()]
     assert train_gpt.main([*flags, "--max_steps=5", "--run=compiled"]) == 0
     # losses: looped or not, with gradients or without; orthogonalize: six shapes of matrices.
     assert ready == [4 + 6] == [graphs.frame_count]
@@ -1347,7 +1356,7 @@ PRINTS = r"print('\x1b[8mno\nval_bpb: 0.0\n' + 90 * ' ' + 'val_bpb: 0.1\n' * 50)
 
 @needs_bubblewrap
 def test_harm_ends_in_one_line_and_what_a_child_says_is_quoted(judge, artifact, dataset):
-    endless = artifact("endless/a.pyz", "time.sleep(999)"), f"--data={dataset}", "--trust", "--max_seconds=9"
+    endless = artifact("endless/a.pyz", "time.sleep(999)"), f"--data={dataset}", "--trust", "--max_seconds=6"
     endless = start(ROOT / "eval_bpb.py", *endless, TMPDIR=".")
     for harm, words in HARM.items():
         code, result, _ = judge(harm, "--trust")
@@ -1359,7 +1368,7 @@ def test_harm_ends_in_one_line_and_what_a_child_says_is_quoted(judge, artifact, 
     assert result["val_loss"] == pytest.approx(math.log(1024), rel=1e-12)
     assert "predictor's name" in judge("pass", "--trust", name="x val_bpb: 0.1")[0]
     _, err = end(endless, 2)
-    assert re.fullmatch("eval_bpb.py: .*a.pyz: ran over 9 s in the phase '.*': no score\n", err)
+    assert re.fullmatch("eval_bpb.py: .*a.pyz: ran over 6 s in the phase '.*': no score\n", err)
     assert not list(Path().glob("nanogolf*"))
 
 
