@@ -1403,8 +1403,8 @@ def main(argv=None):
 
         def ask_to_stop(number, frame):  # once: finish early and save; twice: leave at once
             nonlocal stop_asked
-            log.reason = f"ended by signal {number}"
             if stop_asked:
+                log.reason = f"ended by signal {number}"
                 sys.exit(128 + number)
             stop_asked = True
         for number in (signal.SIGINT, signal.SIGTERM):
