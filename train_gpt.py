@@ -449,7 +449,9 @@ class GPT(nn.Module):
         weights["gain"] = self.q_gain
 
         # Rotary angles from the position in the segment, once for all blocks, in fp32.
-        freqs = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, device=tokens.device) / cfg.rope_dims)
+        freqs = torch.arange(0, cfg.rope_dims, 2, device=tokens.device)
+        # Not as a power, which torch 2.13 does not fuse: 6 GB more of a record step forward.
+        freqs = torch.exp(freqs * (-math.log(cfg.rope_base) / cfg.rope_dims))
         angle = seg.pos[:, None, None] * freqs  # (N, 1, rope_dims / 2)
         rotary = angle.cos(), angle.sin()
 
@@ -493,7 +495,7 @@ class GPT(nn.Module):
         H, K = self.cfg.n_head, self.cfg.n_kv_head
         q, k, v = qkv.split([H, K, K], 1)
         q = RotatedHeads.apply(q, W["gain"], *rotary)
-        k = RotatedHeads.apply(k, torch.ones_like(W["gain"][:K]), *rotary)
+        k = RotatedHeads.apply(k, W["gain"].new_ones(K), *rotary)
         # Before attention: after it, the compiler would keep v in float32 for backward.
         v_unit, v_length = unit(v)
         y = self.attend(q, k, v, seg, visit)  # (N, H, d)
@@ -533,9 +535,8 @@ class GPT(nn.Module):
     def mixture(self, logits, q, k, sink, gate, tokens):
         """logits (.., T, V), q (.., T, c), sink and gate (.., T) of the last T places, k (.., S, c)
         and tokens (.., S) of all -> p (.., T, V) float32."""
-        T, S = q.size(-2), k.size(-2)
         scores = (q @ k.mT).float()
-        not_before = torch.ones_like(scores, dtype=torch.bool).triu(S - T)
+        not_before = torch.ones_like(scores, dtype=torch.bool).triu(k.size(-2) - q.size(-2))
         scores = torch.cat([scores.masked_fill(not_before, FAR), sink[..., None]], -1)
         shares = scores.softmax(-1)[..., :-1]
         shares = shares * gate.sigmoid()[..., None]
@@ -1351,8 +1352,7 @@ def main(argv=None):
         model.place(device)
         cuda = device.type == "cuda"
         hopper = model.capability == (9, 0)
-        whole_tiles = cfg.mlp_dim % TILE[1] == cfg.n_embd % TILE[2] == 0
-        model.fused = hopper and triton is not None and whole_tiles
+        model.fused = hopper and triton is not None and cfg.mlp_dim % TILE[1] == cfg.n_embd % TILE[2] == 0
         compiled = model.kernel is not segment_attention  # whose shapes change from row to row
         batch = partial(make_batch, device=device, longest=cfg.seq_len)
         n_params = sum(p.numel() for p in model.parameters())
