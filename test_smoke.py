@@ -317,7 +317,7 @@ ALONE = """if True:
 
 @pytest.fixture(scope="session", autouse=True)
 def training(dataset, tmp_path_factory):
-    """A folder with a copy of train_gpt.py and a dataset, and its runs, begun beside the first tests."""
+    """A folder with a copy of train_gpt.py and a dataset, and what goes on there beside the tests."""
     folder = tmp_path_factory.mktemp("alone")
     shutil.copy(ROOT / "train_gpt.py", folder)
     shutil.copytree(dataset, folder / "mine")
@@ -325,23 +325,24 @@ def training(dataset, tmp_path_factory):
         write("alone.py", ALONE)
         process = start("alone.py", *JOB)
     process.stdout.close()
-    yield folder, process
+    yield SimpleNamespace(folder=folder, process=process)
     process.kill()
 
 
 @pytest.fixture(scope="session")
-def alone(training):
-    """runs/ of that folder: one, whose terminal had gone, packed; killed, which was killed and went
-    on; two, the same but that it went on on two ranks."""
-    folder, process = training
-    with chdir(folder):
-        end(process, code=-signal.SIGKILL)
+def alone(training, dataset):
+    """runs/ of that folder: one, whose terminal had gone, packed and scored by two ranks; killed,
+    which was killed and went on; two, the same but that it went on on two ranks."""
+    with chdir(training.folder):
+        end(training.process, code=-signal.SIGKILL)
         assert not metrics("killed", "end")
         shutil.copytree("runs/killed", "runs/two")
         two = start(*TWO_RANKS, "train_gpt.py", "--resume=two")
         assert train_gpt.main(["--resume=killed"]) == 0 == pack.main(["one"])
         end(two)
-    return folder / "runs"
+        shutil.copy("runs/one/artifact.pyz", ".")
+        training.scored = start(*TWO_RANKS, "artifact.pyz", f"--data={dataset}", "--device=cpu")
+    return training.folder / "runs"
 
 
 def test_the_file_alone_trains_alike_on_one_rank_and_on_two(alone):
@@ -1180,13 +1181,11 @@ def test_a_sample_is_drawn_as_the_seed_says_and_begins_with_its_text(alone, capf
 
 
 @needs_bubblewrap
-def test_ranks_the_file_alone_and_the_sandbox_give_the_same_score(alone, dataset, judge):
-    shutil.copy(alone / "one/artifact.pyz", ".")
-    shared = start(*TWO_RANKS, "artifact.pyz", f"--data={dataset}", "--device=cpu")
+def test_ranks_the_file_alone_and_the_sandbox_give_the_same_score(alone, training, judge):
     foreign = {"eval_bpb.py": (ROOT / "eval_bpb.py").read_bytes() + b"\n"}
     confined, one = judge("", "--trust", **foreign)[1], judge("")[1]
-    assert "2 x cpu" in end(shared)[0]
-    two = json.loads(Path("score.json").read_text())
+    assert "2 x cpu" in end(training.scored)[0]
+    two = json.loads((training.folder / "score.json").read_text())
     assert one["val_bpb"] == confined["val_bpb"] == pytest.approx(two["val_bpb"], rel=1e-6)
 
 
