@@ -497,7 +497,7 @@ def test_what_only_a_gpu_compiles_is_compiled_in_the_warm_up(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
     torch.compiler.reset()
     flags = [*RUN_FLAGS, *"--n_layer=1 --loop_first=0 --loop_last=0 --loop_passes=2 --two_lane_from=0".split()]
-    assert train_gpt.main([*flags, "--max_steps=5", "--run=compiled"]) == 0
+    assert train_gpt.main([*flags, "--max_steps=3", "--run=compiled"]) == 0
     # losses: looped or not, with gradients or without; orthogonalize: six shapes of matrices.
     assert ready == [4 + 6] == [graphs.frame_count]
 
@@ -1355,7 +1355,7 @@ PRINTS = r"print('\x1b[8mno\nval_bpb: 0.0\n' + 90 * ' ' + 'val_bpb: 0.1\n' * 50)
 
 @needs_bubblewrap
 def test_harm_ends_in_one_line_and_what_a_child_says_is_quoted(judge, artifact, dataset):
-    endless = artifact("endless/a.pyz", "time.sleep(999)"), f"--data={dataset}", "--trust", "--max_seconds=6"
+    endless = artifact("endless/a.pyz", "time.sleep(999)"), f"--data={dataset}", "--trust", "--max_seconds=5"
     endless = start(ROOT / "eval_bpb.py", *endless, TMPDIR=".")
     for harm, words in HARM.items():
         code, result, _ = judge(harm, "--trust")
@@ -1367,7 +1367,7 @@ def test_harm_ends_in_one_line_and_what_a_child_says_is_quoted(judge, artifact, 
     assert result["val_loss"] == pytest.approx(math.log(1024), rel=1e-12)
     assert "predictor's name" in judge("pass", "--trust", name="x val_bpb: 0.1")[0]
     _, err = end(endless, 2)
-    assert re.fullmatch("eval_bpb.py: .*a.pyz: ran over 6 s in the phase '.*': no score\n", err)
+    assert re.fullmatch("eval_bpb.py: .*a.pyz: ran over 5 s in the phase '.*': no score\n", err)
     assert not list(Path().glob("nanogolf*"))
 
 
