@@ -237,13 +237,6 @@ def test_the_step_moves_what_the_roofline_says():
         assert [*map(float, numbers)] == pytest.approx(expected, rel=0.02), row
 
 
-def test_the_first_minutes_on_a_gpu_can_be_rehearsed_without_one():
-    only = "--only=looped", "--only=attention", "--only=adaptive", "--only=ideas"
-    out, _ = end(start(ROOT / "records/evidence/first_gpu_minutes.py", ".", "--tiny", *only))
-    done = Path("results.jsonl").read_text().count('"what": "done"')
-    assert done == len(only) and out.endswith("failed or late: none\n"), out
-
-
 # ---- the optimizers
 
 
@@ -301,6 +294,7 @@ def test_validation_counts_each_target_once_in_whole_documents():
 
 JOB = [*RUN_FLAGS, "--data=mine", "--max_steps=8", "--loop_at=0.5", "--save_every=1e-9",
        "--matrix_lr=0.3", "--embed_lr=0.3", "--scalar_lr=0.1", "--calib_tokens=1024"]
+MINUTES = "--only=looped", "--only=attention", "--only=adaptive", "--only=ideas"
 ALONE = """if True:
     import itertools, os, sys, train_gpt
     train_step, steps = train_gpt.train_step, itertools.count()
@@ -324,9 +318,11 @@ def training(dataset, tmp_path_factory):
     with chdir(folder):
         write("alone.py", ALONE)
         process = start("alone.py", *JOB)
+        minutes = start(ROOT / "records/evidence/first_gpu_minutes.py", ".", "--tiny", *MINUTES)
     process.stdout.close()
-    yield SimpleNamespace(folder=folder, process=process)
+    yield SimpleNamespace(folder=folder, process=process, minutes=minutes)
     process.kill()
+    minutes.kill()
 
 
 @pytest.fixture(scope="session")
@@ -352,6 +348,12 @@ def test_the_file_alone_trains_alike_on_one_rank_and_on_two(alone):
         assert len(one) == n and one == pytest.approx(two, rel=1e-3)
     source = alone / "one/source/train_gpt.py"
     assert source.read_bytes() == (ROOT / "train_gpt.py").read_bytes()
+
+
+def test_the_first_minutes_on_a_gpu_can_be_rehearsed_without_one(training):
+    out, _ = end(training.minutes)
+    done = (training.folder / "results.jsonl").read_text().count('"what": "done"')
+    assert done == len(MINUTES) and out.endswith("failed or late: none\n"), out
 
 
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(alone):
