@@ -103,7 +103,7 @@ class Config:
     ema_share: float = 0.8      # of them in what is saved; the rest: the last ones (modded-nanogpt #325)
     # measuring
     val_points: int = 4         # validations, evenly spaced, the last at the end; the clock stands still
-    val_tokens: int = 0         # tokens of validation documents that training runs use; 0: all
+    val_tokens: int = 0         # tokens, the least, of validation documents that are used; 0: all
     calib_tokens: int = 524288  # tokens for the statistics that pack.py needs, inside the clock
     log_every: int = 25         # steps between log lines
     save_every: float = 60.0    # s of training between states from which --resume goes on; 0: none
@@ -142,33 +142,23 @@ class Config:
         refuse(self.loop_passes > 1 and not self.loop_first <= self.loop_last < self.n_layer,
                f"--loop_first={self.loop_first} --loop_last={self.loop_last} must be in order, "
                f"below --n_layer={self.n_layer}")
-        for looped in (False, True):
-            order = block_order(self, looped)
-            refuse(max(order[:len(order) // 2], default=-1) >= self.two_lane_from,
-                   f"--two_lane_from={self.two_lane_from} must lie in the second half of the block applications")
 
 
+SMALL = dict(n_head=4, n_kv_head=2, rope_dims=8, copy_dim=32, batch_tokens=2048, seq_len=384, scalar_lr=0.04,
+             val_tokens=65536)
 PRESETS = {
     "record": {},
     # The record on one GPU: all of its tokens on an H100, if a step takes what is predicted, 676
     # and 988 ms.
     "single": dict(max_seconds=4400.0),
     # A small model for two CPU cores and two minutes.
-    "demo": dict(data="demo", max_seconds=120.0, n_layer=4, n_embd=128, n_head=4, n_kv_head=2,
-                 mlp_dim=512, loop_passes=1, two_lane_from=3, rope_dims=8, copy_dim=32,
-                 batch_tokens=2048, row_tokens=1024, seq_len=384, scalar_lr=0.04, ema_decay=0.985, val_tokens=65536,
-                 calib_tokens=8192, log_every=50),
+    "demo": dict(SMALL, data="demo", max_seconds=120.0, n_layer=4, n_embd=128, mlp_dim=512, loop_passes=1,
+                 two_lane_from=3, row_tokens=1024, ema_decay=0.985, calib_tokens=8192, log_every=50),
     # The record's architecture made small, for paired experiments on a CPU.
-    "proxy": dict(data="proxy", max_seconds=300.0, n_layer=6, n_embd=96, n_head=4, n_kv_head=2,
-                  mlp_dim=384, loop_first=2, loop_last=3, two_lane_from=4, rope_dims=8, copy_dim=32,
-                  batch_tokens=2048, row_tokens=2048, seq_len=384, scalar_lr=0.04, ema_decay=0.98,
-                  val_tokens=65536, calib_tokens=32768, log_every=20),
+    "proxy": dict(SMALL, data="proxy", max_seconds=300.0, n_layer=6, n_embd=96, mlp_dim=384, loop_first=2,
+                  loop_last=3, two_lane_from=4, row_tokens=2048, ema_decay=0.98, calib_tokens=32768,
+                  log_every=20),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)  # one line, not the whole usage
 
 
 def show(line):
@@ -190,30 +180,34 @@ def no_cuda():
 
 
 def parse_config(argv):
-    """Arguments, or None for those of the command line -> (preset, Config, the run to resume or
-    ""). --key=value overrides any field of the preset."""
+    """Arguments, or None for those of the command line -> Config, the folder of the run to resume
+    or None. --key=value overrides any field of the preset."""
     settings = inspect.getsource(Config).split("\n", 2)[2].split("\n    def ")[0]  # units and defaults stand there
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    epilog=f"settings, as --name=value, with the values of the record:\n{settings}")
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,  # so that an error is one line
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        epilog=f"settings, as --name=value, with the values of the record:\n{settings}")
     parser.add_argument("--preset", choices=PRESETS, help="record where there are CUDA and its dataset, else demo; "
                         "single: the record on one GPU; proxy: the record made small")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was killed, with its settings")
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=f.type, help=argparse.SUPPRESS)
-    given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = vars(parser.parse_args(argv))
     if "resume" in given:
         if len(given) > 1:
             raise ValueError(f"--resume={given['resume']} takes the settings of the run: give no other flag")
-        return "", Config(), given["resume"]
+        folder = find_state(given["resume"])
+        return load_checkpoint(folder / "state.pt", STATE)["config"], folder
     why = no_cuda()
     if not why and "data" not in given and not (HERE / "data/fineweb/meta.json").exists():
         why = "no data/fineweb"
     preset = given.pop("preset", "demo" if why else "record")
     if read_launcher()[0] == 0:
-        show(f"preset: {preset}" + (f", for {why}" if why and preset == "demo" else ""))
+        show(f"preset: {preset}; {why or 'CUDA is here'}")
     if given.get("max_steps"):
         given.setdefault("max_seconds", 0.0)
-    return preset, Config(**{**PRESETS[preset], **given}), ""
+    cfg = Config(**{**PRESETS[preset], **given})
+    return replace(cfg, run=cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}"), None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,19 +235,17 @@ def make_segments(starts, n_tokens, seq_len, device="cpu", longest=0):
 
     A document is cut every seq_len tokens from its start. longest: the longest seq_len of the run,
     lest compiled graphs see more than one shape and one max_len: cu_seqlens is filled up with empty
-    segments, and where a row has more than fit, its shortest documents join the one before them.
+    segments, and where a row has more than fit, neighbouring documents join.
     """
     longest = longest or seq_len
     # Twice the segments that the shortest context makes of a row without documents, in steps of
     # 256.
     slots = 256 * math.ceil(6 * n_tokens / (256 * longest))
     edges = np.unique([0, *starts, n_tokens])
-    if np.ceil(np.diff(edges) / seq_len).sum() > slots:
-        by_length = np.argsort(-np.diff(edges), kind="stable")
-        kept = by_length[:slots - n_tokens // seq_len - 1]
-        edges = np.unique([0, *edges[kept], n_tokens])
-    cuts = np.concatenate([np.arange(begin, end, seq_len) for begin, end in zip(edges, edges[1:])])
-    pos = np.arange(n_tokens) - np.repeat(cuts, np.diff(cuts, append=n_tokens))
+    while np.ceil(np.diff(edges) / seq_len).sum() > slots:
+        edges = np.append(edges[:-1:2], n_tokens)
+    pos = (np.arange(n_tokens) - np.repeat(edges[:-1], np.diff(edges))) % seq_len
+    cuts = np.flatnonzero(pos == 0)
     cu_seqlens = np.append(cuts, np.full(slots + 1 - len(cuts), n_tokens))
     return Segments(to_device(cu_seqlens.astype(np.int32), device),
                     to_device(pos.astype(np.int32), device), longest)
@@ -316,9 +308,8 @@ def pick_attention(capability):
         else:
             def fa3(q, k, v, seg):
                 again = seg.cu_seqlens.view(-1)  # torch 2.13 refuses one tensor given twice
-                y = flash_attn_varlen_func(q, k, v, seg.cu_seqlens, again, max_seqlen_q=seg.max_len,
-                                           max_seqlen_k=seg.max_len, causal=True)
-                return y[0] if isinstance(y, tuple) else y  # older ones return the log-sum-exp too
+                return flash_attn_varlen_func(q, k, v, seg.cu_seqlens, again, max_seqlen_q=seg.max_len,
+                                              max_seqlen_k=seg.max_len, causal=True)
             return fa3
     from torch.nn.attention.varlen import varlen_attn
     grouped = {}
@@ -369,6 +360,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.dtype = torch.float32  # of activations and products
         self.kernel = segment_attention
+        self.capability = (0, 0)  # CUDA's, of the device
         self.fused = False  # whether the kernel below does the MLP
         L, D, H, K, M = cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, cfg.mlp_dim
         self.head_dim = D // H
@@ -408,25 +400,24 @@ class GPT(nn.Module):
     def init_matrices(self):
         """Draw the initial matrices from torch's generator."""
         nn.init.normal_(self.embed.weight, std=0.005)
-        for bank in (*self.qkv.split(self.qkv_sizes, 1), self.up):
+        query, key, key_before = self.copy.chunk(3, 1)
+        for bank in (*self.qkv.split(self.qkv_sizes, 1), self.up, query, key):
             for W in bank:
                 nn.init.orthogonal_(W)
         self.o.zero_()  # every block starts as the identity
         self.down.zero_()
-        query, key, key_before = self.copy[0].chunk(3)
-        nn.init.orthogonal_(query)
-        nn.init.orthogonal_(key)
         key_before.zero_()
 
     def place(self, device):
         """Move to device and choose what is best there: the dtype, attention's kernel."""
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        if device.type == "cuda":
+            self.capability = torch.cuda.get_device_capability(device)
         # GPUs before 8.0 emulate bf16; CPUs are 15-30 times slower in it.
-        self.dtype = torch.bfloat16 if capability >= (8, 0) else torch.float32
-        self.kernel = pick_attention(capability)
+        self.dtype = torch.bfloat16 if self.capability >= (8, 0) else torch.float32
+        self.kernel = pick_attention(self.capability)
         return self.to(device)
 
-    def linear(self, x, W, name, layer, visit):
+    def linear(self, x, W, name, visit=0):
         """x (N, in), W (out, in) of the bank `name` -> (N, out); visit counts the block
         applications."""
         return F.linear(x, W)
@@ -449,19 +440,20 @@ class GPT(nn.Module):
         lanes = cast(self.lanes).unbind()
         skip_scale = cast(self.skip_scale).unbind()
         skip_gate = cast(self.skip_gate.sigmoid()).unbind()
-        x0_mix = cast(self.x0_mix.view(-1, cfg.n_embd)).unbind()
         # Scales of a product's output are folded into its matrix: a product the size of the weights
         # instead of one of the activations, each way.
         weights = {"qkv": self.qkv, "o": self.o * self.attn_scale[:, :, None], "up": self.up,
-                   "down": self.down * self.mlp_scale[:, :, None], "gate": self.attn_gate * 0.5}
+                   "down": self.down * self.mlp_scale[:, :, None], "gate": self.attn_gate * 0.5,
+                   "mix": self.x0_mix}
         weights = {name: cast(W).unbind() for name, W in weights.items()}
         weights["gain"] = self.q_gain
 
         # Rotary angles from the position in the segment, once for all blocks, in fp32.
         freqs = torch.arange(0, cfg.rope_dims, 2, device=tokens.device)
+        # Not as a power, which torch 2.13 does not fuse: 6 GB more of a record step forward.
         freqs = torch.exp(freqs * (-math.log(cfg.rope_base) / cfg.rope_dims))
         angle = seg.pos[:, None, None] * freqs  # (N, 1, rope_dims / 2)
-        rotary = (angle.cos(), angle.sin())
+        rotary = angle.cos(), angle.sin()
 
         # SmearGate: each token takes some of the one before it, never across a segment's start
         # (#1667, #1851; -0.0005).
@@ -481,28 +473,29 @@ class GPT(nn.Module):
                 j = visit - n_encoder
                 x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])
             W = {name: bank[i] for name, bank in weights.items()}
-            u = x0_mix[2 * i] * x + x0_mix[2 * i + 1] * x0
+            stream, start = W["mix"]
+            u = stream * x + start * x0
             depth = (i + 1) ** -0.5  # deeper blocks read a smaller norm (public: -0.002 with partial RoPE)
-            a = self.attention(norm(u) * depth, W, rotary, seg, i, visit)
+            a = self.attention(norm(u) * depth, W, rotary, seg, visit)
             if i < cfg.two_lane_from:
                 x = u + a
-                x = x + self.mlp(norm(x) * depth, W, i, visit)
+                x = x + self.mlp(norm(x) * depth, W, visit)
             else:  # attention and MLP side by side (#1529: -0.004)
-                m = self.mlp(norm(lane) * depth, W, i, visit)
+                m = self.mlp(norm(lane) * depth, W, visit)
                 keep0, keep1, a0, a1, m0, m1 = lanes[i - cfg.two_lane_from].unbind()
                 x, lane = keep0 * x + a0 * a + m0 * m, keep1 * lane + a1 * a + m1 * m
             if visit < n_encoder:
                 skips.append(x)
         return norm(x if lane is None else (x + lane) / 2)
 
-    def attention(self, x, W, rotary, seg, layer, visit):
+    def attention(self, x, W, rotary, seg, visit):
         """x (N, D), the block's normed input; W, its matrices and gain; rotary, cos and sin -> (N,
         D)."""
-        qkv = self.linear(x, W["qkv"], "qkv", layer, visit).view(len(x), -1, self.head_dim)
+        qkv = self.linear(x, W["qkv"], "qkv", visit).view(len(x), -1, self.head_dim)
         H, K = self.cfg.n_head, self.cfg.n_kv_head
         q, k, v = qkv.split([H, K, K], 1)
         q = RotatedHeads.apply(q, W["gain"], *rotary)
-        k = RotatedHeads.apply(k, torch.ones_like(W["gain"][:K]), *rotary)
+        k = RotatedHeads.apply(k, W["gain"].new_ones(K), *rotary)
         # Before attention: after it, the compiler would keep v in float32 for backward.
         v_unit, v_length = unit(v)
         y = self.attend(q, k, v, seg, visit)  # (N, H, d)
@@ -511,18 +504,18 @@ class GPT(nn.Module):
         gates = gate.view(len(x), K, H // K, 1).unbind(2)
         y = [GatedXSA.apply(y, v, v_unit, v_length, gate) for y, gate in zip(heads, gates)]
         y = torch.stack(y, 2).view(x.shape)
-        return self.linear(y, W["o"], "o", layer, visit)
+        return self.linear(y, W["o"], "o", visit)
 
-    def mlp(self, x, W, layer, visit):
+    def mlp(self, x, W, visit):
         """x (N, D), normed -> (N, D)."""
         if self.fused and len(x) % TILE[0] == 0:
             return FusedMLP.apply(x, W["up"], W["down"])
-        h = lrelu2(self.linear(x, W["up"], "up", layer, visit))
-        return self.linear(h, W["down"], "down", layer, visit)
+        h = lrelu2(self.linear(x, W["up"], "up", visit))
+        return self.linear(h, W["down"], "down", visit)
 
     def logits(self, hidden):
         """hidden (N, D) -> logits (N, V) float32, softcapped."""
-        z = self.linear(hidden, self.embed.weight.to(hidden.dtype), "embed", 0, 0).float()
+        z = self.linear(hidden, self.embed.weight.to(hidden.dtype), "embed").float()
         return self.cfg.softcap * torch.tanh(z / self.cfg.softcap)
 
     def pointer(self, hidden, seg):
@@ -533,7 +526,7 @@ class GPT(nn.Module):
         reads the state before its place too, q can find what followed a state like its own.
         (modded-nanogpt #379: 12 % fewer steps for 1.3 % more time, 8 runs against 13. There a is one
         more logit's share of the softmax: no better here.)"""
-        q, k, before = self.linear(hidden, self.copy[0].to(hidden.dtype), "copy", 0, 0).chunk(3, 1)
+        q, k, before = self.linear(hidden, self.copy[0].to(hidden.dtype), "copy").chunk(3, 1)
         q = norm(q) * (self.copy_gain * self.cfg.copy_dim ** -0.5).to(q.dtype)
         k = norm(k + self.previous(before, "copy") * (seg.pos > 0)[:, None])
         sink = (q * self.copy_sink.to(q.dtype)).sum(-1).float()
@@ -542,10 +535,10 @@ class GPT(nn.Module):
     def mixture(self, logits, q, k, sink, gate, tokens):
         """logits (.., T, V), q (.., T, c), sink and gate (.., T) of the last T places, k (.., S, c)
         and tokens (.., S) of all -> p (.., T, V) float32."""
-        T, S = q.size(-2), k.size(-2)
-        before = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T - 1)
-        scores = (q @ k.mT).float().masked_fill(~before, FAR)
-        shares = torch.cat([scores, sink[..., None]], -1).softmax(-1)[..., :-1]
+        scores = (q @ k.mT).float()
+        not_before = torch.ones_like(scores, dtype=torch.bool).triu(k.size(-2) - q.size(-2))
+        scores = torch.cat([scores.masked_fill(not_before, FAR), sink[..., None]], -1)
+        shares = scores.softmax(-1)[..., :-1]
         shares = shares * gate.sigmoid()[..., None]
         p = logits.softmax(-1) * (1 - shares.sum(-1, keepdim=True))
         return p.scatter_add(-1, tokens[..., None, :].expand(shares.shape), shares)
@@ -569,19 +562,11 @@ class GPT(nn.Module):
         return -torch.logaddexp(kept - nats, scale + same)
 
 
-def count_flops(model, looped):
-    """Model FLOPs per trained token: 6 per weight of each matrix product, forward and backward;
-    attention left out."""
-    per_block = sum(bank[0].numel() for bank in (model.qkv, model.o, model.up, model.down))
-    ends = model.embed.weight.numel() + model.copy.numel()
-    return 6 * (len(block_order(model.cfg, looped)) * per_block + ends)
-
-
 def rotate(x, cos, sin):
     """x (N, heads, d): the first 2 * r dimensions turned as pairs (i, i + r) by the angles of cos,
     sin (N, ., r)."""
     r = cos.size(-1)
-    a, b, rest = x[..., :r], x[..., r:2 * r], x[..., 2 * r:]
+    a, b, rest = x.split([r, r, x.size(-1) - 2 * r], -1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
 
 
@@ -618,7 +603,7 @@ class RotatedHeads(torch.autograd.Function):
 def unit(v):
     """v (N, K, d) -> v / |v| float32, |v| (N, K, 1)."""
     v = v.detach().float()
-    length = v.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    length = v.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return v / length, length
 
 
@@ -754,7 +739,7 @@ def orthogonalize(G):
     """G (n, rows, cols) -> the nearest semi-orthogonal matrices times sqrt(max(1, rows / cols));
     singular values above 1e-3 of the norm land within 0.86 .. 1.14. Rows are first scaled to one
     length (MuonEq-R, arXiv 2603.28254)."""
-    X = G / G.norm(dim=-1, keepdim=True).clamp(min=1e-7)
+    X = F.normalize(G, dim=-1, eps=1e-7)
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X  # the products are on the short side
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
@@ -801,13 +786,13 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, cfg, compiled=False):
     """-> Muon, AdamW. Each group holds its peak_lr; no parameter is left out."""
-    rows = {"qkv": model.qkv_sizes, "o": cfg.n_embd, "up": cfg.mlp_dim, "down": cfg.n_embd, "copy": cfg.copy_dim}
-    muon = Muon([{"params": [getattr(model, name)], "rows": rows[name], "peak_lr": cfg.matrix_lr,
-                  "weight_decay": cfg.matrix_wd} for name in model.MATRICES], {})
+    banks = {name: getattr(model, name) for name in model.MATRICES}
+    rows = {"qkv": model.qkv_sizes, "copy": cfg.copy_dim}
+    muon = Muon([{"params": [bank], "rows": rows.get(name, bank.size(1)), "peak_lr": cfg.matrix_lr,
+                  "weight_decay": cfg.matrix_wd} for name, bank in banks.items()], {})
     if compiled:
         muon.orthogonalize = torch.compile(orthogonalize, dynamic=False, fullgraph=True)
-    others = (*model.MATRICES, "embed.weight")
-    small = [p for name, p in model.named_parameters() if name not in others]
+    small = [p for name, p in model.named_parameters() if name not in (*banks, "embed.weight")]
     adamw = torch.optim.AdamW([
         {"params": [model.embed.weight], "peak_lr": cfg.embed_lr, "weight_decay": cfg.embed_wd},
         {"params": small, "peak_lr": cfg.scalar_lr, "weight_decay": cfg.scalar_wd},
@@ -823,13 +808,15 @@ def make_optimizers(model, cfg, compiled=False):
 def read_launcher():
     """RANK, LOCAL_RANK and WORLD_SIZE of the environment; 0, 0, 1 without torchrun. Raises
     ValueError."""
-    given = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    if not any(value is not None for value in given.values()):
-        return [0, 0, 1]
-    numbers = [int(value) if re.fullmatch(r"\d{1,6}", value or "") else -1 for value in given.values()]
-    if min(numbers) < 0 or max(numbers[:2]) >= numbers[2]:
-        raise ValueError(f"the environment has {given}: torchrun sets all three, the first two below the third")
-    return numbers
+    given = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    if not any(given):
+        return 0, 0, 1
+    if all(re.fullmatch(r"\d{1,6}", value) for value in given):
+        rank, local_rank, world_size = map(int, given)
+        if max(rank, local_rank) < world_size:
+            return rank, local_rank, world_size
+    raise ValueError(f"the environment has RANK, LOCAL_RANK, WORLD_SIZE = {given}: torchrun sets all three, the "
+                     "first two below the third")
 
 
 def join_ranks(cfg):
@@ -898,20 +885,20 @@ def find_dataset(name):
 
 class Dataset:
     """A dataset as training reads it: vocab_size, meta (dict), tokenizer (the text of
-    tokenizer.json, for pack.py), train [functions that read a shard], val (n,) uint16 in whole
-    documents and the bytes of their text, val_bytes."""
+    tokenizer.json, for pack.py), train [a shard's tokens (n,) uint16, mapped], val (n,) uint16 in
+    whole documents and the bytes of their text, val_bytes."""
 
     def __init__(self, cfg):
-        """Checks what a run relies on: the files against meta.json, and this rank's part of the
-        shards for tokens outside the vocabulary. Raises ValueError."""
+        """Checks what a run relies on: the files against meta.json, the shards for tokens outside
+        the vocabulary. Raises ValueError."""
         self.tokenizer = ""
         if cfg.data == "synthetic":
             self.vocab_size = cfg.vocab_size or 8192
             self.meta = {"name": "synthetic"}
             n = max(1 << 22, 2 * cfg.row_tokens)
-            self.train = [partial(synthetic_tokens, self.vocab_size, n, seed) for seed in range(8)]
+            self.train = [synthetic_tokens(self.vocab_size, n, seed) for seed in range(8)]
             self.val = synthetic_tokens(self.vocab_size, 4 * cfg.row_tokens, 8)
-            self.val_bytes = 0
+            self.val_bytes = math.nan
             return
         folder = find_dataset(cfg.data)
         try:
@@ -922,27 +909,25 @@ class Dataset:
             if hashlib.sha256(self.tokenizer.encode()).hexdigest() != self.meta["tokenizer_sha256"]:
                 raise ValueError("tokenizer.json is not the one that meta.json names")
             shards = {"train": [], "val": []}
-            rank, _, world_size = read_launcher()
-            for i, name in enumerate(sorted(files)):
+            for name in sorted(files):
                 if split := re.fullmatch(r"(train|val)_\d+\.bin", name):
                     tokens = read_shard(folder / name)
                     if tokens.nbytes + 1024 != files[name]["bytes"]:
                         raise ValueError(f"{name} is not as long as meta.json says")
-                    if i % world_size == rank and tokens.max() >= self.vocab_size:
+                    if tokens.max() >= self.vocab_size:
                         raise ValueError(f"{name} has tokens outside the vocabulary of {self.vocab_size}")
-                    shards[split[1]].append(folder / name)
-            self.train = [partial(read_shard, path) for path in shards["train"]]
-            longest = max(len(read()) for read in self.train)
-            val = np.concatenate([read_shard(path) for path in shards["val"]])
+                    shards[split[1]].append(tokens)
+            self.train = shards["train"]
+            longest = max(map(len, self.train))
+            val = np.concatenate(shards["val"])
         except Exception as e:  # whatever its bytes are
             raise ValueError(f"dataset {folder}: damaged: {type(e).__name__}: {e}") from None
         if cfg.vocab_size not in (0, self.vocab_size):
             raise ValueError(f"--vocab_size={cfg.vocab_size}, but {folder} has {self.vocab_size}: leave it 0")
         if longest <= cfg.row_tokens:
             raise ValueError(f"--row_tokens={cfg.row_tokens}: no train shard of {folder} is that long")
-        ends = np.append(np.flatnonzero(val[1:] == BOUNDARY) + 1, len(val))  # of the documents
-        n_docs = np.searchsorted(ends, cfg.val_tokens or len(val), side="right")
-        self.val = val[:ends[max(n_docs, 1) - 1]]
+        ends = np.append(np.flatnonzero(val == BOUNDARY), len(val))  # of the documents, and 0
+        self.val = val[:ends[np.searchsorted(ends[:-1], cfg.val_tokens or len(val))]]
         self.val_bytes *= len(self.val) / len(val)  # of a part: what its tokens have on average
 
 
@@ -951,8 +936,8 @@ def synthetic_tokens(vocab_size, n, seed):
     mean 690)."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, vocab_size, n, dtype=np.uint16)
-    starts = np.cumsum(rng.lognormal(np.log(403), 1.04, n // 100)).astype(np.int64)
-    tokens[[0, *starts[starts < n]]] = BOUNDARY
+    starts = rng.lognormal(np.log(403), 1.04, n // 690).cumsum().astype(int)
+    tokens[starts % n] = BOUNDARY
     return tokens
 
 
@@ -977,13 +962,12 @@ def read_rows(data, cfg, first_row=0):
     for epoch in itertools.count():
         rng = np.random.default_rng((cfg.seed, epoch))
         for shard in rng.permutation(len(data.train)):
-            tokens = data.train[shard]()
-            starts = np.union1d([0], np.flatnonzero(tokens == BOUNDARY))
-            ends = np.append(starts[1:], len(tokens))
+            tokens = data.train[shard]
+            documents = np.split(np.asarray(tokens), np.flatnonzero(tokens == BOUNDARY)[1:])
             parts = []
             size = 0
-            for document in rng.permutation(len(starts)):
-                parts.append(tokens[starts[document]:ends[document]])
+            for document in rng.permutation(len(documents)):
+                parts.append(documents[document])
                 size += len(parts[-1])
                 while size > n:  # the tail of a shard that fills no row is left out
                     whole = np.concatenate(parts)
@@ -1018,8 +1002,7 @@ def validate(losses, data, cfg, batch, looped):
         row = tokens[start:start + n + 1]
         nats += losses(*batch(row, cfg.seq_len), looped)[:n_targets - start].cpu().double().sum()
     sum_over_ranks([nats])
-    val_bpb = nats.item() / math.log(2) / data.val_bytes if data.val_bytes else math.nan
-    return {"val_loss": nats.item() / n_targets, "val_bpb": val_bpb}
+    return {"val_loss": nats.item() / n_targets, "val_bpb": nats.item() / math.log(2) / data.val_bytes}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1037,10 +1020,9 @@ def schedule_at(cfg, progress):
     """The learning rate is 1, then a line to 0 over the cooldown, never below lr_floor (#1787).
     Short contexts come first: a third of seq_len, two thirds, all (#2014: 1k, 2k, 3k; -0.001)."""
     lr = min(1.0, max(cfg.lr_floor, (1 - progress) / cfg.cooldown))
-    momentum = cfg.momentum - max(cfg.momentum - 0.92, 0) * max(1 - progress / 0.24, 0)
+    momentum = 0.92 + (cfg.momentum - 0.92) * min(progress / 0.24, 1.0)
     thirds = 1 if progress < 0.1 else 2 if progress < 0.7 else 3
-    looped = bool(progress >= cfg.loop_at)  # numpy's own bool would be a tensor to the compiler
-    return Schedule(lr, momentum, cfg.seq_len * thirds // 3, looped)
+    return Schedule(lr, momentum, cfg.seq_len * thirds // 3, progress >= cfg.loop_at)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1059,6 +1041,7 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
     squared: the pointer left out, about a third too much. Ends after a row once late() is true."""
     device = model.embed.weight.device
     cap = model.cfg.softcap
+    order = block_order(model.cfg, looped=True)
     generator = torch.Generator(device).manual_seed(seed)
     stats = {"tokens": torch.zeros(1, device=device)}
     banks = {"embed": model.embed.weight[None], **{name: getattr(model, name) for name in model.MATRICES}}
@@ -1075,7 +1058,8 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
     def add_squares(g, dy):
         g += dy.float().square().sum(0)
 
-    def tap(x, W, name, layer, visit):
+    def tap(x, W, name, visit=0):
+        layer = order[visit]  # the first, 0, for embed and copy
         add_outer(stats[f"{name}.H"][layer], x)
         y = F.linear(x, W)
         g = stats[f"{name}.g"][layer]
@@ -1090,9 +1074,9 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
     def tap_embedding(module, inputs, x):
         x.requires_grad_().register_hook(partial(add_outer, stats["embed.S"]))
 
-    fused, model.fused, model.linear = model.fused, False, tap
-    hook = model.embed.register_forward_hook(tap_embedding)
-    model.requires_grad_(False)  # only activations need gradients here
+    model = copy.deepcopy(model).requires_grad_(False)  # only activations need gradients here
+    model.fused, model.linear = False, tap
+    model.embed.register_forward_hook(tap_embedding)
     for i in range(n_rows):
         if i and late():
             break
@@ -1101,13 +1085,9 @@ def calibrate(model, next_batch, n_rows, seed, late=lambda: False):
         labels = torch.multinomial(p.detach(), 1, generator=generator)
         p.gather(1, labels).log().sum().neg().backward()
         stats["tokens"] += len(tokens)
-    model.requires_grad_(True)
-    hook.remove()
-    del model.linear
-    model.fused = fused
     # These products had scales folded into their matrices; the statistics are of those without.
-    stats["o.g"] *= model.attn_scale.detach().square()
-    stats["down.g"] *= model.mlp_scale.detach().square()
+    stats["o.g"] *= model.attn_scale.square()
+    stats["down.g"] *= model.mlp_scale.square()
     return stats
 
 
@@ -1129,7 +1109,7 @@ def write_checkpoint(path, **values):
 
 
 CHECKPOINT = {"weights": dict, "stats": dict, "run": dict, "tokenizer": str}
-STATE = {"weights": dict, "ema": dict, "optimizers": list, "preset": str, "step": int,
+STATE = {"weights": dict, "ema": dict, "optimizers": list, "step": int,
          "seconds": float}
 
 
@@ -1146,13 +1126,14 @@ def load_checkpoint(path, kinds=CHECKPOINT):
                 raise ValueError(f"{bad} does not match its checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved["config"] = Config(**saved["config"])
-        with torch.device("meta"):
-            expected = {name: x.shape for name, x in GPT(saved["config"]).state_dict().items()}
         for key, kind in kinds.items():
             if not isinstance(saved[key], kind):
                 raise ValueError(f"{key} is no {kind.__name__}")
-            if key in ("weights", "ema") and {name: x.shape for name, x in saved[key].items()} != expected:
-                raise ValueError(f"the {key} are not those that the config describes")
+        with torch.device("meta"):
+            model = GPT(saved["config"])
+        for key in kinds.keys() & {"weights", "ema"}:
+            # Raises unless names and shapes are the same. A dict, for torch marks its own for ever.
+            model.load_state_dict(dict(saved[key]), assign=True)
         return saved
     except Exception as e:  # torch.load has no single error for bad bytes
         raise ValueError(f"{path} is not whole: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
@@ -1176,8 +1157,9 @@ def open_run(name):
     return folder
 
 
-def load_state(run):
-    """A run's folder or its name -> the folder, its state.pt. Raises ValueError."""
+def find_state(run):
+    """A run's folder or its name -> the folder, which holds a state.pt of this file's. Raises
+    ValueError."""
     folder = Path(run) if Path(run).is_dir() else Path("runs") / run
     if not (folder / "state.pt").is_file():
         raise ValueError(f"--resume={run}: nothing to go on from: no such run, or it has ended, or "
@@ -1185,7 +1167,7 @@ def load_state(run):
     source = folder / "source/train_gpt.py"
     if not source.is_file() or source.read_bytes() != Path(__file__).read_bytes():
         raise ValueError(f"--resume={run}: train_gpt.py changed since the run began")
-    return folder, load_checkpoint(folder / "state.pt", STATE)
+    return folder
 
 
 class Log:
@@ -1229,15 +1211,9 @@ class Log:
         return self
 
     def __exit__(self, kind, error, traceback):
-        code = 0
-        if isinstance(error, SystemExit):
-            code = error.code
-            if code > 128:
-                self.reason = f"ended by signal {code - 128}"
-        elif error:
-            code = 2 if isinstance(error, ValueError) else 1
-            self.reason = f"{kind.__name__}: {(str(error).splitlines() or [''])[0]}"
-        self.record(kind="end", reason=self.reason, exit_code=code, time=utc())
+        if error and kind is not SystemExit:  # whoever raises that has said why
+            self.reason = f"{kind.__name__}: {error}"
+        self.record(kind="end", reason=self.reason, time=utc())
 
 
 def utc():
@@ -1272,18 +1248,13 @@ def environment(device):
     """What the numbers were made on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": f"{read_launcher()[2]} x {name}",
-            "cpu": f"{os.cpu_count()} cores, {platform.machine()}", "os": platform.system(),
+            "machine": f"{platform.platform()}, {os.cpu_count()} cores",
             "python": platform.python_version(), "torch": str(torch.__version__),
-            "cuda": torch.version.cuda or "", "numpy": np.__version__,
-            "threads": torch.get_num_threads()}
+            "numpy": np.__version__, "threads": torch.get_num_threads()}
 
 
 # --------------------------------------------------------------------------------------------------
 # Training
-
-# Dense bf16, by a part of the GPU's name, for MFU.
-PEAK_FLOPS = {"": 0.0, "H100": 989e12, "H200": 989e12, "A100": 312e12}
-
 
 @torch.no_grad()
 def lerp(model, other, share):
@@ -1310,22 +1281,16 @@ def train_step(losses, batches, model, optimizers, schedule, cfg):
     return torch.stack([train_loss, grad_norm])
 
 
-def warm_up(cfg, model, losses, optimizers, batch):
-    """Compile every graph and time calibration, on random tokens and untimed; leaves no trace. A
-    row that does not fit into memory is halved. -> (Config with the row_tokens that fit, seconds of
-    calibration per row)."""
-    initial = copy.deepcopy(model.state_dict())
-    rng = np.random.default_rng(read_launcher()[0])
-
+def warm_up(cfg, model, initial, losses, optimizers, batch):
+    """Compile every graph and time calibration, on random tokens and untimed; leaves the initial
+    weights. A row that does not fit into memory is halved. -> (Config with the row_tokens that fit,
+    seconds of calibration per row)."""
     def random_batch(n):
-        row = rng.integers(1, cfg.vocab_size, n + 1)
-        row[::700] = BOUNDARY
-        return batch(row, cfg.seq_len)
-    states = sorted({schedule_at(cfg, 0.0).looped, True})
+        return batch(synthetic_tokens(cfg.vocab_size, n + 1, 0), cfg.seq_len)
 
     def out_of_memory():
         try:
-            for looped in states:
+            for looped in (False, True):
                 losses(*random_batch(cfg.row_tokens), looped).sum().backward()
         except RuntimeError as e:
             if "out of memory" not in str(e):
@@ -1340,18 +1305,18 @@ def warm_up(cfg, model, losses, optimizers, batch):
         cfg = replace(cfg, row_tokens=cfg.row_tokens // 2)
     train_step(losses, [random_batch(cfg.row_tokens)], model, optimizers, schedule_at(cfg, 1.0), cfg)
     with torch.no_grad():
-        for looped in states:
+        for looped in (False, True):
             losses(*random_batch(cfg.row_tokens), looped)  # validation's graphs
-    model.load_state_dict(initial)
+    lerp(model, initial, 1.0)
     for optimizer in optimizers:
         optimizer.state.clear()
-    seconds = 0.0
+    clock = Clock()
     for _ in range(2 if cfg.calib_tokens else 0):  # the second is the one that counts
-        begin = time.perf_counter()
-        stats = calibrate(model, partial(random_batch, min(cfg.row_tokens, CALIB_ROW)), 1, cfg.seed)
-        stats["tokens"].item()  # waits for the GPU
-        seconds = time.perf_counter() - begin
-    return cfg, seconds
+        clock.total = 0.0
+        clock.start()
+        calibrate(model, partial(random_batch, min(cfg.row_tokens, CALIB_ROW)), 1, cfg.seed)
+        clock.stop()
+    return cfg, clock.total
 
 
 def main(argv=None):
@@ -1360,10 +1325,8 @@ def main(argv=None):
     if sys.stdout:
         # A terminal that cannot show a name ends no run.
         sys.stdout.reconfigure(errors="backslashreplace")
-    preset, cfg, resume = parse_config(argv)
-    folder, state = load_state(resume) if resume else (None, {})
-    if state:
-        preset, cfg = state["preset"], state["config"]
+    cfg, folder = parse_config(argv)
+    resume = bool(folder)
     device = join_ranks(cfg)
     rank, local_rank, world_size = read_launcher()
     if cfg.data == "demo" and not (HERE / "data/demo/meta.json").exists() and local_rank == 0:
@@ -1372,18 +1335,13 @@ def main(argv=None):
     largest(0)
     data = Dataset(cfg)
     cfg = replace(cfg, vocab_size=data.vocab_size)
-    if rank == 0 and not folder:
-        folder = open_run(cfg.run or f"{time.strftime('%Y%m%d-%H%M%S')}_{preset}_s{cfg.seed}")
-
+    if rank == 0 and not resume:
+        folder = open_run(cfg.run)
     log = Log(folder if rank == 0 else None)
-    if resume:
-        largest(0)  # now rank 0 holds the run; whoever held it until then may have gone on or ended
-        state = load_state(resume)[1]
+    largest(0)  # now rank 0 holds the run; whoever held it until then may have gone on or ended
     with log:
-        about = {"preset": preset, "dataset": data.meta, "environment": environment(device)}
-        source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        start = {**about, "config": asdict(cfg), "source_sha256": {"train_gpt.py": source},
-                 "time": utc()}
+        about = {"dataset": data.meta, "environment": environment(device)}
+        start = {**about, "config": asdict(cfg), "time": utc()}
         log.record(kind="resume" if resume else "start", **start)
         log("\n".join(f"{key}: {json.dumps(value)}" for key, value in start.items()))
 
@@ -1393,13 +1351,9 @@ def main(argv=None):
         model.init_matrices()  # on the CPU: the same weights on any device
         model.place(device)
         cuda = device.type == "cuda"
-        hopper = cuda and torch.cuda.get_device_capability(device) == (9, 0)
-        whole_tiles = cfg.mlp_dim % TILE[1] == cfg.n_embd % TILE[2] == 0
-        model.fused = hopper and triton is not None and whole_tiles
+        hopper = model.capability == (9, 0)
+        model.fused = hopper and triton is not None and cfg.mlp_dim % TILE[1] == cfg.n_embd % TILE[2] == 0
         compiled = model.kernel is not segment_attention  # whose shapes change from row to row
-        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # of which Triton takes one
-        if compiled and os.name == "posix" and not any(map(shutil.which, compilers)):
-            raise ValueError("torch.compile needs a C compiler: install gcc, or name another in CC")
         batch = partial(make_batch, device=device, longest=cfg.seq_len)
         n_params = sum(p.numel() for p in model.parameters())
         if rank == 0 and shutil.disk_usage(folder).free < 40 * n_params:
@@ -1411,7 +1365,7 @@ def main(argv=None):
         row_tokens = cfg.row_tokens
         # Averaged weights start where training starts; made here, they count in what fits into memory.
         ema = copy.deepcopy(model)
-        cfg, calib_seconds = warm_up(cfg, model, losses, optimizers, batch)
+        cfg, calib_seconds = warm_up(cfg, model, ema, losses, optimizers, batch)
         if cfg.row_tokens < row_tokens:
             log(f"--row_tokens={row_tokens} does not fit into memory: {cfg.row_tokens}, the same "
                 "batch in more passes")
@@ -1420,26 +1374,29 @@ def main(argv=None):
         # Calibration is part of the budget: what it will take is set aside, by the slowest rank's
         # estimate.
         (reserve,) = largest(1.2 * calib_seconds * calib_rows)
-        limit = cfg.max_seconds - reserve if cfg.max_seconds else math.inf
+        max_steps = cfg.max_steps or math.inf
+        max_seconds = cfg.max_seconds or math.inf
+        limit = max_seconds - reserve
         if limit <= 0:
             raise ValueError(f"--max_seconds={cfg.max_seconds}: calibration alone takes {reserve:.0f} s")
         clock = Clock()
         step = 0
-        if state:
+        if resume:
+            state = load_checkpoint(folder / "state.pt", STATE)
             step, clock.total = state["step"], state["seconds"]
             model.load_state_dict(state["weights"])
             ema.load_state_dict(state["ema"])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            for optimizer, saved in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
             log(f"resumed at step {step}, after {clock.total:.1f} s of training")
         rows = read_ahead(read_rows(data, cfg, first_row=step * n_rows))
         log(f"attention:{model.kernel.__name__} dtype:{str(model.dtype)[6:]} compiled:{compiled} "
             f"fused:{model.fused} parameters:{n_params} rows_per_step:{n_rows} "
-            f"rows_per_rank:{n_rows // world_size} val_tokens:{len(data.val)}")
+            f"rows_per_rank:{n_rows // world_size} val_tokens:{len(data.val)} "
+            f"warmup_seconds:{time.perf_counter() - begin:.1f} calibration_reserve_seconds:{reserve:.1f}")
         if hopper and model.kernel.__name__ != "fa3":
             log("WARNING: FlashAttention-3 is not installed: FlashAttention-2 takes 7 to 14 ms more of a "
                 "record step; build the package in the folder hopper of github.com/Dao-AILab/flash-attention")
-        log(f"warmup_seconds:{time.perf_counter() - begin:.1f} calibration_reserve_seconds:{reserve:.1f}")
 
         # ---- the loop
         stop_asked = False
@@ -1447,6 +1404,7 @@ def main(argv=None):
         def ask_to_stop(number, frame):  # once: finish early and save; twice: leave at once
             nonlocal stop_asked
             if stop_asked:
+                log.reason = f"ended by signal {number}"
                 sys.exit(128 + number)
             stop_asked = True
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1454,10 +1412,9 @@ def main(argv=None):
         if hasattr(signal, "SIGHUP"):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a run outlives its terminal
         saved_at = clock.total
-        queued = None  # the last step, while a GPU does it: number, Schedule, (loss, gradient norm), event
+        queued = None  # the last step, while a GPU does it: number, Schedule, (loss, gradient norm)
+        done = torch.cuda.Event() if cuda else None  # its end; then its numbers can be read
         last = {"step": step, "train_seconds": clock.total, "train_loss": math.nan, "step_ms": 0.0}
-        name = start["environment"]["device"]
-        peak_flops = world_size * max(flops for part, flops in PEAK_FLOPS.items() if part in name)
         run = {"seed": cfg.seed, **about, "finished": False}
 
         def settle():
@@ -1465,10 +1422,10 @@ def main(argv=None):
             nonlocal queued, last
             if not queued:
                 return
-            number, schedule, numbers, event = queued
+            number, schedule, numbers = queued
             queued = None
-            if event:
-                event.synchronize()
+            if cuda:
+                done.synchronize()
             train_loss, grad_norm = numbers.tolist()
             if not math.isfinite(train_loss + grad_norm):
                 log.reason = (f"the loss is {train_loss}, the gradient norm {grad_norm} at step {number}; "
@@ -1479,13 +1436,10 @@ def main(argv=None):
                 return
             seconds = clock.seconds()
             step_ms = 1000 * (seconds - last["train_seconds"]) / (number - last["step"])
-            rate = 1000 * cfg.batch_tokens / step_ms  # tokens per second
-            eta = limit - seconds if cfg.max_seconds else (cfg.max_steps - number) * step_ms / 1000
+            eta = min(limit - seconds, (max_steps - number) * step_ms / 1000)
             last = {"step": number, "train_loss": train_loss, "lr": schedule.lr,
                     "grad_norm": grad_norm, "step_ms": step_ms, "train_seconds": seconds,
-                    "tokens": number * cfg.batch_tokens, "tokens_per_second": int(rate)}
-            if peak_flops:
-                last["mfu"] = rate * count_flops(model, schedule.looped) / peak_flops
+                    "tokens_per_second": int(1000 * cfg.batch_tokens / step_ms)}
             log(kind="step", **last, eta=max(int(eta), 0))
 
         def measure(looped):
@@ -1496,7 +1450,8 @@ def main(argv=None):
             run.update(scores)
 
         def save_checkpoint(stats):
-            run.update(steps=step, tokens=step * cfg.batch_tokens, train_seconds=clock.total)
+            run.update(steps=step, tokens=step * cfg.batch_tokens, train_seconds=clock.total,
+                       peak_memory_mb=torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0)
             if rank == 0:
                 write_checkpoint(folder / "checkpoint.pt", config=asdict(cfg), run=run, stats=stats,
                                  weights=model.state_dict(), tokenizer=data.tokenizer)
@@ -1504,20 +1459,19 @@ def main(argv=None):
         def save_state():
             """All from which --resume goes on: rows and random numbers follow from the step."""
             if rank == 0:
-                write_checkpoint(folder / "state.pt", config=asdict(cfg), preset=preset, step=step,
-                                 seconds=clock.total, weights=model.state_dict(), ema=ema.state_dict(),
+                write_checkpoint(folder / "state.pt", config=asdict(cfg), step=step, seconds=clock.total,
+                                 weights=model.state_dict(), ema=ema.state_dict(),
                                  optimizers=[optimizer.state_dict() for optimizer in optimizers])
 
-        def progress_at(seconds):
-            return max(seconds / limit, step / (cfg.max_steps or math.inf))
-        val_done = int(progress_at(clock.total) * cfg.val_points)
+        val_done = cfg.val_points  # none is due at the first step, nor at that of a resumed run
         clock.start()
         while True:
             seconds = clock.seconds()
-            progress = progress_at(seconds + bool(queued) * last["step_ms"] / 1000)
+            ahead = bool(queued) * last["step_ms"] / 1000
+            progress = max((seconds + ahead) / limit, step / max_steps)
             save_due = 0 < cfg.save_every <= seconds - saved_at
-            # Rank 0's clock decides for all; a signal that any of them got stops all.
-            progress, save_due, stop = largest(rank == 0 and progress, rank == 0 and save_due, stop_asked)
+            # The clock of one decides for all; a signal that any of them got stops all.
+            progress, save_due, stop = largest(progress, save_due, stop_asked)
             if stop or progress >= 1:
                 break
             schedule = schedule_at(cfg, progress)
@@ -1526,7 +1480,6 @@ def main(argv=None):
                 settle()  # what is not finite is not saved
                 clock.stop()
                 if val_due > val_done:
-                    val_done = val_due
                     last_weights = copy.deepcopy(model.state_dict())
                     lerp(model, ema, cfg.ema_share)
                     measure(schedule.looped)
@@ -1536,49 +1489,44 @@ def main(argv=None):
                     save_state()
                     saved_at = clock.total
                 clock.start()
+            val_done = val_due
             batches = (batch(next(rows), schedule.seq_len)
                        for micro_step in range(n_rows // world_size))
             numbers = train_step(losses, batches, model, optimizers, schedule, cfg)
             lerp(ema, model, 1 - cfg.ema_decay)
             step += 1
             settle()  # the step before: the GPU's queue is never empty, never long
-            event = None
+            queued = step, schedule, numbers.to("cpu", non_blocking=cuda)
             if cuda:
-                numbers = numbers.to("cpu", non_blocking=True)  # pinned; readable once the event has passed
-                event = torch.cuda.current_stream().record_event()
-            queued = step, schedule, numbers, event
-            if not cuda:
+                done.record()
+            else:
                 settle()
 
         # ---- calibration of the averaged weights, the last thing inside the clock
         settle()
         lerp(model, ema, cfg.ema_share)
 
-        def late():  # the estimate was too low: fewer tokens do
-            return cfg.max_seconds and clock.seconds() >= cfg.max_seconds
-
         def next_batch():
             return batch(next(rows)[:CALIB_ROW + 1], cfg.seq_len)
         stats = {}
         if calib_rows:
-            stats = calibrate(model, next_batch, calib_rows, cfg.seed + rank, late)
-            sum_over_ranks([*stats.values()])
+            stats = calibrate(model, next_batch, calib_rows, cfg.seed + rank,
+                              late=lambda: clock.seconds() >= max_seconds)  # then fewer tokens do
+            sum_over_ranks(stats.values())
         clock.stop()
 
         # ---- from here on nothing changes the weights: save, validate, sum up
         run["finished"] = not stop
         save_checkpoint(stats)  # at once, for torchrun kills 30 s after it was asked to stop
         measure(looped=True)
-        run["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 1e6 if cuda else 0.0
         save_checkpoint(stats)
         if rank == 0:
-            for name in ("state.pt", ".state.pt.tmp"):
-                (folder / name).unlink(missing_ok=True)
+            (folder / "state.pt").unlink(missing_ok=True)
         if stop:
             log.reason = "stopped early as asked"
             log("stopped early as asked; the checkpoint holds the averaged weights so far")
-        keys = ("val_bpb", "val_loss", "train_seconds", "steps", "tokens", "seed", "peak_memory_mb")
-        summary = {key: run[key] for key in keys}
+        summary = {key: run[key] for key in ("val_bpb", "val_loss", "train_seconds", "steps", "tokens", "seed",
+                                             "peak_memory_mb")}
         log.record(kind="summary", **summary, finished=not stop)
         log("---")
         for key, value in summary.items():
