@@ -378,8 +378,8 @@ class GPT(nn.Module):
         small = {
             "q_gain": torch.full((L, H), cfg.qk_gain),
             "attn_gate": torch.zeros(L, H, cfg.gate_dims),
-            # How much of the stream, how much of x0.
-            "x0_mix": torch.stack([torch.ones(L, D), torch.zeros(L, D)], 1),
+            "x_mix": torch.ones(L, D),  # how much of the stream a block reads
+            "x0_mix": torch.zeros(L, D),  # and how much of the embedding
             "attn_scale": torch.ones(L, D),
             "mlp_scale": torch.ones(L, D),
             "skip_scale": torch.ones(n_skip, D),
@@ -444,7 +444,7 @@ class GPT(nn.Module):
         # instead of one of the activations, each way.
         weights = {"qkv": self.qkv, "o": self.o * self.attn_scale[:, :, None], "up": self.up,
                    "down": self.down * self.mlp_scale[:, :, None], "gate": self.attn_gate * 0.5,
-                   "mix": self.x0_mix}
+                   "x": self.x_mix, "x0": self.x0_mix}
         weights = {name: cast(W).unbind() for name, W in weights.items()}
         weights["gain"] = self.q_gain
 
@@ -473,8 +473,7 @@ class GPT(nn.Module):
                 j = visit - n_encoder
                 x = torch.lerp(skip_scale[j] * skips.pop(), x, skip_gate[j])
             W = {name: bank[i] for name, bank in weights.items()}
-            stream, start = W["mix"]
-            u = stream * x + start * x0
+            u = W["x"] * x + W["x0"] * x0
             depth = (i + 1) ** -0.5  # deeper blocks read a smaller norm (public: -0.002 with partial RoPE)
             a = self.attention(norm(u) * depth, W, rotary, seg, visit)
             if i < cfg.two_lane_from:
