@@ -63,7 +63,7 @@ def start(*command, **env):
 
 def end(process, code=0):
     """-> stdout and stderr of a process that ends with that code."""
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=1500)
     assert process.returncode == code, f"{out}\n{err}"
     return out, err
 
@@ -205,7 +205,7 @@ def test_the_fused_mlp_equals_its_reference():
     assert end(start("-c", code, PYTHONPATH=str(ROOT), TRITON_INTERPRET="1"))[0] == "agree\n"
 
 
-ROOFLINE = {"inductor's own kernels": (52.9, 78.8), "predicted": (94.0, 133.3)}
+ROOFLINE = {"inductor's own kernels": (53.1, 79.0), "predicted": (94.0, 133.4)}
 
 
 def test_the_kernel_compiles_for_hopper():
