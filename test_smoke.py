@@ -130,8 +130,8 @@ def test_what_is_trained_is_the_probability_of_what_follows():
     with torch.no_grad():
         p = model.probabilities(model(tokens, seg), tokens, seg)
         nats = -p.gather(1, targets[:, None])[:, 0].log()
-        gpu = lambda *qkv: train_gpt.segment_attention(*qkv)  # with which flex_copies is used
-        for model.kernel in train_gpt.segment_attention, gpu:
+        attention = train_gpt.segment_attention
+        for model.kernel in attention, partial(attention):  # the latter as on a GPU: flex_copies
             found = model.losses(tokens, targets, seg, True)
             torch.testing.assert_close(found, nats, rtol=1e-4, atol=1e-4)
 
@@ -447,8 +447,9 @@ def test_what_is_not_right_ends_in_one_line_and_exit_code_2(dataset, monkeypatch
         assert (words or flag) in refused(*command.split()), line
     hidden = "caf\xe9\x1b[2J\nval_bpb: 0.5\u202e"
     assert r"\x1b[2J\nval_bpb: 0.5\u202e: no such run" in refused("pack.py", hidden)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun sets all three" in refused("train_gpt.py")
+    for name in "RANK", "LOCAL_RANK", "WORLD_SIZE":
+        monkeypatch.setenv(name, "2")
+        assert "torchrun sets all three" in refused("train_gpt.py")
     assert os.listdir("runs") == ["there"]
 
 
@@ -516,7 +517,7 @@ def test_a_row_that_does_not_fit_is_halved_and_the_batch_stays(monkeypatch):
     monkeypatch.setattr(GPT, "losses", limited)
     assert train_gpt.main([*RUN_FLAGS, "--max_steps=2", "--run=small"]) == 0
     saved = checkpoint("small")
-    assert saved["config"].row_tokens == 64 and saved["run"]["tokens"] == 2 * 512
+    assert saved["config"].row_tokens == 64 and saved["run"]["tokens"] == 1024
     most = 0
     with pytest.raises(ValueError, match="not even such a row"):
         train_gpt.main([*RUN_FLAGS, "--run=none"])
