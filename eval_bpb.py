@@ -642,6 +642,8 @@ class Judge:
     def doubts(self):
         """Why the number is no score."""
         doubts = ["the replay failed"] * self.verdict.startswith("FAIL")
+        if self.lacking and self.verdict:
+            doubts.append("it was not confined")
         if len(self.sizes) < self.meta["val_docs"]:
             doubts.append(f"only the first {len(self.sizes)} of {self.meta['val_docs']} documents")
         if not self.n_bytes:

@@ -138,11 +138,16 @@ def test_what_is_trained_is_the_probability_of_what_follows():
 
 def test_a_token_sees_only_its_own_segment_and_its_past():
     model, (tokens, _, seg) = tiny_model(), tiny_batch(starts=(0, 30, 77))
-    before = model(tokens, seg)
+    model.copy_gain.data *= 1e9  # a pointer that would rather look ahead
+
+    def seen(tokens):
+        return model.probabilities(model(tokens, seg), tokens, seg)
+
+    before = seen(tokens)
     for at, end in (20, 30), (76, 77), (100, 125):
         changed = tokens.clone()
         changed[at] ^= 1
-        moved = (model(changed, seg) != before).any(-1)
+        moved = (seen(changed) != before).any(-1)
         assert moved[at] and not moved[:at].any() and not moved[end:].any()  # to the last bit
     assert tiny_batch(300, range(300))[2].pos.max() == 1  # too many documents join in pairs
 
@@ -232,10 +237,10 @@ def test_the_step_moves_what_the_roofline_says():
     if not torch.version.cuda or not torch.__version__.startswith("2.11"):
         pytest.skip("the roofline counts with a CUDA build of torch 2.11")
     out, _ = end(start(ROOT / "records/evidence/roofline.py", "--compile"))
-    assert out.count("are machine code for sm_90") == 2, out
+    assert out.count("are machine code for sm_90") == 2
     for row, expected in ROOFLINE.items():
         numbers = re.search(rf"^\| {row}[^|]*\|([^|]*)\|([^|]*)\|", out, re.M).groups()
-        assert [*map(float, numbers)] == pytest.approx(expected, rel=0.02), row
+        assert [*map(float, numbers)] == pytest.approx(expected, rel=0.02)
 
 
 # ---- the optimizers
@@ -265,7 +270,7 @@ def test_one_step_moves_every_parameter_as_adamw_and_muon_should():
         step = 0.5 * getattr(cfg, f"{kind}_lr")
         expected = p - step * (getattr(cfg, f"{kind}_wd") * p + update)
         found = model.get_parameter(name)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4, msg=name)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 # ---- data
@@ -444,7 +449,7 @@ def test_what_is_not_right_ends_in_one_line_and_exit_code_2(dataset, monkeypatch
     for line in REFUSED.format(dataset=dataset).strip().split("\n"):
         command, _, words = line.partition(" | ")
         flag = command.split()[-1].partition("=")[0]
-        assert (words or flag) in refused(*command.split()), line
+        assert (words or flag) in refused(*command.split())
     hidden = "caf\xe9\x1b[2J\nval_bpb: 0.5\u202e"
     assert r"\x1b[2J\nval_bpb: 0.5\u202e: no such run" in refused("pack.py", hidden)
     for name in "RANK", "LOCAL_RANK", "WORLD_SIZE":
@@ -1219,7 +1224,7 @@ def test_the_replay_fails_cheats(judge):
 @needs_bubblewrap
 def test_audited_strangers_prove_their_score_or_have_none(judge, dataset, monkeypatch):
     code, result, said = judge(HONEST, "--trust", "--audit")
-    assert code == 0 and "val_bpb" in result and "proved by replay" in said.out, said
+    assert code == 0 and "val_bpb" in result and "proved by replay" in said.out
     assert result["val_tokens"] == sum(len(Tokenizer(DEMO).encode(text)) + 1 for text in TEXTS)
     monkeypatch.setattr(proof, "PATIENCE", 1.0)
     sleeps = "self.seen = getattr(self, 'seen', 0) + 1; self.seen > self.rounds + 1 and time.sleep(999)"
@@ -1260,7 +1265,7 @@ attempts = {
     "signal": lambda: os.kill(int(judge), 0), "memory": lambda: open(f"/proc/{judge}/mem"),
     "socket": lambda: socket.create_connection(("127.0.0.1", int(port)), 9), "pair": socket.socketpair,
     "shared": shared_memory, "file": lambda: open("/dev/shm/" + judge), "left": lambda: open("/tmp/left" + judge),
-    "kernel": lambda: open("/proc/sys/vm/swappiness", "r+"),
+    "kernel": lambda: open("/proc/sys/vm/swappiness", "r+"), "names": lambda: open("/proc/sys/fs/dentry-state"),
     "folder": lambda: open("/tmp/left" + judge, "w"), "fork": lambda: os.waitpid(os.fork() or os._exit(0), 0),
     "library": lambda: __import__("numpy"), "random": lambda: open("/dev/urandom", "rb").read(1), "look": lambda: open(target)}
 for name, attempt in attempts.items():
@@ -1278,7 +1283,7 @@ def test_a_child_can_leave_nothing_and_reach_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(confine, "READABLE", [*confine.READABLE, str(target.parent)])
     for path in (target, secret, Path(f"/dev/shm/{pid}")):
         write(path, "x")
-    before, found = target.stat(), []
+    found = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         arguments = map(str, (target, secret, pid, server.getsockname()[1]))
         command = [sys.executable, "-c", ATTEMPTS, *arguments]
@@ -1286,12 +1291,11 @@ def test_a_child_can_leave_nothing_and_reach_nothing(tmp_path, monkeypatch):
             child = confine.Child(target, command, {"PYTHONPATH": confine.PYTHON[-1]}, confined)
             found.append(child.process.communicate(timeout=100)[0].decode().split())
             child.close()
-            assert not confined or target.stat() == before
     for left in (f"/dev/shm/{pid}", f"/tmp/left{pid}"):
         os.remove(left)
     subprocess.run(["ipcrm", "-M", str(pid)])
-    assert found[0] == found[1] == ["folder", "fork", "library", "random", "look"], found
-    assert {*"mode time write read evict signal socket pair shared left".split()} <= {*found[3]}
+    assert found[0] == found[1] == ["folder", "fork", "library", "random", "look"]
+    assert {*"mode time write read evict signal socket pair names shared left".split()} <= {*found[3]}
 
 
 # A judge whose child fills its folder, leaves its group, kills it, and lets another go on that holds its stdout.
@@ -1334,16 +1338,17 @@ def test_nothing_of_a_child_outlives_its_judge():
     assert select.select([first], [], [], 100)[0] and os.listdir() == ["a.pyz"]
 
 
-def test_files_that_a_child_could_read_are_dropped_from_memory(monkeypatch):
+@needs_bubblewrap
+def test_the_kernel_forgets_files_and_names_before_the_replay():
     write("file", bytes(1 << 20))
-    monkeypatch.setattr(confine, "READABLE", ["."])
     with open("file", "rb") as file:
         os.fsync(file.fileno())
         cached = partial(os.preadv, file.fileno(), [bytearray(9)], 1 << 19, os.RWF_NOWAIT)
-        assert cached() == 9
+        assert cached() == 9 and not any(os.path.exists(f"{n}") for n in range(9999))
         confine.forget_files()
         with pytest.raises(BlockingIOError):
             cached()
+    assert int(Path("/proc/sys/fs/dentry-state").read_text().split()[4]) < 9999  # names of no file
 
 
 HARM = {
@@ -1363,7 +1368,7 @@ def test_harm_ends_in_one_line_and_what_a_child_says_is_quoted(judge, artifact, 
     endless = start(ROOT / "eval_bpb.py", *endless, TMPDIR=".")
     for harm, words in HARM.items():
         code, result, _ = judge(harm, "--trust")
-        assert re.search(words, str(code)) and str(code).isprintable() and not result, (harm, code)
+        assert re.search(words, str(code)) and str(code).isprintable() and not result, harm
     code, result, said = judge(PRINTS, "--trust")
     shown = [line for line in said.err.splitlines() if line.startswith("artifact: ")]
     assert len(shown) == confine.STDERR_LINES and max(map(len, shown)) < 80 and "\x1b" not in said.err
@@ -1430,7 +1435,7 @@ def fake_run(folder, seed=1, val_bpb=1.2, end="finished", source=TRAINER, **scor
             archive.write(ROOT / name, name)
     write(folder / "score.json", json.dumps({
         "val_bpb": val_bpb, "val_loss": NATS * val_bpb, "dataset": json.loads(DATASET), "mode": "own",
-        "artifact_bytes": artifact.stat().st_size, "phases": {"total": 400.0},
+        "artifact_bytes": artifact.stat().st_size, "phases": {"to_score": 400.0},
         "artifact_sha256": hashlib.sha256(artifact.read_bytes()).hexdigest(),
         "audit": {"replay": "pass: 9,200 places"}, **score}))
     return folder
@@ -1457,7 +1462,7 @@ def check_command(*args, code):
 
 def replace_in(path, old, new):
     text = path.read_text()
-    assert old in text, (path, old)
+    assert old in text
     write(path, text.replace(old, new))
 
 
@@ -1512,7 +1517,6 @@ def test_every_rule_finds_what_breaks_it_and_a_good_record_is_clean(tmp_path, mo
     monkeypatch.setattr(check, "known_records", lambda: {"known": good})
     monkeypatch.setattr(check, "read_entry", lambda name: {"scores": {"1": 1.2, "2": 1.2}})
     assert review(good) == []
-    assert "**val_bpb 1.200200** (std 0.000100, n 3) on fin" in (good / "README.md").read_text()
     seen = {"change-set", "copy"}
     for n, row in enumerate(EDITS.strip("\n").split("\n")):
         what, name, old, new = (cell.strip().replace("\\n", "\n") for cell in row.split("|"))

@@ -265,7 +265,7 @@ def segment_attention(q, k, v, seg):
     return torch.cat(y, 2)[0].transpose(0, 1)
 
 
-FAR = -1e4  # score of a place that may not be looked at: its weight is 0, its gradient no NaN
+FAR = -1e4  # log of the weight of no places, finite for its gradient
 COPY_BLOCK = 128  # places in a block of FlexAttention's
 
 
@@ -536,7 +536,8 @@ class GPT(nn.Module):
         and tokens (.., S) of all -> p (.., T, V) float32."""
         scores = (q @ k.mT).float()
         not_before = torch.ones_like(scores, dtype=torch.bool).triu(k.size(-2) - q.size(-2))
-        scores = torch.cat([scores.masked_fill(not_before, FAR), sink[..., None]], -1)
+        # Below whatever weights can make: a place that is scored like these may be the target's.
+        scores = torch.cat([scores.masked_fill(not_before, -math.inf), sink[..., None]], -1)
         shares = scores.softmax(-1)[..., :-1]
         shares = shares * gate.sigmoid()[..., None]
         p = logits.softmax(-1) * (1 - shares.sum(-1, keepdim=True))

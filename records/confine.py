@@ -39,6 +39,7 @@ PYTHON = [sys.prefix, sys.base_prefix, str(Path(torch.__file__).parents[1])]  # 
 READABLE = ["/usr", "/lib", "/lib64", "/bin", *PYTHON, *map(os.path.realpath, PYTHON)]  # to it
 ENVIRONMENT = {"PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
                "GOMP_SPINCOUNT"}  # it is given
+CACHES = Path("/proc/sys/vm/drop_caches")
 STDERR_LINES = 20  # of what it writes there that are shown
 
 # What the mounts leave open, by processor: its name to seccomp, then socket, socketpair; ptrace,
@@ -60,15 +61,9 @@ def reachable(folder):
 
 
 def forget_files():
-    """Drops the files that a child may read from memory, lest one child tells the next by which of
-    them are there."""
-    for root in {os.path.realpath(path) for path in READABLE}:
-        for _, _, names, folder in os.fwalk(root):
-            for name in names:
-                with suppress(OSError):
-                    file = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
-                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-                    os.close(file)
+    """Makes the kernel forget which files were read and which names were looked up, even of files
+    that are not there, lest one child tells the next by what it remembers."""
+    CACHES.write_text("3")
 
 
 # ---- the sandbox
@@ -92,14 +87,15 @@ def sandbox(artifact):
     """-> the words before a command that put it into the sandbox, with the artifact as
     /tmp/artifact.pyz."""
     words = """bwrap --unshare-all --unshare-user --disable-userns --cap-drop ALL --uid 65534
-        --gid 65534 --new-session --die-with-parent --proc /proc --dev /dev --size 1073741824
-        --tmpfs /tmp""".split()
+        --gid 65534 --new-session --die-with-parent --proc /proc --tmpfs /proc/sys/fs --dev /dev
+        --size 1073741824 --tmpfs /tmp""".split()
     for path in ["/sys", "/etc/alternatives", "/etc/ld.so.cache", *READABLE]:  # some may be in /tmp
         words += ["--ro-bind-try", path, path]
     for path in map(str, Path("/dev").glob("nvidia*")):
         words += ["--dev-bind", path, path]
     words += ["--ro-bind", str(artifact.resolve()), "/tmp/artifact.pyz"]
-    return words + "--remount-ro /proc --remount-ro /dev --remount-ro / --chdir /tmp".split()
+    return words + """--remount-ro /proc/sys/fs --remount-ro /proc --remount-ro /dev --remount-ro /
+        --chdir /tmp""".split()
 
 
 class Child:
@@ -144,6 +140,8 @@ def lacking():
     """-> what this system lacks to confine a child, in words, or ""."""
     if platform.machine() not in DENIED or not shutil.which("bwrap"):
         return "bubblewrap (Linux on x86_64 or aarch64: apt-get install bubblewrap)"
+    if not os.access(CACHES, os.W_OK):
+        return f"a root who may write {CACHES}"
     child = Child(Path(sys.executable), ["true"], {})
     _, said = child.process.communicate()
     child.close()

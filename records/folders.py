@@ -82,7 +82,7 @@ def read_run(folder):
     return {**start, **part(latest, "summary"), "val_bpb": None, "val_loss": None, **score,
             "environment": start.get("environment"),   # where it was trained, not scored
             "seed": part(start, "config").get("seed"),
-            "eval_seconds": part(score, "phases").get("total"),
+            "eval_seconds": part(score, "phases").get("to_score"),
             "end": part(latest, "end").get("reason")}
 
 

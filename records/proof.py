@@ -71,7 +71,7 @@ def verdict(moves, n_targets, vocab_size, kind):
     return (f"{'pass' if passed else 'FAIL'}: {len(moves)} of {n_targets} places, drawn at random and "
             f"asked again with what follows hidden, moved {worst:.1e} nats at most (allowed "
             f"{PLACE_TOLERANCE[kind]}), {mean:+.1e} on average (allowed {MEAN_TOLERANCE[kind]}); with "
-            f"99 %, leaks are worth at most {gain:.6f} nats per token")
+            f"99 %, leaks of ln V nats each are worth at most {gain:.6f} nats per token")
 
 
 def prove(judge, scored, text, nats, gather):
