@@ -412,7 +412,7 @@ class GPT(nn.Module):
         """Move to device and choose what is best there: the dtype, attention's kernel."""
         if device.type == "cuda":
             self.capability = torch.cuda.get_device_capability(device)
-        # GPUs before 8.0 emulate bf16; CPUs are 15-30 times slower in it.
+        # GPUs before 8.0 emulate bf16; CPUs without AMX are 15-30 times slower in it.
         self.dtype = torch.bfloat16 if self.capability >= (8, 0) else torch.float32
         self.kernel = pick_attention(self.capability)
         return self.to(device)
