@@ -359,7 +359,7 @@ def test_the_file_alone_trains_alike_on_one_rank_and_on_two(alone):
 def test_the_first_minutes_on_a_gpu_can_be_rehearsed_without_one(training):
     out, _ = end(training.minutes)
     done = (training.folder / "results.jsonl").read_text().count('"what": "done"')
-    assert done == 4 and out.endswith("failed or late: none\n"), out
+    assert done == 4 and out.endswith("failed or late: none\n")
 
 
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(alone):
@@ -1383,9 +1383,9 @@ def test_harm_ends_in_one_line_and_what_a_child_says_is_quoted(judge, artifact, 
 def test_a_system_without_a_sandbox_is_no_place_for_strangers(judge, dataset, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert "apt-get install bubblewrap" in judge(HONEST)[0]
-    code, result, said = judge(HONEST, "--trust", "--limit_docs=3")
+    code, result, said = judge(HONEST, "--trust", "--audit", "--limit_docs=3")
     assert code == 0 and "NOT CONFINED: that takes bubblewrap" in said.out
-    assert "val_bpb" not in result and "first 3 of 20" in said.out
+    assert "val_bpb" not in result and "not confined; only the first 3 of 20" in said.out
     monkeypatch.setattr(confine, "READABLE", [str(dataset.parent)])
     assert "where the artifact's code may read: move it" in judge(HONEST)[0]
 

@@ -78,7 +78,8 @@ def prove(judge, scored, text, nats, gather):
     """The judge's predictor `scored`, now closed, has paid nats {document: (n,)} -> verdict on all
     ranks' documents. gather(value) -> every rank's value."""
     gather()  # all children that scored are gone
-    judge.confine.forget_files()
+    if not judge.lacking:
+        judge.confine.forget_files()
     gather()  # and what they left in memory
     sizes = {doc: len(each) for doc, each in nats.items()}
     n, n_targets = sum(sizes.values()), sum(text.sizes)

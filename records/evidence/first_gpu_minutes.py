@@ -7,7 +7,7 @@
 Sections come in the order of their worth, each a process of its own with a limit of seconds. Each
 number is printed and written as soon as it is known. A section that fails or is late says why, its
 traceback is in the file, and the next one runs (exit code 1). The record's two graphs compile from
-the start, beside the first section; what they measure waits until they are alone.
+the start, beside the first section; each waits for its turn to measure.
 
 On a machine that is rented by the minute, without a network, that has torch, triton, numpy and
 tiktoken: bring this repository, data/demo (python data/prepare.py demo) and the wheel of what is
@@ -59,8 +59,8 @@ TINY = dict(n_layer=2, n_embd=64, n_head=2, n_kv_head=1, mlp_dim=256, loop_first
 class Lab:
     """What a section gets: the record's Config, the device, tell(), ms()."""
 
-    def __init__(self, folder, section, tiny, alone):
-        self.alone = alone  # an Event: nothing else runs any more
+    def __init__(self, folder, section, tiny, turn):
+        self.turn = turn  # an Event
         self.path = folder / "results.jsonl"
         self.section = section
         self.tiny = tiny
@@ -153,7 +153,7 @@ def record(lab, looped):
     lab.tell("compiled", seconds=time.perf_counter() - begin, attention=model.kernel.__name__, loss=loss)
     if lab.cuda:
         torch.cuda.empty_cache()
-    lab.alone.wait()
+    lab.turn.wait()
     flop = roofline.count_flops(t, model, looped) * cfg.row_tokens
     predicted = {"own": OWN_GB[looped] / roofline.GB_PER_MS,
                  "attention": len(t.block_order(cfg, looped)) * roofline.ATTENTION_MS,
@@ -305,9 +305,9 @@ SECTIONS = {  # with limits in s
     "prices": (prices, 250), "ideas": (ideas, 40)}
 
 
-def run(name, folder, tiny, alone):
+def run(name, folder, tiny, turn):
     os.setsid()  # what it starts ends with it
-    lab = Lab(folder, name, tiny, alone)
+    lab = Lab(folder, name, tiny, turn)
     begin = time.perf_counter()
     try:
         SECTIONS[name][0](lab)
@@ -329,10 +329,10 @@ def main():
     running = {}
 
     def start(name):
-        alone = fork.Event()
-        process = fork.Process(target=run, args=(name, folder, args.tiny, alone), daemon=True)
+        turn = fork.Event()
+        process = fork.Process(target=run, args=(name, folder, args.tiny, turn), daemon=True)
         process.start()
-        running[name] = process, alone
+        running[name] = process, turn
     names = args.only or [*SECTIONS]
     for name in {"unlooped", "looped"} & {*names}:
         start(name)
@@ -340,8 +340,8 @@ def main():
     for name in names:
         if name not in running:
             start(name)
-        process, alone = running[name]
-        alone.set()
+        process, turn = running[name]
+        turn.set()
         process.join(SECTIONS[name][1] * (10 if args.tiny else 1))
         if process.exitcode is None:
             os.killpg(process.pid, signal.SIGKILL)
