@@ -589,7 +589,7 @@ class Judge:
             raise BadInput("other code is judged by the project's folder, not by an artifact") from None
         if above := confine.reachable(self.data):
             raise BadInput(f"{self.data} is in {above}, where the artifact's code may read: move it")
-        self.lacking, self.confine = confine.lacking(), confine
+        self.lacking, self.confine = confine.lacking(self.mode == "audited"), confine
         if self.lacking and not self.args.trust:
             raise BadInput(f"the code of others is not run here: it takes {self.lacking}; --trust if it "
                            "is yours")
