@@ -1384,7 +1384,7 @@ def test_a_system_without_a_sandbox_is_no_place_for_strangers(judge, dataset, mo
     monkeypatch.setenv("PATH", "/nowhere")
     assert "apt-get install bubblewrap" in judge(HONEST)[0]
     code, result, said = judge(HONEST, "--trust", "--audit", "--limit_docs=3")
-    assert code == 0 and "NOT CONFINED: that takes bubblewrap" in said.out
+    assert not code and "NOT CONFINED: that takes bubblewrap" in said.out
     assert "val_bpb" not in result and "not confined; only the first 3 of 20" in said.out
     monkeypatch.setattr(confine, "READABLE", [str(dataset.parent)])
     assert "where the artifact's code may read: move it" in judge(HONEST)[0]
@@ -1502,7 +1502,7 @@ judge | data/tokenizer.py | |
 judge | eval_bpb.py | | # another
 parent | submission.json | "parent": null | "parent": "nobody"
 parent | submission.json | "parent": null | "parent": "2026-01-02_good"
-significance | submission.json | "parent": null | "parent": "known"
+significance | train_seed2.log | 1.2002\nval_loss: 3.1002412481030177 | 2.4004\nval_loss: 6.200482496206035
 """
 
 
@@ -1514,9 +1514,9 @@ def test_every_rule_finds_what_breaks_it_and_a_good_record_is_clean(tmp_path, mo
         assert any(f == rule and words in message for f, message, _ in found), (what, found)
 
     good = make_record(tmp_path)
-    monkeypatch.setattr(check, "known_records", lambda: {"known": good})
-    monkeypatch.setattr(check, "read_entry", lambda name: {"scores": {"1": 1.2, "2": 1.2}})
-    assert review(good) == []
+    monkeypatch.setattr(check, "known_records", lambda: {"2026-01-01_best": good})
+    monkeypatch.setattr(check, "read_entry", lambda name: {"val_bpb": 1.3, "scores": {"1": 1.3, "2": 1.3}})
+    assert not review(good)
     seen = {"change-set", "copy"}
     for n, row in enumerate(EDITS.strip("\n").split("\n")):
         what, name, old, new = (cell.strip().replace("\\n", "\n") for cell in row.split("|"))
