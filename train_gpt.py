@@ -987,11 +987,10 @@ def read_ahead(stream):
         yield ahead.popleft().result()
 
 
-@torch.no_grad()
 def validate(losses, data, cfg, batch, looped):
     """Score whole validation documents in order, each target once, with a context of up to seq_len.
     losses as GPT.losses, batch(row, seq_len) as make_batch -> {"val_loss": nats per token,
-    "val_bpb": bits per byte}."""
+    "val_bpb": bits per byte}. With gradients on, for other graphs would take minutes to compile."""
     rank, _, world_size = read_launcher()
     n = cfg.row_tokens
     n_targets = len(data.val)
@@ -1000,7 +999,8 @@ def validate(losses, data, cfg, batch, looped):
     nats = torch.zeros((), dtype=torch.float64)
     for start in range(rank * n, n_targets, world_size * n):
         row = tokens[start:start + n + 1]
-        nats += losses(*batch(row, cfg.seq_len), looped)[:n_targets - start].cpu().double().sum()
+        row_nats = losses(*batch(row, cfg.seq_len), looped).detach()
+        nats += row_nats[:n_targets - start].cpu().double().sum()
     sum_over_ranks([nats])
     return {"val_loss": nats.item() / n_targets, "val_bpb": nats.item() / math.log(2) / data.val_bytes}
 
@@ -1304,9 +1304,6 @@ def warm_up(cfg, model, initial, losses, optimizers, batch):
         torch.compiler.reset()
         cfg = replace(cfg, row_tokens=cfg.row_tokens // 2)
     train_step(losses, [random_batch(cfg.row_tokens)], model, optimizers, schedule_at(cfg, 1.0), cfg)
-    with torch.no_grad():
-        for looped in (False, True):
-            losses(*random_batch(cfg.row_tokens), looped)  # validation's graphs
     lerp(model, initial, 1.0)
     for optimizer in optimizers:
         optimizer.state.clear()
@@ -1362,6 +1359,7 @@ def main(argv=None):
         losses = model.losses
         if compiled:
             losses = torch.compile(losses, dynamic=False, fullgraph=True)
+            log("compiling, before the clock starts: minutes, but for what is in torch's cache folder")
         row_tokens = cfg.row_tokens
         # Averaged weights start where training starts; made here, they count in what fits into memory.
         ema = copy.deepcopy(model)

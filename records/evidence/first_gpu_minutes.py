@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections import defaultdict
 from dataclasses import asdict, replace
 from functools import partial
@@ -46,6 +47,7 @@ import torch.nn.functional as F
 import eval_bpb
 import train_gpt as t
 from data.dataset import Parser, command
+from records import confine
 
 OWN_GB = {False: 53.1, True: 79.0}  # of inductor's own kernels for a row of the record, by roofline.py
 PARTS = {"pointer": ("triton_tem", "flex"), "own": ("triton_",),  # by the names of kernels
@@ -109,10 +111,11 @@ class Lab:
         return torch.compile(f, dynamic=False, fullgraph=True) if self.cuda else f
 
 
-def python(folder, *arguments):
+def python(folder, *arguments, **environment):
     """Runs a file of the project in a folder -> the lines that it printed. Raises with their end."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                          env={**os.environ, **environment}, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
     if done.returncode:
         raise RuntimeError(done.stdout[-3000:])
     return done.stdout.splitlines()
@@ -263,8 +266,44 @@ def adaptive(lab):
              finite=one_round().isfinite().all().item())
 
 
+STRANGER = """
+import torch
+class Predictor:
+    slots, chunk = {slots}, {chunk}
+    logits = torch.zeros({slots}, {chunk}, {vocab_size}, device="{device}")
+    def predict(self, fresh, inputs):
+        return self.logits
+    def learn(self, targets, real):
+        pass
+def build(path, name, device):
+    return Predictor(), "stranger"
+"""
+
+
+def stranger(lab):
+    """A round of the record's shape that another process predicts, in no time: its way to the judge,
+    and the counting there."""
+    shape = dict(slots=2, chunk=4) if lab.tiny else dict(slots=64, chunk=48)
+    shape = dict(shape, vocab_size=lab.cfg.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = Path(folder) / "artifact.pyz"
+        with zipfile.ZipFile(artifact, "w") as archive:
+            archive.writestr("eval_bpb.py", STRANGER.format(**shape, device=lab.device))
+        remote = confine.Remote(artifact, str(lab.device), shape["vocab_size"], confined=False)
+        remote.open("")
+        text = eval_bpb.Text([], shape["vocab_size"])
+        tokens = np.ones((remote.slots, remote.chunk), np.int64)
+
+        def predict():
+            return remote.predict(tokens[:, 0] > 0, tokens)
+        lab.tell("round", way_ms=lab.ms(predict, 3), shape=shape,
+                 way_and_count_ms=lab.ms(lambda: text.count(predict(), tokens, tokens > 0), 3))
+        remote.close()
+
+
 def packing(lab):
-    """40 million weights into 16 MB."""
+    """40 million weights into 16 MB: on the GPU some two million small kernels a pass; are this
+    machine's cores faster?"""
     n_layer = lab.cfg.n_layer + 3
     cfg = replace(lab.cfg, vocab_size=1024, n_layer=n_layer, two_lane_from=n_layer)
     weights = {name: 0.05 * torch.randn_like(W) for name, W in t.GPT(cfg).state_dict().items()}
@@ -272,7 +311,10 @@ def packing(lab):
     with tempfile.TemporaryDirectory() as folder:
         t.write_checkpoint(Path(folder) / "checkpoint.pt", config=asdict(cfg), weights=weights, stats={},
                            run={"steps": 0}, tokenizer=tokenizer)
-        lab.tell("packed", log=python(folder, ROOT / "pack.py", folder)[-4:])
+        for place, environment in ("GPU", {}), ("CPU", {"CUDA_VISIBLE_DEVICES": ""}):
+            begin = time.perf_counter()
+            log = python(folder, ROOT / "pack.py", folder, **environment)
+            lab.tell(f"packed on a {place}", seconds=time.perf_counter() - begin, log=log[-4:])
 
 
 def ideas(lab):
@@ -301,8 +343,8 @@ def ideas(lab):
 SECTIONS = {  # with limits in s
     "whole": (whole, 200), "unlooped": (partial(record, looped=False), 120),
     "looped": (partial(record, looped=True), 120), "machine": (machine, 20),
-    "adaptive": (adaptive, 60), "attention": (attention, 60), "packing": (packing, 120),
-    "prices": (prices, 250), "ideas": (ideas, 40)}
+    "adaptive": (adaptive, 60), "stranger": (stranger, 40), "attention": (attention, 60),
+    "packing": (packing, 180), "prices": (prices, 250), "ideas": (ideas, 40)}
 
 
 def run(name, folder, tiny, turn):
