@@ -137,8 +137,9 @@ class Sliding:
         q, k, sink, gate = (x.view(*tokens.shape, -1) for x in self.model.pointer(hidden, seg))
         k = self.recall("keys", k)
         text = self.recall("text", tokens[..., None])[..., 0]
-        # A place that is not of the document is far from all queries, by a dimension of its own.
-        far = torch.where(self.known(k.size(1)), 0.0, -1e4)[..., None].to(k.dtype)
+        # A place that is not of the document is far from all queries, by a dimension of its own:
+        # weights can make any finite score.
+        far = torch.where(self.known(k.size(1)), 0.0, -torch.inf)[..., None].to(k.dtype)
         q, k = F.pad(q, (0, 1), value=1.0), torch.cat([k, far], -1)
         logits = self.model.logits(hidden).view(*tokens.shape, -1)
         p = self.model.mixture(logits, q, k, sink[..., 0], gate[..., 0], text)

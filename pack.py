@@ -330,7 +330,7 @@ MATRICES = (*GPT.MATRICES, "embed.weight")      # what is quantised; all others 
 SMALL_STEP = 1 / 64     # steps of small vectors, of their spread; KL 6e-6, with 1/32 3e-5
 MAX_WEIGHTS = 1 << 27   # of a model
 MAX_BLOCKS = 64         # applications of its blocks to a token
-MAX_ROW = 1 << 30       # bytes of the activations of a row of tokens
+MAX_ROW = 1 << 29       # bytes of the activations of a row of tokens
 
 
 def need(fact, otherwise):

@@ -184,7 +184,7 @@ def check_lineage(r):
     if r.record and rivals:
         best = min(rivals, key=lambda rival: rival["val_bpb"])
         ours = {str(facts["seed"]): facts["val_bpb"] for facts in r.seeds.values()}
-        c = comparison(ours, best["scores"], nats_per_bit(r.json["dataset"]))
+        c = comparison(ours, best["scores"], nats_per_bit(best["dataset"]))
         if c["p_written"] >= rules.RULE_P:
             yield "significance", f"{c['gain_nats']:+.4f} nats over the best, p {c['p_written']:.2g}", "."
 
@@ -275,9 +275,10 @@ def review_all(folders):
 
 
 def change_set(ref):
-    """-> (findings on what was committed since the merge base with ref, the folders added)."""
-    changes = git("diff", "--name-status", "--no-renames", "--end-of-options",
-                  f"{ref}...HEAD", "--")
+    """-> (findings on each commit since ref, also on what a later one took back, the folders
+    added)."""
+    changes = git("log", "-c", "--format=", "--name-status", "--no-renames", "--end-of-options",
+                  f"{ref}..HEAD", "--")
     found = []
     folders = set()
     for line in changes.decode().splitlines():

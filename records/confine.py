@@ -9,8 +9,8 @@ and what went wrong.
 The sandbox is bubblewrap's (0.8 or newer; the package `bubblewrap` of Debian and Ubuntu):
 namespaces of its own for files, processes, users, network and what processes share. All files it
 sees, the system's and Python's, are mounted read-only; its folder, /tmp, is 1 GB of memory. It ends
-with the judge, and can reach nothing that could prevent that. What is left is what hardware
-remembers by itself: timing, and the memory of a GPU.
+with the judge, and can reach nothing that could prevent that. What is left is what the kernel
+counts, timing, and the memory of a GPU.
 """
 import importlib
 import inspect
@@ -41,15 +41,27 @@ ENVIRONMENT = {"PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREA
 CACHES = Path("/proc/sys/vm/drop_caches")
 STDERR_LINES = 20  # of what it writes there that are shown
 
-# What the mounts leave open, by processor: its name to seccomp, then socket, socketpair; ptrace,
-# process_vm_readv and _writev; syslog; add_key, request_key, keyctl; io_uring_setup; what tells or
-# changes which pages of a file are in memory: mincore, fadvise64, preadv2, cachestat; all that
-# begin with set, get, list and remove and end in xattr.
+# What the mounts leave open, by processor: its name to seccomp, the number of fcntl, and the names
+# and numbers of what is denied. Owners, times and attributes, for the child of a root owns the
+# devices in /dev, which are not mounted read-only, for then they do not open.
+NEWEST = 451  # cachestat; from there on all are denied: fchmodat2, setxattrat and what is to come
+F_SET_RW_HINT = 1036  # what fcntl may say of any file, and the kernel keeps as long as the file
 DENIED = {
-    "x86_64": (0xC000003E, 41, 53, 101, 310, 311, 103, 248, 249, 250, 425, 27, 221, 327, 451,
-               *range(188, 200)),
-    "aarch64": (0xC00000B7, 198, 199, 117, 270, 271, 116, 217, 218, 219, 425, 232, 223, 286, 451,
-                *range(5, 17)),
+    "x86_64": (0xC000003E, 72, """
+        chmod 90 fchmod 91 fchmodat 268 chown 92 fchown 93 lchown 94 fchownat 260
+        utime 132 utimes 235 futimesat 261 utimensat 280
+        setxattr 188 lsetxattr 189 fsetxattr 190 getxattr 191 lgetxattr 192 fgetxattr 193
+        listxattr 194 llistxattr 195 flistxattr 196 removexattr 197 lremovexattr 198 fremovexattr 199
+        socket 41 socketpair 53 ptrace 101 process_vm_readv 310 process_vm_writev 311
+        syslog 103 add_key 248 request_key 249 keyctl 250 io_uring_setup 425
+        mincore 27 fadvise64 221 preadv2 327"""),
+    "aarch64": (0xC00000B7, 25, """
+        fchmod 52 fchmodat 53 fchown 55 fchownat 54 utimensat 88
+        setxattr 5 lsetxattr 6 fsetxattr 7 getxattr 8 lgetxattr 9 fgetxattr 10
+        listxattr 11 llistxattr 12 flistxattr 13 removexattr 14 lremovexattr 15 fremovexattr 16
+        socket 198 socketpair 199 ptrace 117 process_vm_readv 270 process_vm_writev 271
+        syslog 116 add_key 217 request_key 218 keyctl 219 io_uring_setup 425
+        mincore 232 fadvise64 223 preadv2 286"""),
 }
 
 
@@ -70,16 +82,17 @@ def forget_files():
 
 
 def filter_calls():
-    """-> a program for seccomp, bytes: EACCES to the DENIED system calls and to those of other
+    """-> a program for seccomp, bytes: ENOSYS to the DENIED system calls and to those of other
     processors."""
     load, if_equal, if_at_least, answer = 0x20, 0x15, 0x35, 0x06
-    deny = (answer, 0, 0, 0x50000 | 13)
-    processor, *calls = DENIED[platform.machine()]
+    deny = (answer, 0, 0, 0x50000 | 38)
+    processor, fcntl, calls = DENIED[platform.machine()]
     program = [(load, 0, 0, 4), (if_equal, 1, 0, processor), deny]   # what is equal skips a line,
-    program += [(load, 0, 0, 0), (if_at_least, 0, 1, 1 << 30), deny]  # below x86's other table, too
-    for call in calls:
-        program += [(if_equal, 0, 1, call), deny]
-    program.append((answer, 0, 0, 0x7FFF0000))
+    program += [(load, 0, 0, 0), (if_at_least, 0, 1, NEWEST), deny]
+    for call in calls.split()[1::2]:
+        program += [(if_equal, 0, 1, int(call)), deny]
+    program += [(if_equal, 0, 3, fcntl), (load, 0, 0, 24), (if_equal, 0, 1, F_SET_RW_HINT), deny,
+                (answer, 0, 0, 0x7FFF0000)]
     return b"".join(struct.pack("HBBI", *line) for line in program)
 
 

@@ -92,7 +92,7 @@ def check_facts(facts):
         x = facts.get(key)
         if not isinstance(x, kind) or key in NUMBERS and not (is_number(x) and x > 0):
             raise ValueError(f"{key} is {x}")
-    if abs(facts["val_loss"] / facts["val_bpb"] / nats_per_bit(facts["dataset"]) - 1) > 1e-5:
+    if not abs(facts["val_loss"] / facts["val_bpb"] / nats_per_bit(facts["dataset"]) - 1) <= 1e-5:
         raise ValueError("val_bpb is not val_loss by the dataset's tokens and bytes")
 
 

@@ -86,9 +86,11 @@ def prove(judge, scored, text, nats, gather):
     shape = scored.slots, scored.chunk
     spent = judge.phases.seconds
     round_seconds = (spent["score"] + spent["learn"]) * math.prod(shape) / n
-    # At the speed of scoring; about a quarter of the slots hold a place that a call asks.
+    # At the speed of scoring; about a quarter of the slots hold a place that a call asks. All ranks
+    # draw at the rate of the slowest: as likely as any other is a place of all documents.
     affordable = judge.args.audit_seconds / round_seconds * scored.slots / 4
-    places = draw(sizes, min(n, math.ceil(max(affordable, DRAWS * n / n_targets))))
+    rate = max(min(gather(affordable / n)), DRAWS / n_targets)
+    places = draw(sizes, min(n, math.ceil(rate * n)))
     rounds = plan(text, places, *shape)
     # Of predict and learn; in scoring two a round.
     calls = sum(call.max() + 2 for _, _, call in rounds)

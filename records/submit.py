@@ -42,11 +42,11 @@ For organisers. `python records/check.py FOLDER...` reviews any number of folder
 nothing in them; `python eval_bpb.py ARTIFACT --data=fineweb --out=FILE` has the root's judge score
 one again: FILE's artifact_sha256 stands in one of the record's logs, whose val_bpb it has, but for
 the 0.0005 that another machine's kernels may cost. Code that is not the root's is judged as root,
-for the audit empties the kernel's caches. Two ways for an artifact's processes to tell each other
-something are not closed by the judge's sandbox: how long they take, and what they leave in the
-memory of a GPU. What was memorised no judge of public documents can see: score the artifact on
-documents of your own, `python eval_bpb.py ARTIFACT --data=mine`, next to a record that is known to
-be honest.
+for the audit empties the kernel's caches. Three ways for an artifact's processes to tell each other
+something are not closed by the judge's sandbox: how long they take, what the kernel counts, which
+is some hundred bits, and what they leave in the memory of a GPU: judge on megabytes of text. What
+was memorised no judge of public documents can see: score the artifact on documents of your own,
+`python eval_bpb.py ARTIFACT --data=mine`, next to a record that is known to be honest.
 """
 COLUMNS = "val_bpb val_bpb_std seeds name author date bytes_total data hardware parent".split()
 
