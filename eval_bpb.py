@@ -346,8 +346,8 @@ def read_run(folder):
     is read: {}."""
     lines = {}
     if folder.resolve().parent == Path("runs").resolve() and (folder / "metrics.jsonl").is_file():
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            with suppress(ValueError):  # cut short by a kill
+        for line in (folder / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
+            with suppress(ValueError, TypeError, KeyError):  # cut short by a kill
                 found = json.loads(line)
                 lines[found["kind"]] = found
     return lines
@@ -514,8 +514,8 @@ def parse(argv):
     parser.add_argument("--sample", metavar="TEXT", help="no score: print what the model writes after TEXT")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not 0 <= value < math.inf:
-            raise BadInput(f"--{name}={value} must be a number, 0 or more")
+        if type(value) in (int, float) and not 0 <= value < 1e9:
+            raise BadInput(f"--{name}={value} must be a number from 0 to 1e9")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     args.device = args.device or next(device for device, there in available.items() if there)
     if not available.get(args.device):
@@ -680,34 +680,39 @@ MODES = {"own": "the artifact's code is this judge's own folder's, byte for byte
 
 
 def report(judge, result):
-    """Prints the summary, writes the file."""
-    print(f"artifact: {judge.path}\ndataset: {judge.meta['name']} in {judge.data}: {result['val_docs']} "
-          f"documents, {result['val_bytes']} bytes, {result['val_tokens']} targets")
-    print(f"predictor: {judge.name} on {result['environment']['device']}")
-    proved = judge.verdict.startswith("pass")
-    print(f"mode: {judge.mode}: {MODES[judge.mode]}{', and its score is proved by replay' * proved}")
-    if judge.lacking:
-        print(f"NOT CONFINED: that takes {judge.lacking}")
-    if judge.verdict:
-        print(f"audit replay: {judge.verdict}")
-    print("phases: " + " ".join(f"{name}:{s:.1f}" for name, s in result["phases"].items()) + "\n---")
-    if "val_bpb" in result:
-        print(f"val_bpb: {result['val_bpb']:.6f}")
-    else:
-        print(f"NOT A SCORE: {result['untrusted']}\nuntrusted_bpb: {result['untrusted_bpb']:.6f}")
-    print(f"val_loss: {result['val_loss']:.6f}\nartifact_bytes: {result['artifact_bytes']}")
-    print(f"eval_seconds: {result['phases']['to_score']}")
-    if judge.args.out or not judge.foreign:
-        with atomic_write(judge.args.out or judge.path.parent / "score.json", "w") as f:
-            json.dump(result, f, indent=1)
+    """Prints the summary; writes the file, also where nobody reads on."""
+    try:
+        print(f"artifact: {judge.path}\ndataset: {judge.meta['name']} in {judge.data}: {result['val_docs']} "
+              f"documents, {result['val_bytes']} bytes, {result['val_tokens']} targets")
+        print(f"predictor: {judge.name} on {result['environment']['device']}")
+        proved = judge.verdict.startswith("pass")
+        print(f"mode: {judge.mode}: {MODES[judge.mode]}{', and its score is proved by replay' * proved}")
+        if judge.lacking:
+            print(f"NOT CONFINED: that takes {judge.lacking}")
+        if judge.verdict:
+            print(f"audit replay: {judge.verdict}")
+        print("phases: " + " ".join(f"{name}:{s:.1f}" for name, s in result["phases"].items()) + "\n---")
+        if "val_bpb" in result:
+            print(f"val_bpb: {result['val_bpb']:.6f}")
+        else:
+            print(f"NOT A SCORE: {result['untrusted']}\nuntrusted_bpb: {result['untrusted_bpb']:.6f}")
+        print(f"val_loss: {result['val_loss']:.6f}\nartifact_bytes: {result['artifact_bytes']}")
+        print(f"eval_seconds: {result['phases']['to_score']}")
+    finally:
+        if judge.args.out or not judge.foreign:
+            with atomic_write(judge.args.out or judge.path.parent / "score.json", "w") as f:
+                json.dump(result, f, indent=1)
 
 
 def main(argv=None):
     """Command line -> exit code: 0, or 2 for a failed proof. Raises BadInput."""
     args = parse(argv)
-    rank, _, n_ranks = read_launcher()
-    if n_ranks > 1:
-        dist.init_process_group("gloo")  # the judge's small talk, between the CPUs
+    try:
+        rank, _, n_ranks = read_launcher()
+        if n_ranks > 1:
+            dist.init_process_group("gloo")  # the judge's small talk, between the CPUs
+    except ValueError as e:  # of the environment
+        raise BadInput(e) from None
     judge = Judge(args)
     try:
         judge.open()

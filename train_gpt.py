@@ -998,9 +998,8 @@ def validate(losses, data, cfg, batch, looped):
     tokens = np.pad(np.append(data.val, BOUNDARY), (0, -n_targets % n), constant_values=1)
     nats = torch.zeros((), dtype=torch.float64)
     for start in range(rank * n, n_targets, world_size * n):
-        row = tokens[start:start + n + 1]
-        row_nats = losses(*batch(row, cfg.seq_len), looped).detach()
-        nats += row_nats[:n_targets - start].cpu().double().sum()
+        row = batch(tokens[start:start + n + 1], cfg.seq_len)
+        nats += losses(*row, looped).detach()[:n_targets - start].cpu().double().sum()
     sum_over_ranks([nats])
     return {"val_loss": nats.item() / n_targets, "val_bpb": nats.item() / math.log(2) / data.val_bytes}
 
@@ -1110,7 +1109,7 @@ def write_checkpoint(path, **values):
 
 CHECKPOINT = {"weights": dict, "stats": dict, "run": dict, "tokenizer": str}
 STATE = {"weights": dict, "ema": dict, "optimizers": list, "step": int,
-         "seconds": float}
+         "seconds": float, "dataset": dict}
 
 
 def load_checkpoint(path, kinds=CHECKPOINT):
@@ -1381,6 +1380,8 @@ def main(argv=None):
         step = 0
         if resume:
             state = load_checkpoint(folder / "state.pt", STATE)
+            if state["dataset"] != data.meta:
+                raise ValueError(f"--resume={cfg.run}: its dataset, {cfg.data}, changed since the run began")
             step, clock.total = state["step"], state["seconds"]
             model.load_state_dict(state["weights"])
             ema.load_state_dict(state["ema"])
@@ -1457,7 +1458,8 @@ def main(argv=None):
         def save_state():
             """All from which --resume goes on: rows and random numbers follow from the step."""
             if rank == 0:
-                write_checkpoint(folder / "state.pt", config=asdict(cfg), step=step, seconds=clock.total,
+                write_checkpoint(folder / "state.pt", config=asdict(cfg), dataset=data.meta,
+                                 step=step, seconds=clock.total,
                                  weights=model.state_dict(), ema=ema.state_dict(),
                                  optimizers=[optimizer.state_dict() for optimizer in optimizers])
 
@@ -1538,7 +1540,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         print(f"train_gpt.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -92,7 +92,7 @@ def unpacked(path):
     try:
         with open(path, "rb") as file:
             unpacker = UNPACKERS.get(ZSTD if path.suffix.lower() == ".zst" else file.peek()[:2])
-            for block in iter(lambda: file.read(1 << 20), b""):
+            for block in iter(lambda: file.read(1 << 14), b""):
                 while unpacker and block:
                     frame = frame or unpacker()
                     yield frame.decompress(block)
@@ -336,7 +336,7 @@ def build(folder, args, val, ranges, wanted=None):
               f"{size / tokens:.3f} bytes/token")
 
 
-def describe(folder, **known):
+def describe(folder, /, **known):
     """A dataset's folder, its name, text_rule and val_docs_sha256 -> its meta.json, counted in its
     files."""
     tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
@@ -359,14 +359,13 @@ def describe(folder, **known):
 
 @contextmanager
 def new_dataset(name):
-    """-> an empty folder, which becomes data/<name>/ when the block ends well, and otherwise leaves
-    nothing."""
+    """-> an empty folder, which becomes data/<name>/ when the block ends well, if there is none by
+    then, and otherwise leaves nothing."""
     target = ROOT / "data" / name
     folder = target.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True)
         yield folder
-        shutil.rmtree(target, ignore_errors=True)
         os.replace(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -411,6 +410,7 @@ def demo(args):
     with new_dataset("demo") as folder:
         ranges = write_ranges(train, folder / "documents")
         build(folder, args, write_val_docs(folder, val), ranges)
+        shutil.rmtree(ROOT / "data/demo", ignore_errors=True)
 
 
 def docs(args):
@@ -538,7 +538,7 @@ def main():
     parser = Parser(prog="prepare.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run, flags in FLAGS.items():
-        add = commands.add_parser(run.__name__, description=inspect.cleandoc(run.__doc__))
+        add = commands.add_parser(run.__name__, description=inspect.cleandoc(run.__doc__ or ""))
         add.set_defaults(run=run)
         if run in (docs, verify):
             add.add_argument("paths", nargs="+", metavar="PATH" if run is docs else "NAME")
@@ -553,7 +553,7 @@ def main():
         if not (enough and args.vocab_size < 65536):
             raise BadInput("--workers, --train_tokens: at least 1; --vocab_size: at most 65535")
         args.blob = args.tokenizer and Path(args.tokenizer).read_bytes()
-        if args.blob:
+        if args.tokenizer:
             Tokenizer(args.blob)   # is it one?
         TEXT_RULES[args.text_rule]("")   # is its package there?
     args.run(args)

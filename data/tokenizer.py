@@ -92,6 +92,7 @@ class Tokenizer:
                 if min(left, right) < 1 or len(phrase) > MAX_PHRASE_BYTES:
                     raise ValueError(f"phrase {len(self.pieces)} is no two tokens of {MAX_PHRASE_BYTES} bytes in all")
                 self.pieces.append(phrase)
+            self.pairs = np.array(spec["phrases"], dtype=np.int64).reshape(-1, 2)
             ranks = {piece: token for token, piece in enumerate(self.pieces[1:self.first_phrase], 1)}
             # tiktoken is twice as fast with a special token than with none; "A" is never in its
             # text.
@@ -102,7 +103,6 @@ class Tokenizer:
             raise BadInput(f"tokenizer.json: damaged or not ours ({what:.200})") from error
         text_bytes = [len(piece.translate(None, b"CUL")) for piece in self.pieces]
         self.text_bytes = np.array(text_bytes, dtype=np.uint8)
-        self.pairs = np.array(spec["phrases"], dtype=np.int64).reshape(-1, 2)
         keys = np.append(self.pairs @ [1 << 16, 1], 1 << 32)   # the last one ends every search
         self.phrases = np.argsort(keys, kind="stable")
         self.keys = keys[self.phrases]

@@ -68,7 +68,7 @@ def read_metrics(folder):
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             rows.append({"kind": "", **json.loads(line)})
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue
     return rows
 
@@ -76,7 +76,7 @@ def read_metrics(folder):
 def read_run(folder):
     """A run folder -> its facts as far as they are there, and end: the reason why it ended, None of
     a run that was killed."""
-    latest = {row["kind"]: row for row in read_metrics(folder)}
+    latest = {str(row["kind"]): row for row in read_metrics(folder)}
     start = part(latest, "start")
     score = read_json(Path(folder, "score.json"))
     return {**start, **part(latest, "summary"), "val_bpb": None, "val_loss": None, **score,

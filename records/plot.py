@@ -35,7 +35,7 @@ def panel(title, lines, top):
     values = [v for line in lines for at, v in line if at >= line[-1][0] / 10] or [0.0]
     low = min(values)
     high = max(*values, low + 1e-6)
-    end = max([line[-1][0] for line in lines if line], default=1.0)
+    end = max([line[-1][0] for line in lines if line], default=1.0) or 1.0
     out = f"""<text x="64" y="{top - 6}">{title}</text><path d="M64 {top}v150h640"/>
 <text x="4" y="{top + 10}">{high:.5g}</text><text x="4" y="{top + 150}">{low:.5g}</text>
 <text x="64" y="{top + 165}">0 s</text><text x="650" y="{top + 165}">{end:.5g} s</text>

@@ -109,7 +109,7 @@ def build(args, records=ROOT / "records"):
     """Writes the record folder, complete or not at all. Returns its path."""
     runs, logs, sources = zip(*map(load_run, args.runs))
     record = {"author": args.author, "name": args.name, "date": args.date,
-              "commit": git("rev-parse", args.commit).decode().strip(),
+              "commit": git("rev-parse", "--verify", args.commit).decode().strip(),
               "parent": args.parent or None, **summarise(runs)}
     record["track"] = args.track or TRACKS["H100" not in record["hardware"]]
     files = {f"train_seed{run['seed']}.log": log for run, log in zip(runs, logs)}
@@ -120,7 +120,7 @@ def build(args, records=ROOT / "records"):
     for name, data in sources[0].items():
         if name == "train_gpt.py" or data != committed(record["commit"], name):
             files[name] = data
-    folder = records / record["track"] / f"{args.date}_{args.name}"
+    folder = records / record["track"] / Path(f"{args.date}_{args.name}").name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=records) as work:
         new = Path(work, record["track"], folder.name)
@@ -145,7 +145,7 @@ def leaderboard(records=ROOT / "records"):
             # One line each, and no way out of its cell.
             cells = [re.sub(r"[^\w .,:;/()+-]", "?", str(cell or "-"))[:80] for cell in cells]
             cells[3] = f"[{cells[3]}]({track}/{path.parent.name}/README.md)"
-            rows.append((s["data"], f"| {' | '.join(cells)} |\n"))
+            rows.append((str(s["data"]), f"| {' | '.join(cells)} |\n"))
         text += f"\n## {track}\n\n{table(COLUMNS)}"
         text += "".join(row for _, row in sorted(rows))
     return text

@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not records/: nothing may shadow a package
 from data.dataset import ROOT, BadInput, command, find_dataset
+from pack import LIVE, lifetime
 from records import plot
 from records.folders import (files_in, find_entry, flags_of, git, read_json, read_run,
                              write_files)
@@ -89,6 +90,8 @@ def finish(side, seed):
                                      start_new_session=True)
         CHILDREN.append(child)
         return child.wait()
+    if LIVE in lifetime(run):
+        raise BadInput(f"{run} is in training: another turn has the same parent; wait for it")
     if read_run(run)["end"] in STOPPED:
         flags = [f"--{k}={v}" for k, v in {**settings, "seed": seed, "run": run.name}.items()]
         if (run / "state.pt").exists():
