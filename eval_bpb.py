@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # where PYTHONSAFEPATH leaves it out
 from data.dataset import BadInput
+from pack import load
 from train_gpt import Segments, block_order, make_segments
 
 # --------------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ class Sliding:
     def __init__(self, model, tokenizer, device):
         cfg = model.cfg
         self.model, self.device = model, device
-        self.slots = max(16, cfg.row_tokens // 1536)
+        self.slots = max(16, cfg.row_tokens // 1536)  # as much memory as training has
         self.chunk = min(48, cfg.seq_len // 2)
         self.starts = np.zeros(self.slots, int)  # of the chunks, in their documents
         self.never = torch.from_numpy(impossible_pairs(tokenizer)).to(device)
@@ -112,14 +113,13 @@ class Sliding:
         model.previous = self.previous
 
     def nothing(self, back, dim, dtype, *heads):
-        """-> (B, *heads, back, dim), laid out as recall() leaves it: graphs depend on that."""
-        shape = (self.slots, *heads, back + self.chunk, dim)
-        return torch.zeros(shape, dtype=dtype, device=self.device)[..., self.chunk:, :]
+        """-> (B, *heads, back, dim) of zeros."""
+        return torch.zeros(self.slots, *heads, back, dim, dtype=dtype, device=self.device)
 
     def predict(self, fresh, inputs):
         self.starts[fresh] = 0
         self.start = torch.tensor(self.starts, device=self.device)[:, None]
-        reach = 1024  # of few lengths, for each has its graph
+        reach = 1024  # of few lengths, lest a GPU's memory falls to pieces
         while reach < min(self.starts.max() + self.chunk, POINTER_REACH):
             reach *= 2
         for name in ("keys", "text"):
@@ -143,7 +143,7 @@ class Sliding:
         q, k = F.pad(q, (0, 1), value=1.0), torch.cat([k, far], -1)
         logits = self.model.logits(hidden).view(*tokens.shape, -1)
         p = self.model.mixture(logits, q, k, sink[..., 0], gate[..., 0], text)
-        return p.clamp(min=1e-37).log() - 30 * self.never[tokens]  # not more, lest input is altered
+        return p.clamp(min=1e-37).log() - 30 * self.never[tokens]  # finite, as count() demands
 
     def known(self, n):
         """-> (B, n) bool: which of the last n places, the chunk's at their end, are of the
@@ -183,16 +183,16 @@ class Adaptive(Sliding):
     tokens for each 48; here each token is computed once.
     """
     rank = 8
-    targets = ("qkv", "up")  # the matrices that have adapters
+    adapted = ("qkv", "up")  # the matrices that have adapters
     lr = 2.0  # over the model's width
     decay = 0.99  # of mean squared gradients, a chunk
-    floor = 1e-3  # under their root, lest rounding moves the score (1e-10: 0.0008 to 0.012 worse)
+    floor = 1e-3  # added to their root, lest rounding moves the score (1e-10: 0.0008 to 0.012 worse)
 
     def __init__(self, model, tokenizer, device):
         super().__init__(model, tokenizer, device)
         self.new = {}  # adapters at a document's start
         random = torch.Generator().manual_seed(0)
-        places = [(name, visit) for visit in range(len(block_order(model.cfg, True))) for name in self.targets]
+        places = [(name, visit) for visit in range(len(block_order(model.cfg, True))) for name in self.adapted]
         for name, visit in (*places, ("embed", 0)):
             W = model.embed.weight if name == "embed" else getattr(model, name)[0]
             n_out, n_in = W.shape
@@ -257,11 +257,10 @@ def build(path, name, device):
 
 def load_on(path, device):
     """The artifact at path -> its model on the device, without gradients; its Tokenizer."""
-    from pack import load  # here, for the judge takes no more than names from pack.py
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    _, model, tokenizer = load(path)
+    model, tokenizer = load(path)
     return model.place(device).requires_grad_(False), tokenizer
 
 
@@ -297,8 +296,8 @@ def sample(path, device, text, n_tokens, temperature, seed):
 # ==================================================================================================
 # ==================================================================================================
 # The judge. Below this line nothing may be changed: records/check.py compares it with the root's.
-# Of all that stands above it uses BEGIN, build(path, name, device), sample(), and what the comment
-# over the predictors promises. Nothing above uses anything from here; even the imports are its own.
+# Of all that stands above it uses modules, BEGIN, BadInput, build(path, name, device), sample(), and
+# what the comment over the predictors promises. Nothing above uses anything from here.
 
 import hashlib
 import json

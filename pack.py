@@ -392,7 +392,7 @@ def quantise_all(banks, constant):
 
 
 def pack_model(checkpoint, banks, constant):
-    """Quantise and code a model with one constant for all steps; banks as gather() plans them
+    """Quantise and code a model with one constant for all steps; banks as plan_banks() makes them
     -> {section: bytes} of model.bin, bytes of each bank by the coder's probabilities."""
     values = quantise_all(banks, constant)
     sigmas = [scales(value) for value in values]
@@ -422,7 +422,7 @@ def check_limits(cfg):
 
 
 def unpack_model(blob):
-    """model.bin -> (Config, GPT). Every size is checked before it is used; bad bytes raise many errors."""
+    """model.bin -> GPT. Every size is checked before it is used; bad bytes raise many errors."""
     file = io.BytesIO(blob)
     size = int.from_bytes(file.read(4), "little")
     need(size < 1 << 16, "its header is too long")
@@ -457,7 +457,7 @@ def unpack_model(blob):
         state[name] = vector.view(state[name].shape)
     need(all(x.isfinite().all() for x in state.values()), "its weights are not finite")
     model.load_state_dict(state, assign=True)
-    return cfg, model
+    return model
 
 
 def digest(state):
@@ -510,8 +510,8 @@ def read_archive(path):
 
 
 def load(path):
-    """artifact.pyz -> (Config, GPT in eval mode on the CPU in float32, Tokenizer); the same bits in
-    every process.
+    """artifact.pyz -> (GPT in eval mode on the CPU in float32, Tokenizer); the same bits in every
+    process.
 
     BadInput for any file that pack.py did not write whole. One that was made to harm can at most ask
     for what the limits above allow: nothing in it is executed, every length is checked before use.
@@ -519,9 +519,9 @@ def load(path):
     try:
         _, files = read_archive(path)
         tokenizer = Tokenizer(files["tokenizer.json"])
-        cfg, model = unpack_model(files["model.bin"])
-        need(tokenizer.vocab_size == cfg.vocab_size, "its tokenizer does not fit its model")
-        return cfg, model, tokenizer
+        model = unpack_model(files["model.bin"])
+        need(tokenizer.vocab_size == model.cfg.vocab_size, "its tokenizer does not fit its model")
+        return model, tokenizer
     except Exception as e:  # zip, zstd, JSON and torch each have errors of their own for bad bytes
         raise BadInput(f"{path}: not an artifact that this pack.py can read: {e!r:.300}") from None
 
@@ -529,7 +529,7 @@ def load(path):
 def verify(path, wanted):
     """RuntimeError unless the artifact, loaded by its own code in another process, has that digest."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import pack\n"
-            "print(pack.digest(pack.load(sys.argv[1])[1].state_dict()))")
+            "print(pack.digest(pack.load(sys.argv[1])[0].state_dict()))")
     child = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     if child.stdout.split()[-1:] != [wanted]:
         raise RuntimeError(f"the artifact does not load as it was packed: {child.stderr[-2000:] or child.stdout}")
@@ -551,7 +551,7 @@ def lifetime(run):
         begin = json.loads(lines[0])["time"]
         last = json.loads(lines[-1])
         if last["kind"] == "end":
-            return last["time"], begin
+            return str(last["time"]), begin
         import fcntl                                        # not on Windows
         end = LIVE
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -582,7 +582,7 @@ def find_run(name=""):
 # Packing a run
 
 
-def gather(checkpoint, device="cpu"):
+def plan_banks(checkpoint, device="cpu"):
     """Checkpoint -> its banks, planned. ValueError names what is not finite; KeyError, RuntimeError where
     the statistics do not fit the weights.
 
@@ -682,7 +682,7 @@ def main(argv=None):
     try:
         checkpoint = load_checkpoint(path)
         check_limits(checkpoint["config"])
-        banks = gather(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+        banks = plan_banks(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     except (ValueError, KeyError, RuntimeError) as e:
         raise BadInput(f"{path}: {str(e).removeprefix(f'{path} ')}") from None
     if not "" < lifetime(run)[0] < LIVE:
@@ -699,7 +699,7 @@ def main(argv=None):
               "at the same bytes it will lose more")
     files = {**sources(run), "tokenizer.json": tokenizer}
     sections, ideal, data = search(checkpoint, banks, files, cap)
-    state = unpack_model(b"".join(sections.values()))[1].state_dict()
+    state = unpack_model(b"".join(sections.values())).state_dict()
     with atomic_write(run / "artifact.pyz") as f:
         f.write(data)
         f.flush()

@@ -100,10 +100,10 @@ class Config:
     cooldown: float = 0.85      # share of the run, at its end, in which the learning rate falls
     lr_floor: float = 0.10      # learning rate at the end, relative to its peak (#1787)
     ema_decay: float = 0.9965   # per step, of the averaged weights
-    ema_share: float = 0.8      # of them in what is saved; the rest: the last ones (modded-nanogpt #325)
+    ema_share: float = 0.8      # of them in the weights that are saved; the rest: the last (modded-nanogpt #325)
     # measuring
     val_points: int = 4         # validations, evenly spaced, the last at the end; the clock stands still
-    val_tokens: int = 0         # tokens, the least, of validation documents that are used; 0: all
+    val_tokens: int = 0         # tokens of validation documents to use, at least; 0: all
     calib_tokens: int = 524288  # tokens for the statistics that pack.py needs, inside the clock
     log_every: int = 25         # steps between log lines
     save_every: float = 60.0    # s of training between states from which --resume goes on; 0: none
@@ -148,9 +148,9 @@ SMALL = dict(n_head=4, n_kv_head=2, rope_dims=8, copy_dim=32, batch_tokens=2048,
              val_tokens=65536)
 PRESETS = {
     "record": {},
-    # The record on one GPU: all of its tokens on an H100, if a step takes what is predicted, 676
-    # and 988 ms.
-    "single": dict(max_seconds=4400.0),
+    # The record on one GPU: all of its tokens on an H100, if a step takes what is predicted, 682
+    # and 997 ms.
+    "single": dict(max_seconds=4430.0),
     # A small model for two CPU cores and two minutes.
     "demo": dict(SMALL, data="demo", max_seconds=120.0, n_layer=4, n_embd=128, mlp_dim=512, loop_passes=1,
                  two_lane_from=3, row_tokens=1024, ema_decay=0.985, calib_tokens=8192, log_every=50),
@@ -349,6 +349,10 @@ class GPT(nn.Module):
     """A decoder whose matrices are stacked in banks (layer, out, in), one per role: Muon works on
     whole banks.
 
+    Embedding, each token with some of the one before -> blocks in block_order(), the second half of
+    which takes back what the first half put out, the last ones with two lanes -> norm -> the tied
+    head, mixed with a pointer to the tokens before.
+
     linear(), attend() and previous() may be replaced on an instance: calibration and test-time
     predictors do."""
     MATRICES = ("qkv", "o", "up", "down", "copy")
@@ -536,7 +540,7 @@ class GPT(nn.Module):
         and tokens (.., S) of all -> p (.., T, V) float32."""
         scores = (q @ k.mT).float()
         not_before = torch.ones_like(scores, dtype=torch.bool).triu(k.size(-2) - q.size(-2))
-        # Below whatever weights can make: a place that is scored like these may be the target's.
+        # No finite number: weights could score all places below it, and these may be the target's.
         scores = torch.cat([scores.masked_fill(not_before, -math.inf), sink[..., None]], -1)
         shares = scores.softmax(-1)[..., :-1]
         shares = shares * gate.sigmoid()[..., None]
@@ -550,7 +554,8 @@ class GPT(nn.Module):
         return torch.cat([self.mixture(*part) for part in parts])
 
     def losses(self, tokens, targets, seg, looped):
-        """tokens, targets (N,) int64 -> nats (N,) float32 of each target."""
+        """tokens, targets (N,) int64 -> nats (N,) float32 of each target: -log of pointer()'s p, on
+        GPUs without holding p (N, V)."""
         hidden = self(tokens, seg, looped)
         if self.kernel is segment_attention:
             return -self.probabilities(hidden, tokens, seg).gather(1, targets[:, None])[:, 0].log()
@@ -571,7 +576,7 @@ def rotate(x, cos, sin):
 
 
 # What stands between the products of attention, and the loss, as functions with gradients of their
-# own: of a record step of 93 ms on paper heads take 2.7 ms less, XSA 2.5, the loss 4 to 6
+# own: of a record step of 94 ms on paper heads take 2.7 ms less, XSA 2.5, the loss 4 to 6
 # (records/evidence/roofline.py, against plain torch). A test compares the model's gradients with
 # finite differences.
 
@@ -707,7 +712,7 @@ def up_product(a, b, pre=None):
 
 class FusedMLP(torch.autograd.Function):
     """x (N, D), up (M, D), down (D, M) -> lrelu2(x @ up^T) @ down^T: the activation rides on the
-    matrix products. 8.9 of 91.6 ms of a record step on paper."""
+    matrix products. 8.9 of 94 ms of a record step on paper."""
 
     @staticmethod
     def forward(ctx, x, up, down):
@@ -827,7 +832,7 @@ def join_ranks(cfg):
              "cpu": world_size}
     kind = cfg.device or next(kind for kind in count if count[kind])
     if local_rank >= count[kind]:
-        raise ValueError(f"--device={kind}: {no_cuda() or 'this machine has none, or fewer than ranks'}")
+        raise ValueError(f"--device={kind}: {kind == 'cuda' and no_cuda() or 'this machine has none, or fewer than ranks'}")
     n_rows = cfg.batch_tokens // cfg.row_tokens
     if n_rows % world_size:
         raise ValueError(f"--batch_tokens={cfg.batch_tokens} is {n_rows} rows of --row_tokens="
@@ -943,7 +948,7 @@ def synthetic_tokens(vocab_size, n, seed):
 
 def make_batch(row, seq_len, device, longest=0):
     """row (N + 1,) of tokens -> tokens (N,), targets (N,) int64 on the device, Segments of at most
-    seq_len tokens."""
+    seq_len tokens. A document's last target is the boundary that starts the next."""
     starts = np.flatnonzero(row[:-1] == BOUNDARY)
     x = to_device(row.astype(np.int64), device)
     return x[:-1], x[1:], make_segments(starts, len(row) - 1, seq_len, device, longest)
@@ -1239,7 +1244,7 @@ class Clock:
         self.total = self.seconds()
 
     def seconds(self):
-        """Where it runs."""
+        """So far; the clock must run."""
         return time.perf_counter() - self.zero
 
 
@@ -1322,7 +1327,7 @@ def main(argv=None):
         # A terminal that cannot show a name ends no run.
         sys.stdout.reconfigure(errors="backslashreplace")
     cfg, folder = parse_config(argv)
-    resume = bool(folder)
+    resume = folder  # None: a new run
     device = join_ranks(cfg)
     rank, local_rank, world_size = read_launcher()
     if cfg.data == "demo" and not (HERE / "data/demo/meta.json").exists() and local_rank == 0:
@@ -1340,6 +1345,10 @@ def main(argv=None):
         start = {**about, "config": asdict(cfg), "time": utc()}
         log.record(kind="resume" if resume else "start", **start)
         log("\n".join(f"{key}: {json.dumps(value)}" for key, value in start.items()))
+        if resume:
+            state = load_checkpoint(folder / "state.pt", STATE)
+            if state["dataset"] != data.meta:
+                raise ValueError(f"--resume={cfg.run}: its dataset, {cfg.data}, changed since the run began")
 
         # ---- model, optimizers, warm-up
         torch.manual_seed(cfg.seed)
@@ -1379,9 +1388,6 @@ def main(argv=None):
         clock = Clock()
         step = 0
         if resume:
-            state = load_checkpoint(folder / "state.pt", STATE)
-            if state["dataset"] != data.meta:
-                raise ValueError(f"--resume={cfg.run}: its dataset, {cfg.data}, changed since the run began")
             step, clock.total = state["step"], state["seconds"]
             model.load_state_dict(state["weights"])
             ema.load_state_dict(state["ema"])
@@ -1397,7 +1403,7 @@ def main(argv=None):
             log("WARNING: FlashAttention-3 is not installed: FlashAttention-2 takes 7 to 14 ms more of a "
                 "record step; build the package in the folder hopper of github.com/Dao-AILab/flash-attention")
 
-        # ---- the loop
+        # ---- the loop: queue a step, then read the numbers of the one before
         stop_asked = False
 
         def ask_to_stop(number, frame):  # once: finish early and save; twice: leave at once
@@ -1442,8 +1448,8 @@ def main(argv=None):
             log(kind="step", **last, eta=max(int(eta), 0))
 
         def measure(looped):
-            """Scores the weights as they are, the clock stopped; the log and the checkpoint will
-            say so."""
+            """Validates the weights as they are, the clock stopped, for the log and the checkpoint.
+            eval_bpb.py's score is another: of the packed weights, which adapt to each document."""
             scores = validate(losses, data, cfg, batch, looped)
             log(kind="val", step=step, progress=min(progress, 1.0), **scores, train_seconds=clock.total)
             run.update(scores)

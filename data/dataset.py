@@ -90,7 +90,8 @@ def command(main):
     try:
         return main() or 0
     except (BadInput, OSError) as error:
-        print(printable(f"{Path(sys.argv[0]).name}: {error}", sys.stderr.encoding), file=sys.stderr)
+        print(printable(f"{Path(sys.argv[0]).name}: {error}", getattr(sys.stderr, "encoding", "")),
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
@@ -118,18 +119,15 @@ def atomic_write(path, mode="wb"):
 
 
 class Progress:
-    """One redrawn line on a terminal, `label 12,345/50,000 docs 41 s left`; nothing in a pipe or
-    without a label.
-
-    With total 0 it only counts. It is drawn on stderr.
-    """
+    """One redrawn line on a terminal, `label 12,345/50,000 docs 41 s left`; nothing in a pipe. With
+    total 0 it only counts. It is drawn on stderr."""
 
     def __init__(self, label, total, unit=""):
         self.line = f"\r\x1b[K{label} {{:,}}{f'/{total:,}' * bool(total)} {unit} {{}}"
         self.total = total
         self.done = 0
         self.start = time.monotonic()
-        self.drawn = self.start if label and sys.stderr.isatty() else math.inf
+        self.drawn = self.start if sys.stderr and sys.stderr.isatty() else math.inf
 
     def add(self, n=1):
         self.done += n
@@ -176,9 +174,8 @@ def read_meta(folder):
     return meta
 
 
-def read_shard(path, vocab_size=None):
-    """Shard file -> uint16 (n_tokens,), memory-mapped. With vocab_size, reads it all: tokens must
-    be below it."""
+def read_shard(path, vocab_size):
+    """Shard file -> uint16 (n_tokens,), memory-mapped, all below vocab_size."""
     header = np.fromfile(path, "<i4", HEADER_BYTES // 4).tolist()
     if 4 * len(header) < HEADER_BYTES or header[:2] != [SHARD_MAGIC, SHARD_VERSION]:
         raise BadInput(f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION})")
@@ -186,7 +183,7 @@ def read_shard(path, vocab_size=None):
     if n_tokens != header[2]:
         raise BadInput(f"{path}: header says {header[2]} tokens, the file holds {n_tokens} (cut short?)")
     tokens = np.memmap(path, "<u2", "r", HEADER_BYTES)
-    if vocab_size is not None and tokens.max(initial=0) >= vocab_size:
+    if tokens.max(initial=0) >= vocab_size:
         raise BadInput(f"{path}: token {tokens.max()} is outside the vocabulary of {vocab_size}")
     return tokens
 

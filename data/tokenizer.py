@@ -67,9 +67,9 @@ class Tokenizer:
 
     tokenizer.json is {"format": 2, "name": str, "pieces": [str of Latin-1 characters, a byte each],
     "phrases": [[left token, right token], ...]}; pieces are of at most 64 bytes, phrases of at most
-    128. .pairs (phrases, 2) are those of .first_phrase and on. .pieces[token] is the bytes that the token stands for, before restore_case;
-    .text_bytes[token] how many bytes of text are in it, for a marker is none: summed over the
-    tokens of a text, the UTF-8 bytes of the text.
+    128. .pairs (phrases, 2) are those of .first_phrase and on. .pieces[token] is the bytes that the
+    token stands for, before restore_case; .text_bytes[token] how many bytes of text are in it, for
+    a marker is none: summed over the tokens of a text, the UTF-8 bytes of the text.
     """
     boundary = 0
 

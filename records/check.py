@@ -104,7 +104,7 @@ def check_logs(r):
         except Exception as e:   # of values that no one expects
             yield "log", f"no facts of a seed at its end: {e!r}", name
     if len(r.seeds) < (3 if r.record else 1):
-        yield "track", f"{len(r.seeds)} logs of seeds; a record needs 3", "."
+        yield "track", f"{len(r.seeds)} logs of seeds; a record of the first track needs 3, others 1", "."
 
 
 def check_seeds(r):

@@ -35,9 +35,9 @@ import torch
 from data.dataset import BadInput
 
 PYTHON = [sys.prefix, sys.base_prefix, str(Path(torch.__file__).parents[1])]  # the last: packages
-READABLE = ["/usr", "/lib", "/lib64", "/bin", *PYTHON, *map(os.path.realpath, PYTHON)]  # to it
+READABLE = ["/usr", "/lib", "/lib64", "/bin", *PYTHON, *map(os.path.realpath, PYTHON)]  # to the child
 ENVIRONMENT = {"PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
-               "GOMP_SPINCOUNT"}  # it is given
+               "GOMP_SPINCOUNT"}  # which the child gets
 CACHES = Path("/proc/sys/vm/drop_caches")
 STDERR_LINES = 20  # of what it writes there that are shown
 

@@ -87,7 +87,7 @@ def prove(judge, scored, text, nats, gather):
     spent = judge.phases.seconds
     round_seconds = (spent["score"] + spent["learn"]) * math.prod(shape) / n
     # At the speed of scoring; about a quarter of the slots hold a place that a call asks. All ranks
-    # draw at the rate of the slowest: as likely as any other is a place of all documents.
+    # draw at the rate of the slowest, so that all places are equally likely.
     affordable = judge.args.audit_seconds / round_seconds * scored.slots / 4
     rate = max(min(gather(affordable / n)), DRAWS / n_targets)
     places = draw(sizes, min(n, math.ceil(rate * n)))

@@ -39,14 +39,15 @@ public challenge began at 1.2244 and ended at 1.05651. [LOOP.md](LOOP.md) says h
 [rules.py](rules.py) what is checked; [dead_ends.md](dead_ends.md), [measured.md](measured.md).
 
 For organisers. `python records/check.py FOLDER...` reviews any number of folders and executes
-nothing in them; `python eval_bpb.py ARTIFACT --data=fineweb --out=FILE` has the root's judge score
-one again: FILE's artifact_sha256 stands in one of the record's logs, whose val_bpb it has, but for
-the 0.0005 that another machine's kernels may cost. Code that is not the root's is judged as root,
-for the audit empties the kernel's caches. Three ways for an artifact's processes to tell each other
-something are not closed by the judge's sandbox: how long they take, what the kernel counts, which
-is some hundred bits, and what they leave in the memory of a GPU: judge on megabytes of text. What
-was memorised no judge of public documents can see: score the artifact on documents of your own,
-`python eval_bpb.py ARTIFACT --data=mine`, next to a record that is known to be honest.
+nothing in them. The artifacts come from the authors, for no record holds one: `python eval_bpb.py
+ARTIFACT --data=fineweb --out=FILE` has the root's judge score one again. Its sha256 must stand in
+one of the record's logs, and its val_bpb agree within 0.0005, for another machine's kernels round
+differently. Code that is not the root's is judged as root, for the audit empties the kernel's
+caches. Three ways for an artifact's processes to tell each other something are not closed by the
+judge's sandbox: how long they take, what the kernel counts, which is some hundred bits, and what
+they leave in the memory of a GPU: judge on megabytes of text. What was memorised no judge of public
+documents can see: score the artifact on documents of your own, `python eval_bpb.py ARTIFACT
+--data=mine`, next to a record that is known to be honest.
 """
 COLUMNS = "val_bpb val_bpb_std seeds name author date bytes_total data hardware parent".split()
 

@@ -32,7 +32,7 @@ from records.rules import SOURCE_NAME
 from records.stats import compare
 
 TURNS = Path("runs/turns")
-STOPPED = (None, "stopped early as asked")   # so ends a run that may go on
+STOPPED = (None, "stopped early as asked")   # so ends a run that is done again or goes on
 ON_GPU = shutil.which("nvidia-smi")
 if not ON_GPU:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -91,7 +91,7 @@ def finish(side, seed):
         CHILDREN.append(child)
         return child.wait()
     if LIVE in lifetime(run):
-        raise BadInput(f"{run} is in training: another turn has the same parent; wait for it")
+        raise BadInput(f"{run} is in training, by another turn: wait for it")
     if read_run(run)["end"] in STOPPED:
         flags = [f"--{k}={v}" for k, v in {**settings, "seed": seed, "run": run.name}.items()]
         if (run / "state.pt").exists():

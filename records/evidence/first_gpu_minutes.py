@@ -1,4 +1,4 @@
-"""The first minutes on a GPU: what of this project holds there, in nine minutes of one H100.
+"""The first minutes on a GPU: what of this project holds there, in ten minutes of one H100.
 
     python records/evidence/first_gpu_minutes.py FOLDER            FOLDER gets results.jsonl
     python records/evidence/first_gpu_minutes.py FOLDER --only=looped --only=packing

@@ -16,8 +16,8 @@ reaches into parts of inductor that move:
 The prediction: ms = GB / 2.5 of inductor's own kernels + TFLOP / 0.6 + 2.0 for attention in each
 block application + 10 for the optimizer and communication: constants that give the public record's
 measured 96.0 and 140.9 ms from its model by the same count (two points, four constants: a plausible
-reading, no proof). The pointer's two FlexAttentions are taken for 1.2 ms: 0.28 of a block's FLOPs
-at half of its rate.
+reading, no proof). The pointer's FlexAttention, of a batch of two, is taken for 1.2 ms: 0.28 of a
+block's FLOPs at half of its rate.
 """
 import copy
 import importlib.util
