@@ -509,7 +509,7 @@ def parse(argv):
                         help="file made by pack.py; empty: the newest run's")
     parser.add_flags(FLAGS)
     parser.add_argument("--max_seconds", type=float, help="s from the start of the process to the score, 0: "
-                        "no limit; unset: 600 on fineweb and for other code")
+                        "no limit; unset: none for a run of yours on other documents than fineweb, else 600")
     parser.add_argument("--sample", metavar="TEXT", help="no score: print what the model writes after TEXT")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
@@ -576,7 +576,7 @@ class Judge:
             raise BadInput("--data=NAME is needed for what is no run of this folder's own code")
         self.data = find_dataset(name)
         self.meta = read_meta(self.data)
-        if args.max_seconds is None and self.meta["name"] != "fineweb" and not self.foreign:
+        if args.max_seconds is None and self.meta["name"] != "fineweb" and self.run:
             self.timer.cancel()
             self.max_seconds = 0.0
         if self.mode != "own":
@@ -625,6 +625,8 @@ class Judge:
         self.sizes = text.sizes
         order = sorted(range(len(streams)), key=text.sizes.__getitem__, reverse=True)[rank::n_ranks]
         if self.mode == "audited":
+            if len(streams) < n_ranks:
+                raise BadInput("fewer documents than ranks")
             secrets.SystemRandom().shuffle(order)  # it may tell nothing of their lengths
         nats = score(predictor, text, order, phases)
         sums = {doc: math.fsum(each) for doc, each in nats.items()}

@@ -276,7 +276,7 @@ def review_all(folders):
 def change_set(ref):
     """-> (findings on each commit since ref, also on what a later one took back, the folders
     added)."""
-    changes = git("log", "-c", "--format=", "--name-status", "--no-renames", "--end-of-options",
+    changes = git("log", "-m", "--format=", "--name-status", "--no-renames", "--end-of-options",
                   f"{ref}..HEAD", "--")
     found = []
     folders = set()

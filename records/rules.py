@@ -17,42 +17,37 @@ SHOWN_LIMIT = 60                # findings of one folder
 CHILD_SECONDS = 20              # of CPU, of the process that reads one folder
 CHILD_BYTES = 3 << 30           # of its memory
 
-LEVELS = {
-    "FLAG": {
-        "machine-path",    # another machine has no such path
-        "readme-words",    # LOOP.md, Submit
-        "environment",     # #1177: another machine, another score
-        "significance",    # README.md, Rules: 0.005 nats at p < 0.01
-    },
-    "FAIL": {
-        # the folder
-        "missing-file",    # LOOP.md, Submit
-        "folder-name",     # LOOP.md, Submit
-        "forbidden-file",  # LOOP.md, Submit; #1028 #1120
-        "file-name",       # 19 public folders have spaces: scripts break
-        "file-size",       # LOOP.md, Submit; #1028
-        "link",            # only regular files can be reviewed
-        "secret",          # a published key is lost: revoke it
-        "plain-source",    # LOOP.md, Submit: what runs is what is written
-        "review-limit",    # a verdict in bounded time
-        "change-set",      # LOOP.md, Submit; 359 public requests touch other files
-        # what submission.json, the logs and README say
-        "log",             # submit.py writes its end; #2139
-        "log-score",       # all from the logs; #86: claim 1.1502, rerun 1.1864; #2076
-        "readme",          # README and logs agree; #2076
-        "seeds",           # runs of one experiment, each of its own seed; #2124
-        # the score
-        "artifact-cap",    # README.md, Rules
-        "track",           # README.md, Rules: 8xH100, fineweb, 600 s each, three seeds; #1908 #837
-        "proof",           # eval_bpb.py: --trust and a failed replay prove nothing
-        # sources and lineage
-        "source-hash",     # the sources as run
-        "judge",           # eval_bpb.py: below its border nothing may change, nor in data/
-        "parent",          # LOOP.md, Submit
-        "copy",            # equal artifacts are one run; #1624
-    },
-}
-RULES = {rule: level for level, rules in LEVELS.items() for rule in rules}
+TABLE = """
+machine-path    FLAG  another machine has no such path
+readme-words    FLAG  LOOP.md, Submit
+environment     FLAG  #1177: another machine, another score
+significance    FLAG  README.md, Rules: 0.005 nats at p < 0.01
+
+missing-file    FAIL  LOOP.md, Submit
+folder-name     FAIL  LOOP.md, Submit
+forbidden-file  FAIL  LOOP.md, Submit; #1028 #1120
+file-name       FAIL  19 public folders have spaces: scripts break
+file-size       FAIL  LOOP.md, Submit; #1028
+link            FAIL  only regular files can be reviewed
+secret          FAIL  a published key is lost: revoke it
+plain-source    FAIL  LOOP.md, Submit: what runs is what is written
+review-limit    FAIL  a verdict in bounded time
+change-set      FAIL  LOOP.md, Submit; 359 public requests touch other files
+
+log             FAIL  submit.py writes its end; #2139
+log-score       FAIL  all from the logs; #86: claim 1.1502, rerun 1.1864; #2076
+readme          FAIL  README and logs agree; #2076
+seeds           FAIL  runs of one experiment, each of its own seed; #2124
+artifact-cap    FAIL  README.md, Rules
+track           FAIL  README.md, Rules: 8xH100, fineweb, 600 s each, three seeds; #1908 #837
+proof           FAIL  eval_bpb.py: --trust and a failed replay prove nothing
+
+source-hash     FAIL  the sources as run
+judge           FAIL  eval_bpb.py: below its border nothing may change, nor in data/
+parent          FAIL  LOOP.md, Submit
+copy            FAIL  equal artifacts are one run; #1624
+"""
+RULES = dict(line.split()[:2] for line in TABLE.splitlines() if line)
 
 IN_NAMES = {  # what no file's name has in it
     "file-name": re.compile(r"[^A-Za-z0-9._+/-]"),
