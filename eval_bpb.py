@@ -515,6 +515,9 @@ def parse(argv):
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 <= value < 1e9:
             raise BadInput(f"--{name}={value} must be a number from 0 to 1e9")
+    out = Path(args.out)
+    if args.out and (out.is_dir() or not out.parent.is_dir()):
+        raise BadInput(f"--out={out}: a folder, or in none")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     args.device = args.device or next(device for device, there in available.items() if there)
     if not available.get(args.device):

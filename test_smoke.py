@@ -416,6 +416,8 @@ pack.py x --cap_bytes=many
 eval_bpb.py nothing.pyz | no such file
 eval_bpb.py runs/there/metrics.jsonl | not a whole artifact
 eval_bpb.py --limit_docs=-1
+eval_bpb.py --max_seconds=1e10 | from 0 to 1e9
+eval_bpb.py --out=nowhere/x
 eval_bpb.py --device=tpu
 eval_bpb.py --x=1
 eval_bpb.py --seed=-1
@@ -423,6 +425,7 @@ data/prepare.py docs /nowhere --name=x | /nowhere: no such file
 data/prepare.py docs /nowhere --nmae=3
 data/prepare.py docs /nowhere --name=../e
 data/prepare.py docs /nowhere --name=x --tokenizer=none | 'none'
+data/prepare.py docs /nowhere --name=x --tokenizer=/dev/null | tokenizer.json: damaged
 data/prepare.py verify nothing | no dataset 'nothing'
 data/prepare.py fineweb --name=synthetic
 records/check.py nothing --jobs=0 | --jobs

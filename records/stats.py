@@ -76,7 +76,10 @@ def compare(ours, theirs):
         sides.append(scores)
     if len(alike) > 1:
         raise BadInput(f"such runs do not compare: {' | '.join(alike)}")
-    c = comparison(*sides, nats_per_bit(dataset))
+    try:
+        c = comparison(*sides, nats_per_bit(dataset))
+    except (LookupError, TypeError, ArithmeticError) as e:   # strangers wrote them
+        raise BadInput(f"scores or a dataset that cannot be: {e!r}") from None
     for title, scores in zip(("candidate ", "baseline  "), sides):
         print(f"{title} val_bpb {statistics.fmean(scores.values()):.5f}  "
               f"std {statistics.stdev(scores.values()):.5f}  n {len(scores)}")
