@@ -96,7 +96,7 @@ class Sliding:
     def __init__(self, model, tokenizer, device):
         cfg = model.cfg
         self.model, self.device = model, device
-        self.slots = max(16, cfg.row_tokens // 1536)  # as much memory as training has
+        self.slots = max(16, cfg.row_tokens // 1536)  # 64 of the record, which takes 20 GB on paper
         self.chunk = min(48, cfg.seq_len // 2)
         self.starts = np.zeros(self.slots, int)  # of the chunks, in their documents
         self.never = torch.from_numpy(impossible_pairs(tokenizer)).to(device)
@@ -119,7 +119,7 @@ class Sliding:
     def predict(self, fresh, inputs):
         self.starts[fresh] = 0
         self.start = torch.tensor(self.starts, device=self.device)[:, None]
-        reach = 1024  # of few lengths, lest a GPU's memory falls to pieces
+        reach = 1024  # of few lengths, for a GPU's allocator keeps memory by size
         while reach < min(self.starts.max() + self.chunk, POINTER_REACH):
             reach *= 2
         for name in ("keys", "text"):

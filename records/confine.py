@@ -78,7 +78,8 @@ def forget_files():
     takes, 2,000 bits came through names of /usr/bin without an error; after this, with 980.) What
     this process has mapped stays, each page with a mark of how it was used, 12,000 in libtorch:
     read three times, all have the same."""
-    for path in 3 * re.findall(r" (/(?!dev/).*[^)])\n", Path("/proc/self/maps").read_text()):
+    mapped = set(re.findall(r" (/(?!dev/).*[^)])\n", Path("/proc/self/maps").read_text()))
+    for path in 3 * list(mapped):
         Path(path).read_bytes()
     CACHES.write_text("3")
 
