@@ -1496,6 +1496,7 @@ track: over 600 | train_seed2.log | train_seconds: 599.5 | train_seconds: 601.5
 track: over 600 | train_seed2.log | eval_seconds: 400 | eval_seconds: 602
 track: 164594398 | train_seed2.log | 40540160, "val_bytes": 151078222 | 44167075, "val_bytes": 164594398
 log: is not val_loss | train_seed2.log | val_bpb: 1.2002 | val_bpb: 1.2
+log: is not val_loss | train_seed2.log | 151078222 | NaN
 proof: mode trusted | train_seed2.log | "own" | "trusted"
 proof: replay FAIL | train_seed2.log | pass | FAIL
 proof: mode own | train_seed2.log | "replay": "pass: 9,200 places" |
