@@ -17,7 +17,6 @@ import inspect
 import json
 import os
 import platform
-import re
 import select
 import shutil
 import signal
@@ -40,6 +39,8 @@ READABLE = ["/usr", "/lib", "/lib64", "/bin", *PYTHON, *map(os.path.realpath, PY
 ENVIRONMENT = {"PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
                "GOMP_SPINCOUNT"}  # which the child gets
 CACHES = Path("/proc/sys/vm/drop_caches")
+MAPPED = """cat /proc/[1-9]*/maps 2>/dev/null | grep -o ' /.*[^)]$' | cut -c2- | sort -u |
+    while read -r file; do [ -f "$file" ] && echo "$file"; done"""  # files, by any process
 STDERR_LINES = 20  # of what it writes there that are shown
 
 # What the mounts leave open, by processor: its name to seccomp, the number of fcntl, and the names
@@ -76,10 +77,9 @@ def forget_files():
     """Makes the kernel forget which files were read and which names were looked up, even of files
     that are not there, lest one child tells the next by what it remembers. (By the time that a look
     takes, 2,000 bits came through names of /usr/bin without an error; after this, with 980.) What
-    this process has mapped stays, each page with a mark of how it was used, 12,000 in libtorch:
-    read three times, all have the same."""
-    mapped = set(re.findall(r" (/(?!dev/).*[^)])\n", Path("/proc/self/maps").read_text()))
-    for path in 3 * list(mapped):
+    processes have mapped stays, each page with a mark of how it was used, 12,000 in libtorch: read
+    three times, all have the same."""
+    for path in filter(reachable, 3 * os.popen(MAPPED).read().splitlines()):
         Path(path).read_bytes()
     CACHES.write_text("3")
 
@@ -113,8 +113,11 @@ def sandbox(artifact):
     for path in map(str, Path("/dev").glob("nvidia*")):
         words += ["--dev-bind", path, path]
     words += ["--ro-bind", str(artifact.resolve()), "/tmp/artifact.pyz"]
-    return words + """--remount-ro /proc/sys/fs --remount-ro /proc --remount-ro /dev --remount-ro /
-        --chdir /tmp""".split()
+    # A root's child could read the kernel's own pages and debugging files.
+    return words + """--ro-bind /dev/null /proc/kpageflags --ro-bind /dev/null /proc/kpagecount
+        --ro-bind /dev/null /proc/kpagecgroup --tmpfs /sys/kernel --remount-ro /sys/kernel
+        --tmpfs /sys/fs --remount-ro /sys/fs --remount-ro /proc/sys/fs --remount-ro /proc
+        --remount-ro /dev --remount-ro / --chdir /tmp""".split()
 
 
 class Child:

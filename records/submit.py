@@ -44,10 +44,10 @@ ARTIFACT --data=fineweb --out=FILE` has the root's judge score one again. Its sh
 one of the record's logs, and its val_bpb agree within 0.0005, for another machine's kernels round
 differently. Code that is not the root's is judged as root, for the audit empties the kernel's
 caches. Three ways for an artifact's processes to tell each other something are not closed by the
-judge's sandbox: how long they take, what the kernel counts, which is some hundred bits, and what
-they leave in the memory of a GPU: judge on megabytes of text. What was memorised no judge of public
-documents can see: score the artifact on documents of your own, `python eval_bpb.py ARTIFACT
---data=mine`, next to a record that is known to be honest.
+judge's sandbox: how long they take, what the kernel counts, some hundred bits and some ten a core,
+and what they leave in the memory of a GPU: judge on megabytes of text. What was memorised no judge
+of public documents can see: score the artifact on documents of your own, `python eval_bpb.py
+ARTIFACT --data=mine`, next to a record that is known to be honest.
 """
 COLUMNS = "val_bpb val_bpb_std seeds name author date bytes_total data hardware parent".split()
 
